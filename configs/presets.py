@@ -1,0 +1,81 @@
+"""Complete runs by name. Each is a function that returns a Run and differs from the defaults only where it says so."""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+
+from configs.schema import Data, Group, Identity, Log, Model, Optim, Run, Schedule, Train
+
+
+def every_group(optim: Optim, **changes: object) -> Optim:
+    """The same change in every group."""
+    return replace(optim, **{f.name: replace(getattr(optim, f.name), **changes) for f in fields(optim)})
+
+
+def tiny() -> Run:
+    """The newcomer's run: a BPE model on Python's own source code, within a minute on two CPU cores."""
+    return Run(
+        preset="tiny",
+        model=Model(x0_skip=True, smear=True, value_embeds=2, bigram_buckets=16_384),
+        schedule=Schedule(momentum="0=0.85 20%=0.95"),
+    )
+
+
+def tiny_adamw() -> Run:
+    """`tiny` with AdamW for every tensor."""
+    run = tiny()
+    return replace(run, preset="tiny_adamw", optim=replace(run.optim, matrix=Group(rule="adam", lr=0.006)))
+
+
+def bytes_() -> Run:
+    """nanoGPT's CPU size (4 x 128, context 64, 768 tokens a step, raw bytes), on which optimizers visibly differ."""
+    return Run(
+        preset="bytes",
+        data=Data(tokenizer="bytes", sequence_tokens=64),
+        model=Model(layers=4, head_dim=32),
+        schedule=Schedule(momentum="0=0.85 20%=0.95"),
+        train=Train(steps=240, batch_tokens=768),
+    )
+
+
+def bytes_adamw() -> Run:
+    """`bytes` with AdamW for every tensor."""
+    run = bytes_()
+    return replace(run, preset="bytes_adamw", optim=replace(run.optim, matrix=Group(rule="adam", lr=0.003)))
+
+
+def track3() -> Run:
+    """The speedrun's optimization benchmark (track 3, result 36): 124 M active parameters, 3250 steps to 3.28 nats."""
+    adam = Group(beta1=0.8, beta2=0.95, eps=1e-10, weight_decay=0.001)
+    vector = replace(adam, lr=0.015)
+    return Run(
+        preset="track3",
+        run=Identity(target_loss_nats=3.28),
+        data=Data(source="shards", tokenizer="gpt2", order="contiguous", sequence_tokens=1024,
+                  train_files=("data/fineweb10B/fineweb_train_*.bin",), val_files=("data/fineweb10B/fineweb_val_*.bin",)),
+        model=Model(layers=12, dim=768, head_dim=128, position="half_rotary", attention_scale=0.12, norm_gains=True,
+                    biases=True, softcap="rational", embed_dtype="bfloat16"),
+        optim=Optim(
+            matrix=Group(rule="steepest", lr=0.025, weight_decay=0.05, norm="spectral", unit="at_least_one",
+                         ns="convergent", ns_steps=12),
+            embed=replace(adam, lr=0.7), head=replace(adam, lr=0.004), gain=vector, bias=vector),
+        schedule=Schedule(lr="0=1 30%=1 100%=0"),
+        train=Train(steps=3250, batch_tokens=524_288, loss_reduction="sum", val_every_steps=125, final_val_every_steps=25),
+        log=Log(every_steps=25),
+    )
+
+
+def track3_adamw() -> Run:
+    """Track 3 with AdamW for the hidden matrices (result 2: 5625 steps, "most likely undertuned")."""
+    run = track3()
+    aux = Group(beta1=0.8, beta2=0.95, eps=1e-10)
+    vector = replace(aux, lr=0.01)
+    matrix = Group(lr=0.0015, beta1=0.9, beta2=0.95, eps=1e-10, weight_decay=0.1)
+    optim = Optim(matrix=matrix, embed=replace(aux, lr=0.3), head=replace(aux, lr=1 / 320), gain=vector, bias=vector)
+    return replace(run, preset="track3_adamw", optim=optim, train=replace(run.train, steps=5625),
+                   schedule=Schedule(lr="0=0 250=1 30%=1 100%=0"))
+
+
+PRESETS: dict[str, Callable[[], Run]] = {
+    "tiny": tiny, "tiny_adamw": tiny_adamw, "bytes": bytes_, "bytes_adamw": bytes_adamw,
+    "track3": track3, "track3_adamw": track3_adamw,
+}

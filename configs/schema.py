@@ -1,0 +1,351 @@
+"""Every number that a user may change, its default, unit, meaning and source. Standard library only.
+
+A `Run` is complete and frozen; impossible combinations are refused when it is built. Fields typed `Curve` hold a
+schedule in the notation of configs/curve.py. Everything that is not here is derived from what is here by a formula.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from configs.curve import parse_curve
+
+Curve = str  # the notation of configs/curve.py
+RuleName = Literal["steepest", "adam"]
+NormName = Literal["spectral", "rms_operator", "row", "column", "sign", "frobenius"]
+
+# The fields of a Group that each rule reads, beside those that every rule reads.
+EVERY_RULE_READS = frozenset({"rule", "lr", "weight_decay", "decay"})
+RULE_READS: dict[str, frozenset[str]] = {
+    "steepest": EVERY_RULE_READS | {"momentum", "averaging", "nesterov", "norm", "unit", "ns", "ns_steps"},
+    "adam": EVERY_RULE_READS | {"beta1", "beta2", "eps"},
+}
+
+
+def refuse(condition: bool, message: str) -> None:
+    """Raise ValueError(message) where `condition` holds."""
+    if condition:
+        raise ValueError(message)
+
+
+def _refuse_below(owner: object, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        refuse(value is not None and not value >= least, f"{name} must be at least {least}, got {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """The run as a process: its name, folder, machine and end."""
+
+    name: str = ""
+    """Folder under `dir`; empty: the preset's name, numbered if that folder is taken."""
+    dir: str = "runs"
+    """Where run folders live."""
+    seed: int = 1
+    """Seeds the initial weights and the data order."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """auto: CUDA, else Apple's MPS, else the CPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile for the model and the orthogonalization; auto: on for CUDA alone."""
+    resume: bool = False
+    """Continue runs/<name> from its checkpoint."""
+    target_loss_nats: float | None = None
+    """Validation loss whose first crossing is recorded (step and training seconds)."""
+    stop_at_target: bool = False
+    """End the run at that crossing."""
+    checkpoint_every_steps: int = 0
+    """0: only at the end or when interrupted."""
+    dry_run: bool = False
+    """Print the plan and stop."""
+
+    def __post_init__(self) -> None:
+        _refuse_below(self, 0, "seed", "checkpoint_every_steps")
+        refuse(self.stop_at_target and self.target_loss_nats is None,
+               "stop_at_target needs --run.target_loss_nats, a validation loss in nats per token")
+        refuse(self.resume and self.dry_run, "resume and dry_run exclude each other")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """Which tokens the model sees, and on which it is judged."""
+
+    source: Literal["corpus", "shards", "text", "random"] = "corpus"
+    """corpus: Python's own standard library on this machine; shards: the speedrun's .bin files (FineWeb); text: your
+    UTF-8 files; random: uniform tokens, for timing."""
+    tokenizer: Literal["bpe", "bytes", "gpt2"] = "bpe"
+    """bpe: a small byte-pair encoding trained on the train split; bytes: raw bytes; gpt2: tiktoken's."""
+    bpe_vocab_tokens: int = 1024
+    """Size of the trained BPE, the end-of-text token apart."""
+    train_files: tuple[str, ...] = ()
+    """Files or glob patterns, for shards and text."""
+    val_files: tuple[str, ...] = ()
+    """Files or glob patterns; for text, none means the last 10 % of the training text."""
+    order: Literal["contiguous", "shuffled", "documents"] = "shuffled"
+    """contiguous: slices of the stream in turn; shuffled: every window once an epoch, in seeded order; documents: rows
+    packed with pieces that begin at document starts."""
+    sequence_tokens: int = 128
+    """Context length in training, unless scheduled."""
+    val_sequence_tokens: int | None = None
+    """Context length in validation; None: as in training."""
+    max_document_tokens: int = 2048
+    """order=documents: longer documents are clipped to this many tokens."""
+    val_tokens: int = 10_485_760
+    """shards and random: validation is the first so many tokens (the speedrun's rule)."""
+    val_bytes: int = 565_000
+    """corpus and text: validation is the first so many bytes of the validation split."""
+
+    def __post_init__(self) -> None:
+        _refuse_below(self, 1, "sequence_tokens", "val_sequence_tokens", "max_document_tokens", "val_tokens", "val_bytes")
+        refuse(not 256 <= self.bpe_vocab_tokens <= 65_535,
+               f"bpe_vocab_tokens must lie between 256 (the bytes) and 65535 (uint16), got {self.bpe_vocab_tokens}")
+        refuse(self.source in ("shards", "text") and not self.train_files,
+               f"--data.source {self.source} needs --data.train_files")
+        refuse(self.source == "shards" and not self.val_files, "--data.source shards needs --data.val_files")
+        refuse(self.source in ("corpus", "random") and bool(self.train_files or self.val_files),
+               f"--data.source {self.source} reads no files; did you mean --data.source text or shards?")
+        refuse(self.source == "shards" and self.tokenizer != "gpt2",
+               f"shards hold GPT-2 tokens: --data.tokenizer must be gpt2, got {self.tokenizer}")
+        refuse(self.order == "documents" and self.source in ("corpus", "random"),
+               "--data.order documents needs a source with document starts: shards, or text with several files")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """The GPT: sizes, and one flag per technique; a technique that is off costs nothing and changes nothing."""
+
+    layers: int = 2
+    dim: int = 128
+    """Width of the residual stream."""
+    head_dim: int = 64
+    """dim / head_dim heads."""
+    mlp_dim: int | None = None
+    """Hidden width of the MLP; None: 4 dim."""
+    vocab_multiple: int = 64
+    """The vocabulary is padded up to a multiple of this (efficient matrix shapes)."""
+    position: Literal["none", "learned", "rotary", "half_rotary"] = "rotary"
+    """Learned table (GPT-2), rotary (Su et al. 2021, arXiv 2104.09864), or rotary on half the dimensions."""
+    rotary_base: float = 1024.0
+    """Longest wavelength of the rotary embedding, over 2 pi."""
+    qk_norm: bool = True
+    """RMS-normalised queries and keys (Henry et al. 2020, arXiv 2010.04245)."""
+    attention_scale: float | None = None
+    """Softmax scale; None: 1 / sqrt(head_dim)."""
+    activation: Literal["relu2", "gelu", "swiglu"] = "relu2"
+    """ReLU squared (So et al. 2021, arXiv 2109.08668), GELU, or SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+    norm_gains: bool = False
+    """Learned gains in the RMS norms."""
+    biases: bool = False
+    """Biases in all linear maps."""
+    norm_embedding: bool = True
+    """RMS norm right after the token embedding."""
+    zero_init_projections: bool = True
+    """The maps that write to the stream, and the head, start at zero (muP's advice, Yang et al. 2022, arXiv 2203.03466)."""
+    tied_head: bool = False
+    """The head is the token embedding, transposed."""
+    init_gain: float = 0.33
+    """Hidden matrices start with variance init_gain / fan_in (speedrun)."""
+    embed_std: float = 1.0
+    """Standard deviation of the token embedding's start."""
+    softcap: Literal["none", "tanh", "rational", "sigmoid"] = "tanh"
+    """Bounded logits: c tanh(z/c) (Gemma 2, 2024, arXiv 2408.00118), c z / sqrt(z^2 + c^2), or 2c sigmoid(2z/c) - c."""
+    softcap_value: float = 15.0
+    """The bound c."""
+    x0_skip: bool = False
+    """Each block reads lambda_r x + lambda_0 x0, x0 the normed embedding (speedrun, Nov 2024)."""
+    smear: bool = False
+    """x_t += lambda sigmoid(gate(x_t)) x_{t-1} right after the embedding (speedrun, Sep 2025)."""
+    value_embeds: int = 0
+    """So many last layers mix a second token embedding into their values (speedrun, Dec 2024)."""
+    bigram_buckets: int = 0
+    """Rows of a hashed table of (previous, current) token pairs, added to the embedding; 0: none (speedrun, Jan 2026)."""
+    window_tokens: int | None = None
+    """Sliding-window attention: each token sees so many last tokens; None: all."""
+    full_attention_every: int = 0
+    """With a window: every so-many-th layer still sees everything; 0: none does."""
+    document_mask: bool = False
+    """Attention stays within a document."""
+    attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
+    """Kernel; auto: sdpa, or flex on CUDA where a window or document mask is on."""
+    embed_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Storage of the token embedding (and of its optimizer state)."""
+    loss_chunk_tokens: int = 0
+    """Head and loss in chunks of so many tokens, recomputed in the backward pass; 0: all at once."""
+
+    def __post_init__(self) -> None:
+        _refuse_below(self, 1, "layers", "dim", "head_dim", "mlp_dim", "vocab_multiple", "window_tokens")
+        _refuse_below(self, 0, "value_embeds", "bigram_buckets", "full_attention_every", "loss_chunk_tokens")
+        refuse(self.dim % self.head_dim != 0, f"head_dim must divide dim, got {self.head_dim} and {self.dim}")
+        refuse(self.position in ("rotary", "half_rotary") and self.head_dim % 4 != 0,
+               f"{self.position} needs head_dim divisible by 4, got {self.head_dim}")
+        refuse(self.value_embeds > self.layers, f"value_embeds must be at most layers ({self.layers}), got {self.value_embeds}")
+        refuse(self.full_attention_every > 0 and self.window_tokens is None,
+               "full_attention_every has no effect without --model.window_tokens")
+        refuse(self.softcap != "none" and self.softcap_value <= 0,
+               f"softcap_value must be positive, got {self.softcap_value}")
+        refuse(self.attention == "varlen" and not self.document_mask,
+               "--model.attention varlen packs documents: it needs --model.document_mask")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """How the tensors of one role are trained. Which fields act depends on the rule: see RULE_READS."""
+
+    rule: RuleName = "adam"
+    """steepest: momentum, then the norm's dual (Muon, Signum, Scion's LMOs, normalised SGD); adam: Adam(W)."""
+    lr: float = 0.01
+    """Step length in units of the rule's norm, before the lr curve."""
+    weight_decay: float = 0.0
+    """Decay per step, before its curve."""
+    decay: Literal["decoupled", "independent", "cautious", "none"] = "decoupled"
+    """W -= lr wd W; W -= wd (lr / peak lr) W; the first, only where update and weight agree in sign (Chen et al. 2025,
+    arXiv 2510.12402); or none."""
+    momentum: float = 0.95
+    """Coefficient of the gradient average, unless scheduled."""
+    averaging: Literal["ema", "heavy_ball", "none"] = "ema"
+    """m <- mu m + (1 - mu) g, m <- mu m + g, or m <- g."""
+    nesterov: bool = True
+    """Step along the average's next value as the present gradient foresees it."""
+    norm: NormName = "rms_operator"
+    """The norm of steepest descent."""
+    unit: Literal["plain", "at_least_one", "match_adam"] = "plain"
+    """Length of the matrix norms' step: the norm's own; spectral x max(1, m/n)^.5 (Jordan); spectral x .2 max(m, n)^.5
+    (Moonlight, Liu et al. 2025, arXiv 2502.16982)."""
+    ns: Literal["quintic", "polar_express", "convergent", "svd"] = "polar_express"
+    """How matrices are orthogonalised: coefficient table, or the exact SVD."""
+    ns_steps: int = 5
+    """Newton-Schulz iterations."""
+    beta1: float = 0.8
+    """Adam's average of the gradient."""
+    beta2: float = 0.95
+    """Adam's average of its square."""
+    eps: float = 1e-10
+    """Adam's floor under the root mean square gradient."""
+
+    def __post_init__(self) -> None:
+        _refuse_below(self, 0, "lr", "weight_decay", "eps")
+        _refuse_below(self, 1, "ns_steps")
+        for name in ("momentum", "beta1", "beta2"):
+            value = getattr(self, name)
+            refuse(not 0 <= value < 1, f"{name} must lie in [0, 1), got {value}")
+        refuse(self.unit != "plain" and self.norm != "spectral", f"unit {self.unit} belongs to --norm spectral, got norm {self.norm}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Optim:
+    """One group per parameter role: the role chooses the norm (Bernstein & Newhouse 2024, arXiv 2409.20325)."""
+
+    matrix: Group = field(default_factory=lambda: Group(rule="steepest", lr=0.03))
+    """Hidden matrices of attention and MLP."""
+    embed: Group = field(default_factory=lambda: Group(lr=0.3))
+    """Token and position embeddings."""
+    head: Group = field(default_factory=lambda: Group(lr=0.02))
+    """The output matrix."""
+    value_embed: Group = field(default_factory=lambda: Group(lr=0.1))
+    """Token embeddings mixed into the values."""
+    bigram_embed: Group = field(default_factory=lambda: Group(lr=0.1))
+    """The hashed bigram table."""
+    gate: Group = field(default_factory=lambda: Group(lr=0.02))
+    """Small matrices that open and close a technique."""
+    gain: Group = field(default_factory=lambda: Group(lr=0.02))
+    """Gains of the norms."""
+    bias: Group = field(default_factory=lambda: Group(lr=0.02))
+    """Biases."""
+    scalar: Group = field(default_factory=lambda: Group(lr=0.02))
+    """Single learned numbers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """What changes over the steps, each as a curve (notation: configs/curve.py)."""
+
+    lr: Curve = "0=1 40%=1 100%=0.1"
+    """Multiplies every group's lr."""
+    weight_decay: Curve = "1"
+    """Multiplies every group's weight decay, beside the lr that it is coupled to."""
+    momentum: Curve | None = None
+    """Momentum of the groups with rule steepest; None: each group's own."""
+    batch_tokens: Curve | None = None
+    """Tokens per optimizer step; None: train.batch_tokens."""
+    sequence_tokens: Curve | None = None
+    """Context length; None: data.sequence_tokens."""
+    window_tokens: Curve | None = None
+    """Sliding window; None: model.window_tokens."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay", "momentum", "batch_tokens", "sequence_tokens", "window_tokens"):
+            text = getattr(self, name)
+            if text is not None:
+                low = min(knot.value for knot in parse_curve(text))
+                refuse(low < 0, f"curve {name} must not be negative, got {text!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Train:
+    """How long, and in what portions."""
+
+    steps: int = 280
+    """Optimizer steps."""
+    batch_tokens: int = 4096
+    """Tokens per optimizer step, over all ranks, unless scheduled."""
+    micro_tokens: int = 65_536
+    """Most tokens in one forward-backward on one rank: lower it when memory runs out."""
+    loss_reduction: Literal["mean", "sum"] = "mean"
+    """Gradients of the mean over the step's tokens, or of the sum (track 3)."""
+    val_every_steps: int = 40
+    """0: only at the end."""
+    final_val_every_steps: int = 0
+    """In the last 10 % of the run, validate every so many steps; 0: as before."""
+    warmup_steps: int = 2
+    """Untimed steps before the run, undone afterwards, where code is compiled."""
+
+    def __post_init__(self) -> None:
+        _refuse_below(self, 1, "steps", "batch_tokens", "micro_tokens")
+        _refuse_below(self, 0, "val_every_steps", "final_val_every_steps", "warmup_steps")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Log:
+    """What is written down beside the summary."""
+
+    every_steps: int = 10
+    """Training loss and times go to metrics.jsonl every so many steps."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online if a wandb key is configured, else off."""
+    wandb_project: str = "steepest"
+    wandb_tags: tuple[str, ...] = ()
+    diagnostics: bool = True
+    """Per group, at each validation: size of the weights, size and angle of the step."""
+    sample_tokens: int = 96
+    """Length of the continuation sampled at the end; 0: none."""
+
+    def __post_init__(self) -> None:
+        _refuse_below(self, 1, "every_steps")
+        _refuse_below(self, 0, "sample_tokens")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A complete run: same Run, same tokens, same machine: same losses."""
+
+    preset: str = "tiny"
+    """The name it started from; set by the command line."""
+    run: Identity = field(default_factory=Identity)
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    train: Train = field(default_factory=Train)
+    log: Log = field(default_factory=Log)
+
+    def __post_init__(self) -> None:
+        data, train = self.data, self.train
+        if self.schedule.batch_tokens is None and self.schedule.sequence_tokens is None:
+            refuse(train.batch_tokens % data.sequence_tokens != 0,
+                   f"train.batch_tokens must be a multiple of data.sequence_tokens ({data.sequence_tokens}), got "
+                   f"{train.batch_tokens}; nearest: {max(1, round(train.batch_tokens / data.sequence_tokens)) * data.sequence_tokens}")
+        refuse(train.micro_tokens < data.sequence_tokens,
+               f"train.micro_tokens must hold one sequence of {data.sequence_tokens} tokens, got {train.micro_tokens}")
+        refuse(self.schedule.window_tokens is not None and self.model.window_tokens is None,
+               "schedule.window_tokens needs --model.window_tokens, the window it starts from")
+        refuse(self.model.position == "learned" and self.schedule.sequence_tokens is not None,
+               "learned positions have a fixed length: schedule.sequence_tokens needs --model.position rotary")

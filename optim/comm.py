@@ -1,0 +1,103 @@
+"""The only file that knows the process group. At world size 1 every verb is the identity.
+
+Started by torchrun: NCCL between GPUs, gloo between CPUs; ranks and addresses come from its environment variables.
+"""
+
+import os
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Work(Protocol):
+    """A collective in flight."""
+
+    def wait(self) -> object:
+        """Block (or order the stream) until the result is there."""
+
+
+class _Done:
+    def wait(self) -> None:
+        pass
+
+
+class Comm:
+    """Rank and world size, and the collectives that training needs."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        """Join the process group that torchrun announces in the environment, if it does."""
+        self.device = torch.device(device)
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self._in_place = self.device.type == "cuda"  # NCCL lets a collective's input be a slice of its output
+        if self.world_size > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    def slice_of(self, length: int) -> slice:
+        """This rank's equal share of a first dimension that the world size divides."""
+        assert length % self.world_size == 0
+        share = length // self.world_size
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def reduce_scatter(self, bank: Tensor) -> tuple[Tensor, Work]:
+        """This rank's slice of the sum of `bank` over all ranks, once the work is waited for; `bank` may be clobbered."""
+        own = bank[self.slice_of(bank.size(0))]
+        if self.world_size == 1:
+            return own, _Done()
+        result = own if self._in_place else torch.empty_like(own)
+        collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        return result, collective(result, bank, op=dist.ReduceOp.SUM, async_op=True)
+
+    def all_gather(self, bank: Tensor) -> Work:
+        """Every rank's slice of `bank` reaches all ranks, in place."""
+        if self.world_size == 1:
+            return _Done()
+        own = bank[self.slice_of(bank.size(0))]
+        collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        return collective(bank, own if self._in_place else own.clone(), async_op=True)
+
+    def all_reduce(self, tensor: Tensor) -> Work:
+        """Sum over ranks, in place."""
+        if self.world_size == 1:
+            return _Done()
+        return dist.all_reduce(tensor, op=dist.ReduceOp.SUM, async_op=True)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Rank 0's values reach all ranks, in place."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, src=0)
+
+    def share(self, value: object) -> object:
+        """Rank 0's small Python value (text, number, None) on all ranks."""
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums of float64 numbers over ranks."""
+        return self._combine(values, dist.ReduceOp.SUM)
+
+    def max(self, *values: float) -> list[float]:
+        """Maxima of float64 numbers over ranks."""
+        return self._combine(values, dist.ReduceOp.MAX)
+
+    def _combine(self, values: tuple[float, ...], op: dist.ReduceOp) -> list[float]:
+        if self.world_size == 1:
+            return list(values)
+        box = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(box, op=op)
+        return box.tolist()
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.world_size > 1:
+            dist.destroy_process_group()

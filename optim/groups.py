@@ -1,0 +1,56 @@
+"""From the model's roles to groups of tensors that are trained alike: an exact cover, or an error that lists the strays."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from torch import Tensor
+
+from configs.schema import EVERY_RULE_READS, RULE_READS, Group, Optim
+from optim.rules import RULES, Rule
+
+
+@dataclass(frozen=True, slots=True)
+class ParamGroup:
+    """Tensors of one role, their configuration and the rule built from it."""
+
+    role: str
+    config: Group
+    rule: Rule
+    params: dict[str, Tensor]
+
+
+def build_groups(params: Mapping[str, Tensor], roles: Mapping[str, str], optim: Optim) -> list[ParamGroup]:
+    """Groups in the order of Optim's fields; `roles` maps every parameter name to one of them.
+
+    Raises ValueError listing parameters without a role, roles without a parameter, and unknown roles.
+    """
+    known = [f.name for f in fields(optim)]
+    without = sorted(set(params) ^ set(roles))
+    unknown = sorted(f"{name}: {role}" for name, role in roles.items() if role not in known)
+    if without or unknown:
+        raise ValueError(f"roles must cover the parameters exactly; strays: {without}, unknown roles: {unknown}, "
+                         f"known roles: {known}")
+    groups = []
+    for role in known:
+        members = {name: param for name, param in params.items() if roles[name] == role}
+        if members:
+            config = getattr(optim, role)
+            groups.append(ParamGroup(role, config, RULES[config.rule].build(config), members))
+    return groups
+
+
+def group_table(groups: list[ParamGroup]) -> str:
+    """One line a group: role, tensors, parameters, rule and the settings that act on it."""
+    rows = [("role", "tensors", "parameters", "rule", "lr", "decay", "settings")]
+    for group in groups:
+        count = sum(p.numel() for p in group.params.values())
+        decay = f"{group.config.weight_decay:g} {group.config.decay}" if group.config.weight_decay else "none"
+        rows.append((group.role, str(len(group.params)), f"{count:,}", group.config.rule, f"{group.config.lr:g}", decay,
+                     _settings(group.config)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _settings(config: Group) -> str:
+    names = [f.name for f in fields(config) if f.name in RULE_READS[config.rule] - EVERY_RULE_READS]
+    return " ".join(f"{name}={getattr(config, name)}" for name in names)

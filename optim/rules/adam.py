@@ -1,0 +1,40 @@
+"""Adam: the sign of the gradient, softened by running averages (without them it is steepest descent under max |.|)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from configs.schema import Group
+from optim.norms import Norm, Sign
+from optim.rules.base import Hyper, zeros_like_bank
+
+
+@dataclass(frozen=True, slots=True)
+class Adam:
+    """D = mhat / (sqrt(vhat) + eps) with m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) g^2, hats divided by 1 - b^t.
+
+    Kingma & Ba 2014, arXiv 1412.6980, algorithm 1; with `apply_step`'s decay it is AdamW. Memories keep the
+    parameter's dtype; the arithmetic is at least float32.
+    """
+
+    beta1: float
+    beta2: float
+    eps: float
+    norm: Norm = Sign()
+
+    @classmethod
+    def build(cls, group: Group) -> "Adam":
+        """The rule that a group's configuration describes."""
+        return cls(group.beta1, group.beta2, group.eps)
+
+    def init_state(self, param: Tensor) -> dict[str, Tensor]:
+        """First and second moment."""
+        return {"mean": zeros_like_bank(param), "square": zeros_like_bank(param)}
+
+    def direction(self, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
+        """mhat / (sqrt(vhat) + eps), float32, of any shape."""
+        grad, mean, square = grad.float(), state["mean"], state["square"]
+        mean.lerp_(grad.to(mean.dtype), 1 - self.beta1)
+        square.lerp_((grad * grad).to(square.dtype), 1 - self.beta2)
+        root = (square.float() / (1 - self.beta2**hyper.count)).sqrt_().add_(self.eps)
+        return mean.float().div(root).div_(1 - self.beta1**hyper.count)

@@ -1,0 +1,53 @@
+"""From the step to the numbers that hold at it: a pure function, so that resuming is right by construction."""
+
+from typing import NamedTuple
+
+from configs.curve import evaluate_curve, parse_curve
+from configs.schema import Run
+
+
+class Values(NamedTuple):
+    """What holds at one step."""
+
+    lr: float
+    """Multiplies each group's lr."""
+    weight_decay: float
+    """Multiplies each group's weight decay."""
+    momentum: float | None
+    """Momentum of the steepest groups; None: each group's own."""
+    batch_tokens: int
+    """Tokens of the step, over all ranks: a multiple of sequence_tokens."""
+    sequence_tokens: int
+    """Context length."""
+    window_tokens: int | None
+    """Sliding window of attention; None: none."""
+
+
+class Schedule:
+    """The curves of a run, evaluated."""
+
+    def __init__(self, run: Run) -> None:
+        self.total_steps = run.train.steps
+        schedule = run.schedule
+        self._curves = {name: parse_curve(text) for name in Values._fields if (text := getattr(schedule, name)) is not None}
+        self._constants = {"momentum": None, "batch_tokens": run.train.batch_tokens,
+                           "sequence_tokens": run.data.sequence_tokens, "window_tokens": run.model.window_tokens}
+
+    def values(self, step: int) -> Values:
+        """What holds at optimizer step 0, 1, ..., total_steps - 1."""
+        now = {name: evaluate_curve(knots, step, self.total_steps) for name, knots in self._curves.items()}
+        found = self._constants | now
+        sequence = max(1, round(found["sequence_tokens"]))
+        window = found["window_tokens"]
+        return Values(found["lr"], found["weight_decay"], found["momentum"],
+                      max(1, round(found["batch_tokens"] / sequence)) * sequence, sequence,
+                      None if window is None else max(1, round(window)))
+
+    def portions(self, step: int) -> tuple[int, int]:
+        """(batch_tokens, sequence_tokens) of a step: what the data pipeline must know."""
+        values = self.values(step)
+        return values.batch_tokens, values.sequence_tokens
+
+    def tokens_before(self, step: int) -> int:
+        """Training tokens of all steps before `step`."""
+        return sum(self.values(i).batch_tokens for i in range(step))
