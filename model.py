@@ -75,19 +75,19 @@ class Rotary(nn.Module):
         frequency = config.rotary_base ** -torch.linspace(0, 1, moving)
         frequency = F.pad(frequency, (0, config.head_dim // 2 - moving))
         angle_TF = torch.outer(torch.arange(max_tokens, dtype=torch.float32), frequency)
-        self.register_buffer("cos_TF", angle_TF.cos(), persistent=False)
-        self.register_buffer("sin_TF", angle_TF.sin(), persistent=False)
+        cos, sin = angle_TF.cos(), angle_TF.sin()
+        self.register_buffer("cos_TD", torch.cat((cos, cos), dim=-1), persistent=False)
+        self.register_buffer("sin_TD", torch.cat((sin, -sin), dim=-1), persistent=False)
 
     def forward(self, x_BTHD: Tensor) -> Tensor:
         """(B, T, H, D) -> (B, T, H, D), rotated in float32."""
-        length = x_BTHD.size(1)
-        cos, sin = self.cos_TF[:length, None], self.sin_TF[:length, None]
-        x, y = x_BTHD.float().chunk(2, dim=-1)
-        return torch.cat((x * cos + y * sin, y * cos - x * sin), dim=-1).type_as(x_BTHD)
+        x, length = x_BTHD.float(), x_BTHD.size(1)
+        partner = x.roll(x.size(-1) // 2, dims=-1)
+        return torch.addcmul(x * self.cos_TD[:length, None], partner, self.sin_TD[:length, None]).type_as(x_BTHD)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu2": lambda x: F.relu(x).square(), "gelu": F.gelu,
-                                                      "swiglu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu2": lambda x: F.relu(x) * x,  # .square() differentiates twice as slowly on CPUs
+                                                      "gelu": F.gelu, "swiglu": F.silu}
 
 
 class MLP(nn.Module):

@@ -23,6 +23,11 @@ class _Done:
         pass
 
 
+def local_rank() -> int:
+    """This process's number on its machine, as torchrun says."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 class Comm:
     """Rank and world size, and the collectives that training needs."""
 
@@ -31,7 +36,6 @@ class Comm:
         self.device = torch.device(device)
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self._in_place = self.device.type == "cuda"  # NCCL lets a collective's input be a slice of its output
         if self.world_size > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")

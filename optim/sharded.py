@@ -71,6 +71,8 @@ class ShardedOptimizer:
         """Moves every parameter's storage into a bank and broadcasts rank 0's weights."""
         self.comm = comm
         self.banks = [self._make_bank(group, names) for group in groups for names in _alike(group)]
+        if compile_updates:
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # one graph a bank
         self._update = torch.compile(_update, dynamic=False) if compile_updates else _update
 
     def _make_bank(self, group: ParamGroup, names: list[str]) -> Bank:
@@ -168,6 +170,17 @@ class ShardedOptimizer:
                     bank.weights.copy_(whole)
                 else:
                     bank.state[key].copy_(whole[bank.own])
+
+    def snapshot(self) -> list[list[Tensor]]:
+        """Copies of this rank's weights and state, for `restore`."""
+        return [[tensor.clone() for tensor in (bank.weights, *bank.state.values())] for bank in self.banks]
+
+    @torch.no_grad()
+    def restore(self, snapshot: list[list[Tensor]]) -> None:
+        """Undo every step since the snapshot was taken."""
+        for bank, tensors in zip(self.banks, snapshot, strict=True):
+            for tensor, saved in zip((bank.weights, *bank.state.values()), tensors, strict=True):
+                tensor.copy_(saved)
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of `state_tensors`, without communication."""

@@ -1,0 +1,402 @@
+"""One training run, told from top to bottom: config > data > model > optimizer > warm-up > timed loop > checkpoint.
+
+    python train_gpt.py [PRESET] [--dotted.field VALUE ...]
+    torchrun --standalone --nproc_per_node=8 train_gpt.py PRESET ...
+
+Timed: data loading, steps, logging. Not timed: imports, compilation and warm-up, validation, checkpoints, sampling.
+"""
+
+import sys
+
+from configs.cli import fail, parse
+
+if __name__ == "__main__":
+    RUN = parse(sys.argv[1:])  # before torch is imported: --help and typing errors answer at once
+
+# ruff: noqa: E402
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from configs.schema import Identity, Run
+from data.batches import Batches, Position
+from data.checkpoint import load_checkpoint, match_tensors, save_checkpoint
+from data.device import choose_device, device_name, peak_memory_bytes
+from data.environment import peak_flops
+from data.evaluate import Score, evaluate
+from data.reporter import Progress, Reporter
+from data.runs import config_to_dict, flatten, open_run_folder
+from data.sources import Source, open_source
+from model import GPT
+from optim.comm import Comm, local_rank
+from optim.groups import build_groups, group_table
+from optim.schedule import Schedule, Values
+from optim.sharded import Measures, ShardedOptimizer
+
+CACHE = Path(__file__).resolve().parent / ".cache"
+CHECKPOINT = "checkpoint.safetensors"
+PROMPT_TOKENS = 32
+GPU_SIGNAL_POLL_STEPS = 16  # agreeing on a signal waits for the device; on CPUs it is free
+
+
+class DivergedError(RuntimeError):
+    """The loss is not a finite number."""
+
+
+# ---- Time and signals --------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Training seconds: runs between start and stop, waits for the device at both."""
+
+    def __init__(self, device: torch.device, seconds: float = 0.0) -> None:
+        self._device, self._seconds, self._since = device, seconds, None
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def start(self) -> None:
+        """Go on counting."""
+        self._synchronize()
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        """Stop counting."""
+        self._synchronize()
+        self._seconds, self._since = self.seconds, None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds counted so far."""
+        return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+
+class Interruption:
+    """SIGINT and SIGTERM become a flag that the loop reads between steps; a second signal acts as usual."""
+
+    def __init__(self) -> None:
+        self.received = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.received = True
+        signal.signal(number, signal.SIG_DFL)
+
+
+# ---- The run's state ----------------------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """Model, optimizer, data and clock of one run, on one rank."""
+
+    def __init__(self, run: Run) -> None:
+        """Build everything that the run needs; nothing is written to disk but the tokenizer's cache."""
+        self.run = run
+        self.comm = Comm(choose_device(run.run.device, local_rank()))
+        self.device = self.comm.device
+        self.schedule = Schedule(run)
+        self.source = self._open_source()
+        self.model = self._build_model()
+        groups = build_groups(dict(self.model.named_parameters()), self.model.roles(), run.optim)
+        self.group_table = group_table(groups)
+        self.compiled = run.run.compile == "on" or (run.run.compile == "auto" and self.device.type == "cuda")
+        self.optimizer = ShardedOptimizer(groups, self.comm, compile_updates=self.compiled)
+        if self.compiled:
+            self.model.compile(dynamic=False)
+        self.progress = Progress()
+        self.clock = Clock(self.device)
+
+    def _open_source(self) -> Source:
+        """Each machine's first rank opens the source first, so that caches are built once."""
+        def opened() -> Source:
+            return open_source(self.run.data, cache_dir=CACHE, seed=self.run.run.seed)
+
+        source = opened() if local_rank() == 0 else None
+        self.comm.barrier()
+        return source or opened()
+
+    def _build_model(self) -> GPT:
+        torch.manual_seed(self.run.run.seed)
+        values = [self.schedule.values(step) for step in range(self.run.train.steps)]
+        longest = max(max(v.sequence_tokens for v in values), self.run.data.val_sequence_tokens or 0)
+        on_cuda = self.device.type == "cuda"
+        model = GPT(self.run.model, vocab_size=self.source.vocab_size, max_tokens=longest,
+                    document_start=self.source.document_start, on_cuda=on_cuda,
+                    dtype=torch.bfloat16 if on_cuda else torch.float32)
+        return model.to(self.device)
+
+    def start_batches(self) -> Batches:
+        """The stream of training batches, from the present step on."""
+        data = self.run.data
+        batches = Batches(self.source.train, order=data.order, seed=self.run.run.seed,
+                          document_start=self.source.document_start, max_document_tokens=data.max_document_tokens,
+                          rank=self.comm.rank, world_size=self.comm.world_size, plan=self.schedule.portions,
+                          total_steps=self.run.train.steps, pin=self.device.type == "cuda")
+        batches.start(self.progress.step, Position.from_dict(self.progress.position))
+        return batches
+
+    # ---- One step, one validation ----
+
+    def gradients(self, inputs: Tensor, targets: Tensor, values: Values) -> Tensor:
+        """Accumulate this rank's gradients of the step's loss; its own summed nats, 0-D."""
+        scale = 1 / values.batch_tokens if self.run.train.loss_reduction == "mean" else 1.0
+        total = torch.zeros((), device=self.device)
+        for x, y in micro_batches(inputs, targets, self.run.train.micro_tokens):
+            nats = self.model(x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True),
+                              window=values.window_tokens)
+            (nats * scale).backward()
+            total += nats.detach()
+        return total
+
+    def step(self, batches: Batches, *, measure: bool = False) -> tuple[Tensor, Measures]:
+        """One optimizer step: this rank's summed nats before it, and its measures."""
+        progress, values = self.progress, self.schedule.values(self.progress.step)
+        inputs, targets, position = batches.next()
+        nats = self.gradients(inputs, targets, values)
+        measures = self.optimizer.step(values, progress.step + 1, measure=measure)
+        self.optimizer.zero_grad()
+        progress.step += 1
+        progress.tokens += values.batch_tokens
+        progress.position = position.as_dict()
+        return nats, measures
+
+    @torch.no_grad()
+    def validate(self) -> Score:
+        """The referee's score of the present weights."""
+        values = self.schedule.values(max(0, self.progress.step - 1))
+        return evaluate(lambda x, y: self.model(x, y, window=values.window_tokens), self.source,
+                        sequence_tokens=self.run.data.val_sequence_tokens or values.sequence_tokens,
+                        micro_tokens=self.run.train.micro_tokens, rank=self.comm.rank, world_size=self.comm.world_size,
+                        device=self.device, sum_over_ranks=lambda x: self.comm.sum(x)[0])
+
+    def warm_up(self) -> None:
+        """Run every shape of the schedule on random tokens, so that all is compiled, then undo it."""
+        snapshot = self.optimizer.snapshot()
+        generator = torch.Generator().manual_seed(0)
+        shapes = dict.fromkeys(self.schedule.values(i)[3:] for i in range(self.run.train.steps))
+        for step, values in enumerate(self.schedule.values(0)._replace(batch_tokens=b, sequence_tokens=t, window_tokens=w)
+                                      for b, t, w in shapes):
+            rows = max(1, values.batch_tokens // values.sequence_tokens // self.comm.world_size)
+            tokens = torch.randint(self.source.vocab_size, (rows, values.sequence_tokens), generator=generator)
+            for _ in range(self.run.train.warmup_steps):
+                self.gradients(tokens, tokens, values)
+                self.optimizer.step(values, step + 1)
+                self.optimizer.zero_grad()
+            with torch.no_grad():
+                x = next(micro_batches(tokens, tokens, self.run.train.micro_tokens))[0].to(self.device)
+                self.model(x, x, window=values.window_tokens)
+        self.optimizer.restore(snapshot)
+
+    # ---- Saving and resuming ----
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint, atomically. A collective: every rank must call it."""
+        tensors = self.optimizer.state_tensors()
+        if self.comm.rank == 0:
+            meta = {"progress": {name: getattr(self.progress, name) for name in Progress.__slots__},
+                    "config": flatten(config_to_dict(self.run)), "data_hash": self.source.data_hash}
+            save_checkpoint(path, tensors | {"rng/torch": torch.get_rng_state()}, meta)
+        self.comm.barrier()
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint. Raises ValueError if it is corrupt, of another model, or of another run."""
+        tensors, meta = load_checkpoint(path)
+        torch.set_rng_state(tensors.pop("rng/torch"))
+        match_tensors(self.optimizer.state_shapes(), tensors, what=str(path))
+        refuse_other_run(meta, self.run, self.source.data_hash, path)
+        self.optimizer.load_state_tensors(tensors)
+        self.progress = Progress(**meta["progress"])
+        self.clock = Clock(self.device, self.progress.train_seconds)
+
+    def flops_per_token(self) -> float:
+        """Floating-point operations of a training token of the last step."""
+        values = self.schedule.values(max(0, self.progress.step - 1))
+        return self.model.flops_per_token(values.sequence_tokens, values.window_tokens)
+
+
+def micro_batches(inputs: Tensor, targets: Tensor, micro_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of (n, T) tensors in portions of at most `micro_tokens` tokens, at least one row."""
+    rows = max(1, micro_tokens // inputs.size(1))
+    yield from zip(inputs.split(rows), targets.split(rows), strict=True) if len(inputs) else ()
+
+
+def refuse_other_run(meta: dict, run: Run, data_hash: str, path: Path) -> None:
+    """Raise ValueError if a checkpoint's settings that decide the losses, or its data, are not this run's."""
+    if meta["data_hash"] != data_hash:
+        raise ValueError(f"{path} was trained on data {meta['data_hash']}, this run reads {data_hash}")
+    free = {f"run.{name}" for name in Identity.__slots__ if name != "seed"}
+    mine = flatten(config_to_dict(run))
+    for name, value in meta["config"].items():
+        if name not in free and not name.startswith("log.") and name != "train.micro_tokens" and mine.get(name) != value:
+            raise ValueError(f"{path} was trained with --{name} {value}, this run says {mine.get(name)}; "
+                             "resume with the same settings, or start another --run.name")
+
+
+# ---- The story ----------------------------------------------------------------------------------------------------------
+
+
+def is_validation_step(run: Run, step: int) -> bool:
+    """Whether the weights after `step` steps are validated: always at the end, never at the start."""
+    train = run.train
+    late = train.final_val_every_steps and step >= 0.9 * train.steps
+    every = train.final_val_every_steps if late else train.val_every_steps
+    return step == train.steps or (step > 0 and every > 0 and step % every == 0)
+
+
+def plan(trainer: Trainer) -> str:
+    """What the run will do: groups, sizes, schedule, memory."""
+    run, model = trainer.run, trainer.model
+    steps = run.train.steps
+    parameters = sum(p.numel() for p in model.parameters())
+    state = sum(t.nbytes for b in trainer.optimizer.banks for t in (b.weights, b.grads, *b.state.values()))
+    lines = [trainer.group_table, "",
+             f"preset {run.preset} on {trainer.comm.world_size} x {device_name(trainer.device)}, activations "
+             f"{str(model.dtype)[6:]}, attention {model.kernel}, compile {'on' if trainer.compiled else 'off'}, seed {run.run.seed}",
+             f"data {trainer.source.name}, hash {trainer.source.data_hash}, {sum(map(len, trainer.source.train)):,} training tokens, "
+             f"{len(trainer.source.validation) - 1:,} validation tokens, vocabulary {trainer.source.vocab_size:,}",
+             *trainer.source.notes,
+             f"{parameters:,} parameters; {trainer.flops_per_token() / 1e6:.1f} MFLOP a token; {steps:,} steps, "
+             f"{trainer.schedule.tokens_before(steps):,} tokens; weights, gradients and optimizer state {state / 2**20:,.0f} MiB a rank"]
+    return "\n".join(lines)
+
+
+def schedule_table(schedule: Schedule) -> str:
+    """The schedule's values at eleven steps."""
+    steps = sorted({round(i * (schedule.total_steps - 1) / 10) for i in range(11)})
+    lines = [f"{'step':>8} " + " ".join(f"{name:>15}" for name in Values._fields)]
+    for step in steps:
+        lines.append(f"{step:>8} " + " ".join(f"{'-' if x is None else format(x, '.4g'):>15}" for x in schedule.values(step)))
+    return "\n".join(lines)
+
+
+def train(trainer: Trainer, reporter: Reporter) -> bool:
+    """The timed loop. True if the run ended, False if a signal cut it short; a checkpoint is written in both cases."""
+    run, progress, clock = trainer.run, trainer.progress, trainer.clock
+    interruption, batches = Interruption(), trainer.start_batches()
+    poll = GPU_SIGNAL_POLL_STEPS if trainer.device.type == "cuda" else 1
+    finished = progress.step >= run.train.steps
+    clock.start()
+    while not finished:
+        validates = is_validation_step(run, progress.step + 1)
+        nats, measures = trainer.step(batches, measure=validates and run.log.diagnostics)
+        reporter.advance()
+        if progress.step % run.log.every_steps == 0 or validates:
+            record_train_loss(trainer, reporter, nats)
+        if validates:
+            clock.stop()
+            score = trainer.validate()
+            progress.note_score(score, run.run.target_loss_nats)
+            reporter.validation(score, measures)
+            refuse_non_finite(trainer, score.nats_per_token, reporter.folder)
+            clock.start()
+        finished = progress.step >= run.train.steps or (run.run.stop_at_target and progress.target_step is not None)
+        interrupted = progress.step % poll == 0 and trainer.comm.max(float(interruption.received))[0] > 0
+        every = run.run.checkpoint_every_steps
+        if finished or interrupted or (every and progress.step % every == 0):
+            clock.stop()
+            checkpoint(trainer, reporter)
+            clock.start()
+        if interrupted:
+            break
+    clock.stop()
+    batches.close()
+    return finished
+
+
+def record_train_loss(trainer: Trainer, reporter: Reporter, nats: Tensor) -> None:
+    """Sum the step's loss over ranks, write it down, and stop the run where it is not finite."""
+    progress, comm = trainer.progress, trainer.comm
+    loss = comm.sum(nats.item())[0] / trainer.schedule.values(progress.step - 1).batch_tokens
+    progress.train_seconds = trainer.clock.seconds
+    peak = peak_flops(device_name(trainer.device))
+    reporter.training(loss, flops_per_token=trainer.flops_per_token(), peak_flops=peak and peak * comm.world_size)
+    refuse_non_finite(trainer, loss, reporter.folder)
+
+
+def refuse_non_finite(trainer: Trainer, loss: float, folder: Path) -> None:
+    """Raise DivergedError, with advice, where the loss is NaN or infinite."""
+    if not math.isfinite(loss):
+        saved = folder / CHECKPOINT
+        good = f"the last good checkpoint is {saved}" if saved.exists() else "no checkpoint was written yet"
+        raise DivergedError(f"loss is {loss} at step {trainer.progress.step}; {good}. Lower --optim.matrix.lr or the lr of the "
+                       "embeddings, or start from lr 0 (--schedule.lr '0=0 5%=1 ...')")
+
+
+def checkpoint(trainer: Trainer, reporter: Reporter) -> None:
+    """Save everything, with the length of the metrics file as of now."""
+    trainer.progress.train_seconds = trainer.clock.seconds
+    trainer.progress.metrics_bytes = reporter.metrics_bytes()
+    trainer.save(reporter.folder / CHECKPOINT)
+
+
+def finish(trainer: Trainer, reporter: Reporter, began: float) -> None:
+    """Write summary.json, print it, and sample a continuation of the validation text."""
+    reporter.finish(
+        sample=sample(trainer) if reporter.active else "", wall_seconds=time.time() - began,
+        peak_memory_bytes=peak_memory_bytes(trainer.device), parameters=sum(p.numel() for p in trainer.model.parameters()),
+        data_hash=trainer.source.data_hash, device=device_name(trainer.device), world_size=trainer.comm.world_size)
+
+
+def sample(trainer: Trainer) -> str:
+    """A continuation of the validation text's first tokens, the seam marked by |; empty if not asked for."""
+    tokenizer, count = trainer.source.tokenizer, trainer.run.log.sample_tokens
+    if tokenizer is None or not count:
+        return ""
+    prompt = torch.from_numpy(trainer.source.validation[1:1 + PROMPT_TOKENS].astype("int64")).to(trainer.device)
+    tokens = trainer.model.generate(prompt, count, generator=torch.Generator().manual_seed(trainer.run.run.seed))
+    parts = (tokenizer.decode(part.tolist()).decode("utf-8", "replace") for part in (prompt, tokens[len(prompt):]))
+    return "|".join(parts)
+
+
+def open_folder(run: Run, comm: Comm) -> Path:
+    """The run's folder, chosen and made by rank 0."""
+    identity = run.run
+    made = comm.rank == 0 and open_run_folder(identity.dir, identity.name, fallback_name=run.preset, resume=identity.resume)
+    return Path(comm.share(str(made)))
+
+
+def main(run: Run) -> None:
+    """Train as `run` says."""
+    began = time.time()
+    trainer = Trainer(run)
+    lead = trainer.comm.rank == 0
+    if lead:
+        print(plan(trainer), flush=True)
+    if run.run.dry_run:
+        print(schedule_table(trainer.schedule) if lead else "", flush=True)
+        return
+    folder = open_folder(run, trainer.comm)
+    resumed = run.run.resume and (folder / CHECKPOINT).exists()
+    if resumed:
+        trainer.load(folder / CHECKPOINT)
+    reporter = Reporter(run, folder, trainer.progress, active=lead, resumed=resumed)
+    if run.run.resume:
+        reporter.say(f"resuming {folder} at step {trainer.progress.step}" if resumed
+                     else f"no checkpoint in {folder}: starting at step 0")
+    if trainer.compiled and run.train.warmup_steps:
+        trainer.warm_up()
+    if train(trainer, reporter):
+        finish(trainer, reporter, began)
+    else:
+        reporter.say(f"interrupted at step {trainer.progress.step}; saved. Continue with --run.name {folder.name} --run.resume")
+    trainer.comm.close()
+
+
+if __name__ == "__main__":
+    try:
+        main(RUN)
+    except ValueError as error:
+        fail(str(error))
+    except DivergedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory; lower --train.micro_tokens ({RUN.train.micro_tokens}). {error}", file=sys.stderr)
+        raise SystemExit(1) from None
