@@ -1,0 +1,102 @@
+"""Checkpoints: one safetensors file of tensors and JSON, complete or absent, and never silently wrong. No pickle.
+
+The safetensors header carries one entry of ours: format version, checksum and the JSON `meta`. The checksum is a CRC-32
+over meta and every tensor's name, type, shape and bytes (about 1 GB/s), so that a flipped bit is found at loading.
+"""
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data.runs import replacing
+
+HEADER_KEY = "steepest_checkpoint"
+FORMAT_VERSION = 1
+SHOWN_NAMES = 3  # of each kind, in an error message
+
+
+def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Replace `path` by the tensors (any type, shape and device; views are copied out) and `meta`, all or nothing.
+
+    `meta` comes back as JSON gives it: string keys, lists for tuples. A kill at any moment leaves the previous file.
+    """
+    copies = {name: tensors[name].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+              for name in sorted(tensors)}
+    header = {"version": FORMAT_VERSION, "crc32": _checksum(copies, meta), "meta": meta}
+    with replacing(path) as aside:
+        save_file(copies, aside, metadata={HEADER_KEY: json.dumps(header)})
+
+
+def load_checkpoint(path: Path, *, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, on `device`, and the meta of a checkpoint.
+
+    Raises ValueError, naming the file, where it is missing, cut, altered, of another program or of another version.
+    """
+    if not path.exists():
+        raise ValueError(f"there is no checkpoint {path}; start the run without --run.resume, or check --run.name")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header = _read_header(path, file.metadata())
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+    except (SafetensorError, OSError) as error:
+        raise _unusable(path, f"is cut or no safetensors file ({error})") from None
+    if _checksum(tensors, header["meta"]) != header["crc32"]:
+        raise _unusable(path, "was altered after it was written: its checksum does not match")
+    # Copied, because what safe_open returns may lie in the mapped file, which the next checkpoint replaces.
+    return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}, header["meta"]
+
+
+def match_tensors(expected: dict[str, tuple[int, ...]], found: dict[str, Tensor], *, what: str) -> None:
+    """Raise ValueError unless `found` has exactly the expected names and shapes; `what` names the checkpoint."""
+    common = [name for name in expected if name in found]
+    faults = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "of another shape": [f"{name} {tuple(found[name].shape)} instead of {tuple(expected[name])}"
+                             for name in common if tuple(found[name].shape) != tuple(expected[name])],
+    }
+    if any(faults.values()):
+        told = "; ".join(f"{kind}: {_first_few(names)}" for kind, names in faults.items() if names)
+        raise ValueError(f"{what} is the checkpoint of another model or optimizer ({told}); give the --model and "
+                         "--optim flags it was made with (config.json beside it tells), or another --run.name")
+
+
+def _read_header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
+    """Our entry of the safetensors metadata, its form and version checked."""
+    if HEADER_KEY not in (metadata or {}):
+        raise _unusable(path, "is a safetensors file of another program")
+    try:
+        header = json.loads(metadata[HEADER_KEY])
+    except ValueError:
+        raise _unusable(path, "has a damaged header") from None
+    version = header.get("version") if isinstance(header, dict) else None
+    if version != FORMAT_VERSION:
+        raise _unusable(path, f"has format version {version}, and this code reads {FORMAT_VERSION}")
+    if not {"crc32", "meta"} <= header.keys():
+        raise _unusable(path, "has a damaged header")
+    return header
+
+
+def _unusable(path: Path, fault: str) -> ValueError:
+    return ValueError(f"checkpoint {path} {fault}; delete it to start anew, or resume from another run's folder")
+
+
+def _checksum(tensors: dict[str, Tensor], meta: dict[str, Any]) -> int:
+    """CRC-32 of all that a checkpoint holds; tensors contiguous and on the CPU, in the order of their names."""
+    # Through JSON and back, because keys that were integers return as strings.
+    crc = zlib.crc32(json.dumps(json.loads(json.dumps(meta)), sort_keys=True).encode())
+    for name, tensor in tensors.items():
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
+    return crc
+
+
+def _first_few(names: list[str]) -> str:
+    more = len(names) - SHOWN_NAMES
+    return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
