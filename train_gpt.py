@@ -252,18 +252,18 @@ def is_validation_step(run: Run, step: int) -> bool:
 
 def plan(trainer: Trainer) -> str:
     """What the run will do: groups, sizes, schedule, memory."""
-    run, model = trainer.run, trainer.model
+    run, model, source = trainer.run, trainer.model, trainer.source
     steps = run.train.steps
     parameters = sum(p.numel() for p in model.parameters())
     state = sum(t.nbytes for b in trainer.optimizer.banks for t in (b.weights, b.grads, *b.state.values()))
     lines = [trainer.group_table, "",
-             f"preset {run.preset} on {trainer.comm.world_size} x {device_name(trainer.device)}, activations "
-             f"{str(model.dtype)[6:]}, attention {model.kernel}, compile {'on' if trainer.compiled else 'off'}, seed {run.run.seed}",
-             f"data {trainer.source.name}, hash {trainer.source.data_hash}, {sum(map(len, trainer.source.train)):,} training tokens, "
-             f"{len(trainer.source.validation) - 1:,} validation tokens, vocabulary {trainer.source.vocab_size:,}",
-             *trainer.source.notes,
-             f"{parameters:,} parameters; {trainer.flops_per_token() / 1e6:.1f} MFLOP a token; {steps:,} steps, "
-             f"{trainer.schedule.tokens_before(steps):,} tokens; weights, gradients and optimizer state {state / 2**20:,.0f} MiB a rank"]
+             f"preset {run.preset} on {trainer.comm.world_size} x {device_name(trainer.device)}, seed {run.run.seed}, activations "
+             f"{str(model.dtype)[6:]}, attention {model.kernel}, compile {'on' if trainer.compiled else 'off'}",
+             f"data {source.name}, hash {source.data_hash}, {sum(map(len, source.train)):,} training tokens, "
+             f"{len(source.validation) - 1:,} validation tokens, vocabulary {source.vocab_size:,}",
+             *source.notes,
+             f"{parameters:,} parameters, {trainer.flops_per_token() / 1e6:.1f} MFLOP a token; {steps:,} steps, "
+             f"{trainer.schedule.tokens_before(steps):,} tokens; weights, gradients and state {state / 2**20:,.0f} MiB a rank"]
     return "\n".join(lines)
 
 
@@ -272,7 +272,8 @@ def schedule_table(schedule: Schedule) -> str:
     steps = sorted({round(i * (schedule.total_steps - 1) / 10) for i in range(11)})
     lines = [f"{'step':>8} " + " ".join(f"{name:>15}" for name in Values._fields)]
     for step in steps:
-        lines.append(f"{step:>8} " + " ".join(f"{'-' if x is None else format(x, '.4g'):>15}" for x in schedule.values(step)))
+        cells = ("-" if x is None else f"{x:.6g}" for x in schedule.values(step))
+        lines.append(f"{step:>8} " + " ".join(f"{cell:>15}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -325,8 +326,8 @@ def refuse_non_finite(trainer: Trainer, loss: float, folder: Path) -> None:
     if not math.isfinite(loss):
         saved = folder / CHECKPOINT
         good = f"the last good checkpoint is {saved}" if saved.exists() else "no checkpoint was written yet"
-        raise DivergedError(f"loss is {loss} at step {trainer.progress.step}; {good}. Lower --optim.matrix.lr or the lr of the "
-                       "embeddings, or start from lr 0 (--schedule.lr '0=0 5%=1 ...')")
+        raise DivergedError(f"loss is {loss} at step {trainer.progress.step}; {good}. Lower --optim.matrix.lr or the lr of "
+                            "the embeddings, or start from lr 0 (--schedule.lr '0=0 5%=1 ...')")
 
 
 def checkpoint(trainer: Trainer, reporter: Reporter) -> None:
@@ -385,7 +386,8 @@ def main(run: Run) -> None:
     if train(trainer, reporter):
         finish(trainer, reporter, began)
     else:
-        reporter.say(f"interrupted at step {trainer.progress.step}; saved. Continue with --run.name {folder.name} --run.resume")
+        reporter.say(f"interrupted at step {trainer.progress.step}; saved. "
+                     f"Continue with --run.name {folder.name} --run.resume")
     trainer.comm.close()
 
 

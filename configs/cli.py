@@ -60,6 +60,6 @@ def _refuse_idle_flags(run: Run, flags: Sequence[str]) -> None:
     for group in (f.name for f in fields(Optim)):
         rule = getattr(run.optim, group).rule
         idle = sorted(flag for flag in given if flag.startswith(f"optim.{group}.")
-                      and flag.rsplit(".")[-1] not in RULE_READS[rule])
+                      and flag.rsplit(".")[-1].removeprefix("no_") not in RULE_READS[rule])
         if idle:
             raise ValueError(f"--{idle[0]} has no effect: rule {rule} reads {', '.join(sorted(RULE_READS[rule]))}")

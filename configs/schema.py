@@ -177,7 +177,8 @@ class Model:
         refuse(self.dim % self.head_dim != 0, f"head_dim must divide dim, got {self.head_dim} and {self.dim}")
         refuse(self.position in ("rotary", "half_rotary") and self.head_dim % 4 != 0,
                f"{self.position} needs head_dim divisible by 4, got {self.head_dim}")
-        refuse(self.value_embeds > self.layers, f"value_embeds must be at most layers ({self.layers}), got {self.value_embeds}")
+        refuse(self.value_embeds > self.layers,
+               f"value_embeds must be at most layers ({self.layers}), got {self.value_embeds}")
         refuse(self.full_attention_every > 0 and self.window_tokens is None,
                "full_attention_every has no effect without --model.window_tokens")
         refuse(self.softcap != "none" and self.softcap_value <= 0,
@@ -227,7 +228,8 @@ class Group:
         for name in ("momentum", "beta1", "beta2"):
             value = getattr(self, name)
             refuse(not 0 <= value < 1, f"{name} must lie in [0, 1), got {value}")
-        refuse(self.unit != "plain" and self.norm != "spectral", f"unit {self.unit} belongs to --norm spectral, got norm {self.norm}")
+        refuse(self.unit != "plain" and self.norm != "spectral",
+               f"unit {self.unit} belongs to norm spectral, got norm {self.norm}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -340,9 +342,10 @@ class Run:
     def __post_init__(self) -> None:
         data, train = self.data, self.train
         if self.schedule.batch_tokens is None and self.schedule.sequence_tokens is None:
-            refuse(train.batch_tokens % data.sequence_tokens != 0,
+            nearest = max(1, round(train.batch_tokens / data.sequence_tokens)) * data.sequence_tokens
+            refuse(train.batch_tokens != nearest,
                    f"train.batch_tokens must be a multiple of data.sequence_tokens ({data.sequence_tokens}), got "
-                   f"{train.batch_tokens}; nearest: {max(1, round(train.batch_tokens / data.sequence_tokens)) * data.sequence_tokens}")
+                   f"{train.batch_tokens}; nearest: {nearest}")
         refuse(train.micro_tokens < data.sequence_tokens,
                f"train.micro_tokens must hold one sequence of {data.sequence_tokens} tokens, got {train.micro_tokens}")
         refuse(self.schedule.window_tokens is not None and self.model.window_tokens is None,

@@ -93,8 +93,8 @@ class Reporter:
         optim = {f"optim/{role}/{name}": value for role, found in measures.items() for name, value in found.items()}
         self.write({"val/loss_nats": score.nats_per_token, "val/bits_per_byte": score.bits_per_byte} | optim)
         bits = "" if score.bits_per_byte is None else f", {score.bits_per_byte:.4f} bits/byte"
-        self.say(f"step {self.progress.step}/{self.run.train.steps}: validation {score.nats_per_token:.4f} nats/token{bits}, "
-                 f"{self.progress.train_seconds:.1f} s")
+        self.say(f"step {self.progress.step}/{self.run.train.steps}: validation {score.nats_per_token:.4f} "
+                 f"nats/token{bits}, {self.progress.train_seconds:.1f} s")
 
     def advance(self) -> None:
         """Move the progress bar by a step."""

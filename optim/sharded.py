@@ -7,7 +7,6 @@ update the owned slice, launch the all-gather; wait for all. Banks of few elemen
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from optim.comm import Comm
 from optim.groups import ParamGroup
-from optim.rules import Hyper, apply_step
+from optim.rules import Decay, Hyper, Rule
 from optim.schedule import Values
 
 SMALL_BANK_ELEMENTS = 16_384  # below this an all-reduce costs less than a scatter and a gather
@@ -119,9 +118,9 @@ class ShardedOptimizer:
 
     def _update_bank(self, bank: Bank, own: Tensor, grad: Tensor, hyper: Hyper) -> None:
         config = bank.group.config
-        decay = config.decay if config.weight_decay else "none"
+        decay = Decay(config.decay if config.weight_decay else "none", config.lr)
         state = {name: bank.as_matrices(tensor) for name, tensor in bank.state.items()}
-        self._update(bank.group.rule.direction, bank.as_matrices(own), bank.as_matrices(grad), state, hyper, decay, config.lr)
+        self._update(bank.group.rule, bank.as_matrices(own), bank.as_matrices(grad), state, hyper, decay)
 
     def _summarise(self, moments: list[Moments], values: Values) -> Measures:
         """Moments of banks and ranks, as figures per group."""
@@ -203,9 +202,8 @@ def hyper_at(group: ParamGroup, values: Values, count: int) -> Hyper:
         group.config.lr * values.lr, group.config.weight_decay * values.weight_decay, momentum, count)))
 
 
-def _update(direction: Callable, own: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper, decay: str,
-            peak_lr: float) -> None:
-    apply_step(own, direction(grad, state, hyper), hyper, decay=decay, peak_lr=peak_lr)
+def _update(rule: Rule, own: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper, decay: Decay) -> None:
+    rule.update(own, grad, state, hyper, decay=decay)
 
 
 def _moments(bank: Bank, before: Tensor, after: Tensor) -> Moments:

@@ -4,9 +4,9 @@ To add one: a file beside this one with a class that satisfies `Rule`, and a lin
 """
 
 from optim.rules.adam import Adam
-from optim.rules.base import Hyper, Rule, apply_step
+from optim.rules.base import Decay, Hyper, Rule
 from optim.rules.steepest import Steepest
 
 RULES: dict[str, type[Rule]] = {"steepest": Steepest, "adam": Adam}
 
-__all__ = ["RULES", "Hyper", "Rule", "apply_step"]
+__all__ = ["RULES", "Decay", "Hyper", "Rule"]

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from configs.schema import Group
 from optim.norms import Norm, Sign
-from optim.rules.base import Hyper, zeros_like_bank
+from optim.rules.base import Decay, Hyper, apply_step, zeros_like_bank
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +40,14 @@ class Adam:
         square.lerp_((grad * grad).to(square.dtype), 1 - self.beta2)
         root = (square.float() / (1 - self.beta2**hyper.count)).sqrt_().add_(self.eps)
         return mean.float().div(root).div_(1 - self.beta1**hyper.count)
+
+    def update(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper, *, decay: Decay) -> None:
+        """W <- W - lr D, with decay, in place; on CPUs in one pass over memory by PyTorch's fused AdamW, where it can."""
+        if param.device.type == "cpu" and param.dtype == torch.float32 and decay.kind in ("none", "decoupled"):
+            self._update_fused(param, grad, state, hyper, 0.0 if decay.kind == "none" else hyper.weight_decay.item())
+        else:
+            apply_step(param, self.direction(grad, state, hyper), hyper, decay=decay)
+
+    def _update_fused(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper, decay: float) -> None:
+        adamw([param], [grad], [state["mean"]], [state["square"]], [], [hyper.count - 1], fused=True, amsgrad=False,
+              beta1=self.beta1, beta2=self.beta2, lr=hyper.lr.item(), weight_decay=decay, eps=self.eps, maximize=False)

@@ -19,6 +19,13 @@ class Hyper(NamedTuple):
     """Updates so far, this one included: 1, 2, ..."""
 
 
+class Decay(NamedTuple):
+    """A group's kind of weight decay, and its lr before the curve."""
+
+    kind: str
+    peak_lr: float
+
+
 class Rule(Protocol):
     """A map from gradients to descent directions, with a memory."""
 
@@ -35,8 +42,11 @@ class Rule(Protocol):
     def direction(self, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
         """The direction D of the step W <- W - lr D, a new tensor of `grad`'s shape; updates `state` in place."""
 
+    def update(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper, *, decay: Decay) -> None:
+        """The whole step, in place: `apply_step` of the direction, or a faster equal."""
 
-def apply_step(param: Tensor, direction: Tensor, hyper: Hyper, *, decay: str, peak_lr: float) -> None:
+
+def apply_step(param: Tensor, direction: Tensor, hyper: Hyper, *, decay: Decay) -> None:
     """W <- W - lr D with weight decay, in place, computed in at least float32.
 
     none; decoupled: W <- (1 - lr wd) W (Loshchilov & Hutter 2017, arXiv 1711.05101); independent: W <- (1 - wd
@@ -44,11 +54,11 @@ def apply_step(param: Tensor, direction: Tensor, hyper: Hyper, *, decay: str, pe
     step shrinks the weight anyway (Chen et al. 2025, arXiv 2510.12402).
     """
     weights = param.float()
-    if decay == "decoupled":
+    if decay.kind == "decoupled":
         weights.mul_(1 - hyper.lr * hyper.weight_decay)
-    elif decay == "independent":
-        weights.mul_(1 - hyper.lr / peak_lr * hyper.weight_decay)
-    elif decay == "cautious":
+    elif decay.kind == "independent":
+        weights.mul_(1 - hyper.lr / decay.peak_lr * hyper.weight_decay)
+    elif decay.kind == "cautious":
         weights.sub_(weights * (direction * weights >= 0) * (hyper.lr * hyper.weight_decay))
     weights.sub_(direction * hyper.lr)
     if weights is not param:

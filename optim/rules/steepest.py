@@ -10,7 +10,7 @@ from torch import Tensor
 
 from configs.schema import Group
 from optim.norms import Norm, build_norm
-from optim.rules.base import Hyper, zeros_like_bank
+from optim.rules.base import Decay, Hyper, apply_step, zeros_like_bank
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,10 @@ class Steepest:
     def direction(self, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
         """dual(average): (K, m, n) -> (K, m, n)."""
         return self.norm.dual(self._average(grad, state, hyper.momentum))
+
+    def update(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper, *, decay: Decay) -> None:
+        """W <- W - lr D, with decay, in place."""
+        apply_step(param, self.direction(grad, state, hyper), hyper, decay=decay)
 
     def _average(self, grad: Tensor, state: dict[str, Tensor], mu: Tensor) -> Tensor:
         if self.averaging == "none":

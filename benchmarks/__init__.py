@@ -1,0 +1,1 @@
+"""What was measured: scripts that regenerate the files beside them."""

@@ -1,0 +1,130 @@
+"""nanoGPT's CPU recipe and ours, on the same text, the same validation bytes and the same machine, taken in turns.
+
+    python -m benchmarks.beside_nanogpt --peer PATH_OF_A_NANOGPT_CLONE [--repeats 3]
+
+nanoGPT (github.com/karpathy/nanoGPT, MIT) is trained on raw bytes by the command of its README for CPUs: 4 layers x 128,
+context 64, batch 12, 2000 iterations. Its checkpoint and our runs are judged on the first 565,000 bytes of the validation
+split: non-overlapping windows of the training context, every byte predicted. Writes beside_nanogpt.json.
+"""
+
+import json
+import math
+import re
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from data.corpus import corpus_bytes, split_text
+from data.environment import describe_environment
+from data.runs import read_metrics, write_json
+from data.sources import open_source
+from configs.presets import PRESETS
+from configs.schema import Run
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+VAL_BYTES = 565_000
+RECIPE = ("config/train_shakespeare_char.py --dataset=stdlib --device=cpu --compile=False --eval_iters=20 --log_interval=100 "
+          "--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 "
+          "--dropout=0.0 --eval_interval=2000 --always_save_checkpoint=True --out_dir=out-stdlib").split()
+JUDGE = """
+import math, sys, numpy as np, torch
+from model import GPT, GPTConfig
+saved = torch.load("out-stdlib/ckpt.pt", map_location="cpu", weights_only=False)
+model = GPT(GPTConfig(**saved["model_args"]))
+model.load_state_dict(saved["model"])
+model.eval()
+data = torch.from_numpy(np.fromfile("data/stdlib/judge.bin", dtype=np.uint16).astype(np.int64))
+inputs, targets, total = data[:-1], data[1:], math.log(256)  # the first byte has no context: 8 bits
+with torch.no_grad():
+    for start in range(0, len(inputs), 64 * 256):
+        x, y = inputs[start:start + 64 * 256], targets[start:start + 64 * 256]
+        for x, y in zip(x.split(len(x) // 64 * 64 or 64), y.split(len(y) // 64 * 64 or 64)):
+            rows = len(x) // 64 or 1
+            loss = model(x.view(rows, -1), y.view(rows, -1))[1]
+            total += loss.item() * len(x)
+print("BITS", total / math.log(2) / len(data))
+"""
+
+
+@dataclass
+class Compare:
+    """Arguments of the comparison."""
+
+    peer: Path
+    """A clone of nanoGPT."""
+    repeats: int = 3
+    presets: tuple[str, ...] = ("tiny", "bytes", "bytes_adamw")
+    """Our runs, each taken after every run of nanoGPT."""
+
+
+def prepare(peer: Path) -> None:
+    """The corpus as raw bytes in nanoGPT's layout."""
+    folder = peer / "data" / "stdlib"
+    folder.mkdir(parents=True, exist_ok=True)
+    train, val = split_text(corpus_bytes())
+    for name, part in (("train", train), ("val", val), ("judge", val[:VAL_BYTES])):
+        np.frombuffer(part, dtype=np.uint8).astype(np.uint16).tofile(folder / f"{name}.bin")
+
+
+def run_peer(peer: Path, seed: int) -> dict:
+    """Train and judge nanoGPT once: seconds of its loop (its own evaluations excluded) and bits per byte."""
+    source = (peer / "train.py").read_text()
+    (peer / "train_seeded.py").write_text(source.replace("torch.manual_seed(1337", f"torch.manual_seed({1337 + seed}"))
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "train_seeded.py", *RECIPE], cwd=peer, capture_output=True, text=True, check=True)
+    wall = time.perf_counter() - began
+    judged = subprocess.run([sys.executable, "-c", JUDGE], cwd=peer, capture_output=True, text=True, check=True).stdout
+    times = [float(ms) for ms in re.findall(r"iter \d+: loss [\d.]+, time ([\d.]+)ms", done.stdout)]
+    return {"bits_per_byte": float(judged.split()[-1]), "wall_seconds": wall, "steps": 2000,
+            "median_step_ms": statistics.median(times)}
+
+
+def nats_of(run: Run, bits_per_byte: float) -> float:
+    """The validation loss in nats per token that equals so many bits per byte."""
+    source = open_source(run.data, cache_dir=ROOT / ".cache", seed=0)
+    return bits_per_byte * math.log(2) * source.validation_bytes / (len(source.validation) - 1)
+
+
+def run_ours(preset: str, bits_per_byte: float, *, seed: int, every: int) -> dict:
+    """Train a preset once, validated often enough to see when it first reaches the peer's bits per byte."""
+    name = f"beside_nanogpt_{preset}_{seed}"
+    target = nats_of(PRESETS[preset](), bits_per_byte)
+    began = time.perf_counter()
+    subprocess.run([sys.executable, ROOT / "train_gpt.py", preset, "--run.name", name, "--run.seed", str(seed),
+                    "--run.target_loss_nats", str(target), "--train.val_every_steps", str(every), "--log.wandb", "disabled",
+                    "--run.dir", "runs", "--log.no_diagnostics"], check=True, capture_output=True)
+    summary = json.loads(Path("runs", name, "summary.json").read_text())
+    curve = [(r["step"], round(r["train_seconds"], 3), round(r["val/bits_per_byte"], 4))
+             for r in read_metrics(Path("runs", name, "metrics.jsonl")) if "val/bits_per_byte" in r]
+    return {"bits_per_byte": summary["val_bits_per_byte"], "steps": summary["steps"], "train_seconds": summary["train_seconds"],
+            "target_step": summary["target_step"], "target_seconds": summary["target_seconds"],
+            "wall_seconds": time.perf_counter() - began, "curve": curve}
+
+
+def main(args: Compare) -> None:
+    """Alternate the peer and our presets, then write every figure and its summary."""
+    prepare(args.peer)
+    results: dict[str, list[dict]] = {"nanoGPT": []} | {preset: [] for preset in args.presets}
+    for seed in range(1, args.repeats + 1):
+        results["nanoGPT"].append(run_peer(args.peer, seed))
+        print("nanoGPT", results["nanoGPT"][-1], flush=True)
+        bits = results["nanoGPT"][0]["bits_per_byte"]  # one target for all: the first run's
+        for preset in args.presets:
+            results[preset].append(run_ours(preset, bits, seed=seed, every=4 if preset.startswith("tiny") else 10))
+            print(preset, {k: v for k, v in results[preset][-1].items() if k != "curve"}, flush=True)
+    environment = describe_environment()
+    environment.pop("variables", None)
+    write_json(HERE / "beside_nanogpt.json", {
+        "command": "python -m benchmarks.beside_nanogpt --peer nanoGPT", "environment": environment,
+        "target_bits_per_byte": results["nanoGPT"][0]["bits_per_byte"], "runs": results})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Compare, description=__doc__))

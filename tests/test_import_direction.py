@@ -1,0 +1,77 @@
+"""One direction: a file imports only from files below it, and importing does nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAY_IMPORT = {
+    "configs": {"configs"},
+    "data": {"configs", "data"},
+    "model": {"configs"},
+    "optim": {"configs", "optim"},
+    "train_gpt": {"configs", "data", "model", "optim"},
+    "scripts": {"configs", "data", "model", "optim", "scripts"},
+    "benchmarks": {"configs", "data", "model", "optim", "scripts"},
+}
+SOURCES = sorted(p for p in ROOT.rglob("*.py") if p.relative_to(ROOT).parts[0].removesuffix(".py") in MAY_IMPORT)
+
+
+def imported_modules(path: Path) -> list[str]:
+    """Full names of all modules that a file imports, anywhere in it."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.append(node.module)
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path):
+    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    ours = {name.split(".")[0] for name in imported_modules(path)} & set(MAY_IMPORT)
+    assert ours <= MAY_IMPORT[room]
+
+
+def test_there_is_no_import_circle():
+    graph = {_module(p): {m for m in imported_modules(p) if (ROOT / Path(*m.split("."))).with_suffix(".py").exists()}
+             for p in SOURCES}
+    done: set[str] = set()
+    while graph:
+        free = [m for m, needs in graph.items() if not (needs - {m}) & set(graph)]
+        assert free, f"import circle among {sorted(graph)}"
+        done.update(free)
+        graph = {m: needs for m, needs in graph.items() if m not in done}
+
+
+def _module(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_only_comm_knows_the_process_group():
+    knowing = {str(p.relative_to(ROOT)) for p in SOURCES if "torch.distributed" in imported_modules(p)}
+    assert knowing == {"optim/comm.py"}
+
+
+def test_importing_everything_does_nothing(tmp_path):
+    """No process group, no folder, no wandb, no heavy optional package."""
+    names = [_module(p) for p in SOURCES if p.name not in ("__main__.py",) and "benchmarks" not in p.parts]
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+for name in {names!r}:
+    __import__(name)
+import torch.distributed as dist
+assert not dist.is_initialized()
+assert not {{"wandb", "datasets", "rustbpe"}} & set(sys.modules), sorted(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,361 @@
+"""The run, end to end: files, resuming, ranks, signals, and what a user's mistakes look like. Small models on small text."""
+
+import json
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_gpt
+from configs.cli import parse
+from data.checkpoint import load_checkpoint
+from data.runs import SUMMARY_KEYS, read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = str(ROOT / "train_gpt.py")
+SMALL = ("--data.source text --data.tokenizer bytes --data.sequence_tokens 16 --data.val_bytes 600 --model.dim 32 "
+         "--model.head_dim 16 --model.bigram_buckets 64 --model.layers 2 --train.batch_tokens 192 --train.steps 12 "
+         "--train.val_every_steps 5 --log.every_steps 1 --log.wandb disabled --log.sample_tokens 4").split()
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    """A working folder with a text of 20 kB."""
+    monkeypatch.chdir(tmp_path)
+    words = ["steepest", "descent", "under", "a", "norm", "chosen", "by", "role", "\n"]
+    rng = random.Random(0)
+    (tmp_path / "my.txt").write_text(" ".join(rng.choice(words) for _ in range(3000)))
+    return tmp_path
+
+
+def arguments(*flags: str) -> list[str]:
+    return ["tiny", "--data.train_files", "my.txt", *SMALL, *flags]
+
+
+def train(*flags: str) -> Path:
+    """Run in this process; the folder of --run.name."""
+    train_gpt.main(parse(arguments(*flags)))
+    return Path("runs") / flags[flags.index("--run.name") + 1]
+
+
+def torchrun(ranks: int, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", SCRIPT]
+    return subprocess.run([*command, *arguments(*flags)], capture_output=True, text=True, timeout=300)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(folder / "checkpoint.safetensors")[0]
+
+
+def losses(folder: Path) -> list[tuple]:
+    """Everything in metrics.jsonl but the times."""
+    return [tuple((k, v) for k, v in record.items() if not k.startswith(("time/", "train_seconds")))
+            for record in read_metrics(folder / "metrics.jsonl")]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Bit-identical weights, optimizer state and logged losses."""
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert losses(one) == losses(other)
+
+
+# ---- Files and figures ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_the_contract_names(text, capsys):
+    folder = train("--run.name", "a", "--run.target_loss_nats", "5.4")
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "checkpoint.safetensors", "code.txt", "config.json", "env.json", "metrics.jsonl", "summary.json"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert tuple(summary) == SUMMARY_KEYS
+    assert summary["steps"] == 12 and summary["tokens"] == 12 * 192
+    records = read_metrics(folder / "metrics.jsonl")
+    assert [r["step"] for r in records if "train/loss_nats" in r] == list(range(1, 13))
+    validations = {r["step"]: r["val/loss_nats"] for r in records if "val/loss_nats" in r}
+    assert list(validations) == [5, 10, 12]
+    assert summary["val_loss_nats"] == validations[12]
+    crossed = [step for step, loss in validations.items() if loss <= 5.4]
+    assert summary["target_step"] == crossed[0]
+    angles = [r["optim/matrix/angle"] for r in records if "optim/matrix/angle" in r]
+    assert len(angles) == 3 and all(0 < angle < 1.6 for angle in angles)
+    out = capsys.readouterr().out
+    assert "steepest" in out and "bits/byte" in out and "sample" in out
+    code = (folder / "code.txt").read_text()
+    assert "class ShardedOptimizer" in code and "class GPT" in code
+
+
+def test_training_learns(text):
+    folder = train("--run.name", "learns", "--train.steps", "60", "--train.val_every_steps", "0")
+    found = [r["train/loss_nats"] for r in read_metrics(folder / "metrics.jsonl") if "train/loss_nats" in r]
+    assert found[0] > 5 and found[-1] < 1.2
+
+
+def test_same_seed_same_run_other_seed_other_run(text):
+    one, two, other = (train("--run.name", name, "--run.seed", seed) for name, seed in (("a", "1"), ("b", "1"), ("c", "2")))
+    assert_same_run(one, two)
+    assert losses(one) != losses(other)
+
+
+def test_micro_batches_change_only_the_rounding(text):
+    whole, parts = train("--run.name", "whole"), train("--run.name", "parts", "--train.micro_tokens", "16")
+    for a, b in zip(read_metrics(whole / "metrics.jsonl"), read_metrics(parts / "metrics.jsonl"), strict=True):
+        for key in ("train/loss_nats", "val/loss_nats"):
+            assert a.get(key, 0) == pytest.approx(b.get(key, 0), abs=1e-4)
+
+
+def test_the_run_stops_at_its_target(text):
+    folder = train("--run.name", "a", "--run.target_loss_nats", "5.5", "--run.stop_at_target", "--train.val_every_steps", "1")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == summary["target_step"] < 12
+
+
+def test_a_second_run_does_not_touch_the_first(text):
+    for _ in range(2):
+        train_gpt.main(parse(arguments()))
+    assert sorted(p.name for p in Path("runs").iterdir()) == ["tiny", "tiny-2"]
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(text, capsys):
+    train_gpt.main(parse(arguments("--run.dry_run")))
+    out = capsys.readouterr().out
+    assert "role" in out and "parameters" in out and "sequence_tokens" in out
+    assert not Path("runs").exists()
+
+
+def test_warm_up_leaves_no_trace(text):
+    trainer = train_gpt.Trainer(parse(arguments()))
+    before = {name: tensor.clone() for name, tensor in trainer.optimizer.state_tensors().items()}
+    state = torch.get_rng_state()
+    trainer.warm_up()
+    after = trainer.optimizer.state_tensors()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(not bank.grads.any() for bank in trainer.optimizer.banks)
+
+
+# ---- Interrupted and resumed ------------------------------------------------------------------------------------------
+
+
+def interrupt_at(step: int, number: int, monkeypatch) -> None:
+    """Send this process a signal while it computes step `step`."""
+    original = train_gpt.Trainer.gradients
+
+    def gradients(self, *args):
+        if self.progress.step == step:
+            os.kill(os.getpid(), number)
+        return original(self, *args)
+
+    monkeypatch.setattr(train_gpt.Trainer, "gradients", gradients)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("order", ["shuffled", "contiguous"])
+def test_resumed_equals_uninterrupted_bit_for_bit(text, monkeypatch, capsys, number, order):
+    whole = train("--run.name", "whole", "--data.order", order)
+    with monkeypatch.context() as patch:
+        interrupt_at(6, number, patch)
+        cut = train("--run.name", "cut", "--data.order", order)
+    assert "interrupted at step 7" in capsys.readouterr().out
+    assert not (cut / "summary.json").exists()
+    train("--run.name", "cut", "--data.order", order, "--run.resume")
+    assert_same_run(whole, cut)
+
+
+def test_resuming_a_finished_run_changes_nothing(text):
+    folder = train("--run.name", "a")
+    before = weights(folder), losses(folder)
+    train("--run.name", "a", "--run.resume")
+    after = weights(folder), losses(folder)
+    assert before[1] == after[1] and all(torch.equal(before[0][k], after[0][k]) for k in before[0])
+
+
+def test_the_clock_goes_on_where_it_stopped(text, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(6, signal.SIGINT, patch)
+        train("--run.name", "cut")
+    train("--run.name", "cut", "--run.resume")
+    seconds = [r["train_seconds"] for r in read_metrics(Path("runs/cut/metrics.jsonl"))]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+
+
+def test_killed_at_random_moments_and_resumed(text):
+    """Kill -9, often while a checkpoint is written: nothing is lost but the steps since the last checkpoint."""
+    flags = ("--train.steps", "40", "--run.checkpoint_every_steps", "1")
+    whole = train("--run.name", "whole", *flags)
+    rng = random.Random(1)
+    for _ in range(3):
+        child = subprocess.Popen([sys.executable, SCRIPT, *arguments("--run.name", "cut", *flags, "--run.resume")],
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for_lines(Path("runs/cut/metrics.jsonl"), child)
+        time.sleep(rng.uniform(0, 0.3))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    cut = train("--run.name", "cut", *flags, "--run.resume")
+    assert_same_run(whole, cut)
+
+
+def wait_for_lines(path: Path, child: subprocess.Popen) -> None:
+    """Until the file grows, or the process ends."""
+    size = path.stat().st_size if path.exists() else 0
+    while child.poll() is None and (not path.exists() or path.stat().st_size <= size):
+        time.sleep(0.01)
+
+
+def test_a_non_finite_loss_stops_with_advice(text):
+    with pytest.raises(train_gpt.DivergedError, match=r"loss is nan at step \d+.*Lower --optim.matrix.lr"):
+        train("--run.name", "a", "--optim.embed.lr", "1e30", "--optim.head.lr", "1e30")
+
+
+# ---- Ranks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory):
+    """The same run on 1, 2 and 3 gloo ranks; a fourth, begun on 3 ranks, is cut in the middle."""
+    folder = tmp_path_factory.mktemp("ranked")
+    rng = random.Random(0)
+    (folder / "my.txt").write_text(" ".join(rng.choice(["steepest", "descent", "norm", "\n"]) for _ in range(3000)))
+    old = os.getcwd()
+    os.chdir(folder)
+    try:
+        for ranks in (1, 2, 3):
+            done = torchrun(ranks, "--run.name", f"ranks{ranks}", "--run.checkpoint_every_steps", "6")
+            assert done.returncode == 0, done.stderr[-2000:]
+    finally:
+        os.chdir(old)
+    return folder
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_every_world_size_gives_the_same_curve(ranked, ranks):
+    one, many = (read_metrics(ranked / "runs" / f"ranks{n}" / "metrics.jsonl") for n in (1, ranks))
+    for a, b in zip(one, many, strict=True):
+        assert a["step"] == b["step"]
+        for key in ("train/loss_nats", "val/loss_nats"):
+            assert a.get(key, 0) == pytest.approx(b.get(key, 0), abs=1e-4)
+
+
+def test_saved_on_three_ranks_resumed_on_one(ranked, monkeypatch):
+    monkeypatch.chdir(ranked)
+    flags = ("--run.name", "mixed", "--run.checkpoint_every_steps", "6")
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_gpt
+from configs.cli import parse
+original = train_gpt.Trainer.gradients
+def gradients(self, *args):
+    if self.progress.step == 5 and self.comm.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return original(self, *args)
+train_gpt.Trainer.gradients = gradients
+train_gpt.main(parse({arguments(*flags)!r}))
+"""
+    Path("cut.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "cut.py"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert "interrupted at step 6" in done.stdout, done.stderr[-2000:]
+    train(*flags, "--run.resume")
+    for a, b in zip(losses(Path("runs/ranks1")), losses(Path("runs/mixed")), strict=True):
+        a, b = dict(a), dict(b)
+        assert a["step"] == b["step"]
+        assert a.get("train/loss_nats", 0) == pytest.approx(b.get("train/loss_nats", 0), abs=1e-4)
+
+
+def test_two_nodes_on_loopback(text):
+    """Two launchers of one process each, as on two machines."""
+    nodes = [subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--node_rank={rank}",
+         "--master_addr=127.0.0.1", "--master_port=29611", SCRIPT, *arguments("--run.name", "nodes")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+    outputs = [node.communicate(timeout=300) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert json.loads(Path("runs/nodes/summary.json").read_text())["world_size"] == 2
+
+
+# ---- Mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def enter(monkeypatch, capsys, *argv: str) -> str:
+    """Run the script as a command; its error message. It must exit with status 2 and no traceback."""
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *argv])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(SCRIPT, run_name="__main__")
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "Traceback" not in error
+    return " ".join(error.replace("│", " ").split())
+
+
+def write_shard(path: str, magic: int = 20240520, claimed: int = 2000, tokens: int = 2000, token: int = 7) -> None:
+    header = torch.zeros(256, dtype=torch.int32)
+    header[:3] = torch.tensor([magic, 1, claimed])
+    body = torch.full((tokens,), token, dtype=torch.int32).to(torch.uint16)
+    Path(path).write_bytes(header.numpy().tobytes() + body.numpy().tobytes())
+
+
+SHARDS = ("--data.source shards --data.tokenizer gpt2 --data.order contiguous --data.train_files t*.bin --data.val_files v.bin "
+          "--log.wandb disabled").split()
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["tinny"], "did you mean 'tiny'"),
+    (["tiny", "--optim.matrx.lr", "0.1"], "--optim.matrix.lr"),
+    (["tiny", "--train.steps", "many"], "many"),
+    (["tiny", "--model.head_dim", "100"], "head_dim must divide dim, got 100 and 128"),
+    (["tiny", "--model.attention", "flex", "--run.device", "cpu"], "CUDA only"),
+    (["tiny", "--data.source", "text", "--data.train_files", "none.txt"], "none.txt"),
+    (["tiny", *SHARDS], "t*.bin"),
+])
+def test_wrong_flags_and_missing_files(text, monkeypatch, capsys, flags, said):
+    assert said in enter(monkeypatch, capsys, *flags)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("fault, said", [
+    ({"magic": 1}, "magic"), ({"claimed": 3000}, "3000"), ({"token": 60_000}, "60000")])
+def test_broken_shards(text, monkeypatch, capsys, fault, said):
+    write_shard("v.bin")
+    write_shard("t1.bin", **fault)
+    message = enter(monkeypatch, capsys, "tiny", *SHARDS, "--train.batch_tokens", "1024")
+    assert said in message.replace(",", "") and "t1.bin" in message
+    assert not list(Path(".").rglob("summary.json")) and not list(Path(".").rglob("checkpoint*"))
+
+
+def test_text_that_is_not_utf8(text, monkeypatch, capsys):
+    Path("my.txt").write_bytes(b"fine so far \xff\xfe")
+    assert "my.txt" in enter(monkeypatch, capsys, *arguments())
+
+
+def test_corrupt_checkpoint(text, monkeypatch, capsys):
+    path = train("--run.name", "a") / "checkpoint.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    assert "checkpoint.safetensors" in enter(monkeypatch, capsys, *arguments("--run.name", "a", "--run.resume"))
+
+
+def test_checkpoint_of_another_model(text, monkeypatch, capsys):
+    train("--run.name", "a")
+    message = enter(monkeypatch, capsys, *arguments("--run.name", "a", "--run.resume", "--model.layers", "3"))
+    assert "checkpoint.safetensors" in message
+
+
+def test_checkpoint_of_another_experiment(text, monkeypatch, capsys):
+    train("--run.name", "a")
+    message = enter(monkeypatch, capsys, *arguments("--run.name", "a", "--run.resume", "--optim.matrix.lr", "0.5"))
+    assert "--optim.matrix.lr" in message and "0.5" in message
+
+
+def test_unwritable_run_folder(text, monkeypatch, capsys):
+    Path("runs").write_text("a file in the way")
+    assert "runs" in enter(monkeypatch, capsys, *arguments())
