@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from data.runs import replacing
@@ -30,7 +30,8 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]
               for name in sorted(tensors)}
     header = {"version": FORMAT_VERSION, "crc32": _checksum(copies, meta), "meta": meta}
     with replacing(path) as aside:
-        save_file(copies, aside, metadata={HEADER_KEY: json.dumps(header)})
+        # Not by the library's save_file: its own file aside has a random name, and would stay behind after a kill.
+        aside.write_bytes(save(copies, metadata={HEADER_KEY: json.dumps(header)}))
 
 
 def load_checkpoint(path: Path, *, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:

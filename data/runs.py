@@ -82,12 +82,12 @@ def write_json(path: Path, value: object) -> None:
 
 
 def config_to_dict(run: Run) -> dict[str, Any]:
-    """The configuration as nested dicts, in the order of the schema."""
-    return asdict(run)
+    """The configuration as nested dicts, in the order of the schema, and as JSON gives it back: tuples are lists."""
+    return _strict(asdict(run))
 
 
 def config_from_dict(config: Mapping[str, Any]) -> Run:
-    """The inverse of `config_to_dict`, also from JSON (lists become tuples again, whole numbers floats).
+    """The inverse of `config_to_dict`, lists become tuples again and whole numbers floats.
 
     Raises ValueError naming an unknown, missing or ill-typed field, and for all that the schema itself refuses.
     """
@@ -206,8 +206,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _strict(value: object) -> object:
-    """The same value with null for every float that JSON cannot write."""
+def _strict(value: Any) -> Any:
+    """The same value as JSON gives it back: lists for tuples, and None for every float that JSON cannot write."""
     if isinstance(value, Mapping):
         return {key: _strict(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -236,7 +236,8 @@ def _restore(hint: Any, value: Any, where: str) -> Any:
     for option in get_args(hint) if isinstance(hint, UnionType) else (hint,):
         if _fits(option, value):
             return tuple(value) if get_origin(option) is tuple else float(value) if option is float else value
-    raise ValueError(f"{where} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+    kind = hint.__name__ if isinstance(hint, type) else str(hint).removeprefix("typing.")
+    raise ValueError(f"{where} must be {kind}, got {value!r}")
 
 
 def _fits(option: Any, value: Any) -> bool:
