@@ -1,0 +1,212 @@
+"""Where tokens come from: the embedded corpus, your own text, the speedrun's shards, or chance; one shape for all."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from configs.schema import Data
+from data.corpus import clip_text, corpus_bytes, split_text
+from data.shards import HEADER_BYTES, check_vocabulary, find_files, read_shard, write_shard
+from data.tokenizers import Tokenizer, load_tokenizer
+
+GPT2_VOCAB = 50_257
+GPT2_END_OF_TEXT = 50_256
+HASHED_BYTES = 2**20
+RANDOM_TRAIN_TOKENS = 2**22
+RANDOM_VAL_TOKENS = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Tokens to train on, and the fixed tokens of the referee."""
+
+    name: str
+    train: list[np.ndarray]
+    """Token arrays, flat, memory-mapped where they come from files."""
+    validation: np.ndarray
+    """N + 1 tokens: inputs are [:-1], targets [1:]."""
+    validation_bytes: int | None
+    """Bytes of text in the N targets; None where there is no text, or no tokenizer to tell."""
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    document_start: int | None
+    """The token that opens each document."""
+    data_hash: str
+    """Equal where training tokens, validation tokens and vocabulary are: then losses are comparable."""
+    notes: tuple[str, ...] = ()
+    """Lines that the user should read."""
+
+
+def open_source(data: Data, *, cache_dir: Path, seed: int) -> Source:
+    """The source that a config describes; `cache_dir` keeps tokenizers and encoded text, `seed` acts on random alone.
+
+    Raises ValueError for missing, damaged or ill-encoded files, and a tokenizer that cannot be had.
+    """
+    if data.source == "random":
+        return _open_random(data, seed)
+    if data.source == "shards":
+        return _open_shards(data, cache_dir)
+    if data.source == "corpus":
+        train, validation = split_text(corpus_bytes())
+        return _open_texts(data, [train], [validation], cache_dir)
+    train_texts, val_texts = (read_texts(paths) for paths in _find_both(data))
+    return _open_texts(data, *((train_texts, val_texts) if data.val_files else split_documents(train_texts)), cache_dir)
+
+
+def _find_both(data: Data) -> tuple[list[Path], list[Path]]:
+    """The files to train on and those to validate on. Raises ValueError where one is among both."""
+    train_paths = find_files(data.train_files, what="--data.train_files")
+    val_paths = find_files(data.val_files, what="--data.val_files")
+    if both := set(train_paths) & set(val_paths):
+        raise ValueError(f"{min(both)} is in both --data.train_files and --data.val_files")
+    return train_paths, val_paths
+
+
+# ---- Text ----------------------------------------------------------------------------------------
+
+
+def read_texts(paths: Iterable[Path]) -> list[bytes]:
+    """The files' bytes, empty files left out. Raises ValueError where one cannot be read or is not UTF-8."""
+    texts = []
+    for path in paths:
+        try:
+            texts.append(path.read_bytes())
+            texts[-1].decode()
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}; "
+                             "convert it, or leave it out of --data.train_files and --data.val_files") from None
+    return [text for text in texts if text]
+
+
+def split_documents(texts: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
+    """(train, validation) documents: the first 90 % and the last 10 % of all bytes; the cut may divide a document."""
+    joined_train, _ = split_text(b"".join(texts))
+    train = clip_documents(texts, len(joined_train))
+    whole = len(train) - 1
+    rest = [texts[whole][len(train[-1]):], *texts[whole + 1:]] if train else list(texts)
+    return train, [text for text in rest if text]
+
+
+def clip_documents(texts: Iterable[bytes], length: int) -> list[bytes]:
+    """Documents from the first on, `length` bytes in all, or less by a divided character."""
+    clipped = []
+    for text in texts:
+        if length > 0 and (part := clip_text(text, length)):
+            clipped.append(part)
+        length -= len(text)
+    return clipped
+
+
+def _open_texts(data: Data, train: list[bytes], validation: list[bytes], cache_dir: Path) -> Source:
+    validation = clip_documents(validation, data.val_bytes)
+    for what, texts in (("training", train), ("validation", validation)):
+        if not texts:
+            raise ValueError(f"no {what} text: --data.source {data.source} found {sum(map(len, train))} training "
+                             "bytes; give it longer --data.train_files, or --data.val_files")
+    tokenizer = load_tokenizer(data.tokenizer, train_text=b"".join(train), vocab_tokens=data.bpe_vocab_tokens,
+                               cache_dir=cache_dir)
+    digest = _digest(tokenizer.name.encode(), *_framed(train), b"validation", *_framed(validation))
+
+    def encoded(part: str, texts: list[bytes]) -> np.ndarray:
+        return _cached_tokens(cache_dir / f"tokens-{digest}-{part}.bin", lambda: encode_documents(texts, tokenizer),
+                              vocab_size=tokenizer.vocab_size)
+
+    return Source(name=f"{data.source}, {tokenizer.name}", train=[encoded("train", train)],
+                  validation=encoded("val", validation), validation_bytes=sum(map(len, validation)),
+                  tokenizer=tokenizer, vocab_size=tokenizer.vocab_size, document_start=tokenizer.end_of_text,
+                  data_hash=digest)
+
+
+def _framed(texts: Iterable[bytes]) -> Iterator[bytes]:
+    """The texts, each after its length, so that no two lists of texts are the same bytes."""
+    for text in texts:
+        yield b"%d:" % len(text)
+        yield text
+
+
+def encode_documents(texts: Iterable[bytes], tokenizer: Tokenizer) -> np.ndarray:
+    """All documents' tokens, uint16 (n,), each document opened by end-of-text."""
+    opening = np.array([tokenizer.end_of_text], dtype=np.uint16)
+    return np.concatenate([part for text in texts for part in (opening, tokenizer.encode(text))])
+
+
+def _cached_tokens(path: Path, encode: Callable[[], np.ndarray], *, vocab_size: int) -> np.ndarray:
+    """The shard at `path`, made by `encode` where it is missing or damaged."""
+    if path.exists():
+        try:
+            return read_shard(path, vocab_size=vocab_size)
+        except ValueError:
+            path.unlink(missing_ok=True)
+    write_shard(path, encode())
+    return read_shard(path)
+
+
+# ---- Shards and chance ---------------------------------------------------------------------------
+
+
+def _open_shards(data: Data, cache_dir: Path) -> Source:
+    train_paths, val_paths = _find_both(data)
+    train = [read_shard(path) for path in train_paths]
+    validation, notes = _first_tokens(val_paths, data.val_tokens)
+    try:
+        tokenizer = load_tokenizer("gpt2", cache_dir=cache_dir)
+        val_bytes = int(tokenizer.token_bytes()[validation[1:]].sum())
+    except ValueError as error:
+        tokenizer = val_bytes = None
+        notes.append(f"no bits per byte and no samples: {error}")
+    digest = _digest(*map(_fingerprint, train_paths), b"validation:%d" % len(validation),
+                     *map(_fingerprint, val_paths))
+    return Source(name=f"{len(train)} shards", train=train, validation=validation, validation_bytes=val_bytes,
+                  tokenizer=tokenizer, vocab_size=GPT2_VOCAB, document_start=GPT2_END_OF_TEXT, data_hash=digest,
+                  notes=tuple(notes))
+
+
+def _first_tokens(paths: Sequence[Path], val_tokens: int) -> tuple[np.ndarray, list[str]]:
+    """The shards' first val_tokens + 1 tokens; fewer, and a note, where there are no more."""
+    parts, missing = [], val_tokens + 1
+    for path in paths:
+        part = read_shard(path)[:missing]
+        check_vocabulary(part, GPT2_VOCAB, what=str(path))
+        parts.append(part)
+        missing -= len(part)
+        if not missing:
+            break
+    tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if len(tokens) < 2:
+        raise ValueError(f"--data.val_files hold {len(tokens)} token; a prediction needs 2")
+    note = f"validation has {len(tokens) - 1:,} tokens, all that --data.val_files hold, not {val_tokens:,}"
+    return tokens, [note] if missing else []
+
+
+def _fingerprint(path: Path) -> bytes:
+    """A shard's name, size, header and ends: what tells it from others without reading it all."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(HEADER_BYTES + HASHED_BYTES)
+        file.seek(max(0, size - HASHED_BYTES))
+        return b"\0".join((path.name.encode(), b"%d" % size, head, file.read()))
+
+
+def _open_random(data: Data, seed: int) -> Source:
+    """Uniform tokens of GPT-2's vocabulary: nothing to learn, the right shapes for timing."""
+    generator = np.random.default_rng(seed)
+    val_tokens = min(data.val_tokens, RANDOM_VAL_TOKENS)
+    train, validation = (generator.integers(GPT2_VOCAB, size=size, dtype=np.uint16)
+                         for size in (RANDOM_TRAIN_TOKENS, val_tokens + 1))
+    note = f"validation has {val_tokens:,} random tokens, not {data.val_tokens:,}"
+    return Source(name="random tokens", train=[train], validation=validation, validation_bytes=None, tokenizer=None,
+                  vocab_size=GPT2_VOCAB, document_start=None, data_hash=_digest(train.tobytes(), validation.tobytes()),
+                  notes=(note,) if val_tokens < data.val_tokens else ())
+
+
+def _digest(*parts: bytes) -> str:
+    """16 hexadecimal digits of the sha256 of the parts, one after another."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,129 @@
+"""Text to tokens and back: a small trained BPE, raw bytes, or GPT-2's vocabulary. The last token is end-of-text."""
+
+import base64
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from data.shards import TOKEN_LIMIT, written_aside
+
+BYTE_VALUES = 256
+# How text is cut before pairs are merged: the pattern of OpenAI's cl100k_base (tiktoken, 2022).
+PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]"
+           r"|\s+(?!\S)|\s+")
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """A vocabulary, the end-of-text token last, and the map from text into it."""
+
+    name: str
+    pieces: tuple[bytes, ...]
+    """The bytes of every token; those of end-of-text are empty."""
+    encode_text: Callable[[str], np.ndarray]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, end-of-text included."""
+        return len(self.pieces)
+
+    @property
+    def end_of_text(self) -> int:
+        """The token that opens each document."""
+        return len(self.pieces) - 1
+
+    def encode(self, text: bytes | str) -> np.ndarray:
+        """The tokens of a UTF-8 text, uint16 (n,), without special tokens."""
+        return self.encode_text(text.decode() if isinstance(text, bytes) else text).astype(np.uint16)
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        """The bytes of tokens; end-of-text has none. Raises ValueError for a token outside the vocabulary."""
+        ids = [int(i) for i in ids]
+        if strangers := [i for i in ids if not 0 <= i < self.vocab_size]:
+            raise ValueError(f"token {strangers[0]} is outside the vocabulary of {self.vocab_size}")
+        return b"".join(self.pieces[i] for i in ids)
+
+    def token_bytes(self) -> np.ndarray:
+        """Length in bytes of every token, int64 (vocab_size,)."""
+        return np.array([len(piece) for piece in self.pieces], dtype=np.int64)
+
+
+def load_tokenizer(kind: Literal["bpe", "bytes", "gpt2"], *, train_text: bytes = b"", vocab_tokens: int = 1024,
+                   cache_dir: Path) -> Tokenizer:
+    """The tokenizer of a kind; bpe is trained on `train_text` (UTF-8) to `vocab_tokens`, or found in `cache_dir`.
+
+    Raises ValueError for a vocabulary that the kind cannot have, and where gpt2 can be neither found nor downloaded.
+    """
+    if kind == "bytes":
+        pieces = tuple(bytes([value]) for value in range(BYTE_VALUES))
+        return Tokenizer("bytes", (*pieces, b""), lambda text: np.frombuffer(text.encode(), dtype=np.uint8))
+    return _load_gpt2() if kind == "gpt2" else _load_bpe(train_text, vocab_tokens, cache_dir)
+
+
+def _load_gpt2() -> Tokenizer:
+    import requests
+    import tiktoken
+
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except (requests.RequestException, OSError) as error:
+        raise ValueError(f"the GPT-2 vocabulary cannot be downloaded ({type(error).__name__}): run once online, or set "
+                         "TIKTOKEN_CACHE_DIR to a folder that holds it") from None
+    pieces = (encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token))
+    return Tokenizer("gpt2", (*pieces, b""), _encoder(encoding))
+
+
+def _load_bpe(text: bytes, vocab_tokens: int, cache_dir: Path) -> Tokenizer:
+    """Merges learned from `text`: fewer than asked for, where a short text has no more pairs to merge."""
+    if not BYTE_VALUES <= vocab_tokens < TOKEN_LIMIT:
+        raise ValueError(f"a BPE has {BYTE_VALUES} tokens (the bytes) to {TOKEN_LIMIT - 1}, got {vocab_tokens}")
+    key = hashlib.sha256(b"\0".join((PATTERN.encode(), str(vocab_tokens).encode(), text))).hexdigest()[:16]
+    path = cache_dir / f"bpe-{key}.txt"
+    pieces = _read_pieces(path)
+    if pieces is None:
+        pieces = _train_pieces(text.decode(), vocab_tokens)
+        _write_pieces(path, pieces)
+    return Tokenizer(f"bpe-{len(pieces)}-{key}", (*pieces, b""), _encoder(_build_encoding(pieces)))
+
+
+def _train_pieces(text: str, vocab_tokens: int) -> list[bytes]:
+    """Byte-pair encoding (Gage 1994; Sennrich et al. 2016, arXiv 1508.07909): pieces in order of their merge."""
+    import rustbpe
+
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator([text], vocab_size=vocab_tokens, pattern=PATTERN)
+    ranks = trainer.get_mergeable_ranks()
+    return [bytes(piece) for piece, _ in sorted(ranks, key=lambda item: item[1])]
+
+
+def _build_encoding(pieces: Sequence[bytes]) -> object:
+    import tiktoken
+
+    ranks = {piece: rank for rank, piece in enumerate(pieces)}
+    return tiktoken.Encoding("bpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+
+
+def _encoder(encoding: object) -> Callable[[str], np.ndarray]:
+    """Ordinary encoding: text that looks like a special token stays text."""
+    return lambda text: encoding.encode_to_numpy(text, disallowed_special=())
+
+
+def _write_pieces(path: Path, pieces: Sequence[bytes]) -> None:
+    """One base64 line per piece, under a line with the sha256 of all that follows."""
+    body = b"\n".join(base64.b64encode(piece) for piece in pieces)
+    with written_aside(path) as aside:
+        aside.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+
+
+def _read_pieces(path: Path) -> list[bytes] | None:
+    """What `_write_pieces` wrote; None where there is nothing, or something damaged."""
+    if not path.exists():
+        return None
+    digest, _, body = path.read_bytes().partition(b"\n")
+    if hashlib.sha256(body).hexdigest().encode() != digest:
+        return None
+    return [base64.b64decode(line) for line in body.split(b"\n")]

@@ -1,0 +1,1 @@
+"""Programs beside the training run, each started as `python -m scripts.NAME`."""
