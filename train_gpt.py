@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 from configs.schema import Identity, Run
-from data.batches import Batches, Position
+from data.batches import Batches
 from data.checkpoint import load_checkpoint, match_tensors, save_checkpoint
 from data.device import choose_device, device_name, peak_memory_bytes
 from data.environment import peak_flops
 from data.evaluate import Score, evaluate
+from data.orders import Position
 from data.reporter import Progress, Reporter
 from data.runs import config_to_dict, flatten, open_run_folder
 from data.sources import Source, open_source
@@ -40,6 +41,7 @@ from optim.sharded import Measures, ShardedOptimizer
 
 CACHE = Path(__file__).resolve().parent / ".cache"
 CHECKPOINT = "checkpoint.safetensors"
+RNG = "rng/torch"
 PROMPT_TOKENS = 32
 GPU_SIGNAL_POLL_STEPS = 16  # agreeing on a signal waits for the device; on CPUs it is free
 
@@ -138,7 +140,8 @@ class Trainer:
         batches = Batches(self.source.train, order=data.order, seed=self.run.run.seed,
                           document_start=self.source.document_start, max_document_tokens=data.max_document_tokens,
                           rank=self.comm.rank, world_size=self.comm.world_size, plan=self.schedule.portions,
-                          total_steps=self.run.train.steps, pin=self.device.type == "cuda")
+                          total_steps=self.run.train.steps, pin=self.device.type == "cuda",
+                          vocab_size=self.source.vocab_size)
         batches.start(self.progress.step, Position.from_dict(self.progress.position))
         return batches
 
@@ -202,16 +205,16 @@ class Trainer:
         if self.comm.rank == 0:
             meta = {"progress": {name: getattr(self.progress, name) for name in Progress.__slots__},
                     "config": flatten(config_to_dict(self.run)), "data_hash": self.source.data_hash}
-            save_checkpoint(path, tensors | {"rng/torch": torch.get_rng_state()}, meta)
+            save_checkpoint(path, tensors | {RNG: torch.get_rng_state()}, meta)
         self.comm.barrier()
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint. Raises ValueError if it is corrupt, of another model, or of another run."""
         tensors, meta = load_checkpoint(path)
-        torch.set_rng_state(tensors.pop("rng/torch"))
-        match_tensors(self.optimizer.state_shapes(), tensors, what=str(path))
+        match_tensors(self.optimizer.state_shapes() | {RNG: tuple(torch.get_rng_state().shape)}, tensors, what=str(path))
         refuse_other_run(meta, self.run, self.source.data_hash, path)
         self.optimizer.load_state_tensors(tensors)
+        torch.set_rng_state(tensors[RNG])
         self.progress = Progress(**meta["progress"])
         self.clock = Clock(self.device, self.progress.train_seconds)
 

@@ -1,0 +1,38 @@
+"""Sampling from a run's folder."""
+
+from pathlib import Path
+
+import pytest
+
+import train_gpt
+from configs.cli import parse
+from scripts.sample import Sample, sample
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run that has learned one sentence by heart."""
+    folder = tmp_path_factory.mktemp("sample")
+    (folder / "my.txt").write_text("steepest descent under a norm. " * 400)
+    flags = ["--data.source", "text", "--data.tokenizer", "bytes", "--data.train_files", str(folder / "my.txt"),
+             "--data.sequence_tokens", "64", "--model.dim", "32", "--model.head_dim", "16", "--model.bigram_buckets", "64",
+             "--train.steps", "60", "--train.batch_tokens", "512", "--train.val_every_steps", "0", "--log.wandb", "disabled",
+             "--run.dir", str(folder), "--run.name", "run"]
+    train_gpt.main(parse(["tiny", *flags]))
+    return folder / "run"
+
+
+def test_the_model_continues_what_it_learned(run):
+    text = sample(Sample(folder=run, prompt="steepest descent ", tokens=30, temperature=0.0))
+    assert text.startswith("steepest descent under a norm.")
+
+
+def test_the_seed_decides(run):
+    one, two, other = (sample(Sample(folder=run, prompt="a", tokens=40, temperature=3.0, seed=s)) for s in (1, 1, 2))
+    assert one == two != other
+    assert len(one) > 30
+
+
+def test_a_folder_without_a_run(tmp_path):
+    with pytest.raises(ValueError, match="config.json is missing"):
+        sample(Sample(folder=Path(tmp_path)))
