@@ -85,11 +85,12 @@ def read_texts(paths: Iterable[Path]) -> list[bytes]:
 
 def split_documents(texts: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
     """(train, validation) documents: the first 90 % and the last 10 % of all bytes; the cut may divide a document."""
-    joined_train, _ = split_text(b"".join(texts))
-    train = clip_documents(texts, len(joined_train))
-    whole = len(train) - 1
-    rest = [texts[whole][len(train[-1]):], *texts[whole + 1:]] if train else list(texts)
-    return train, [text for text in rest if text]
+    length = len(split_text(b"".join(texts))[0])
+    train, validation = clip_documents(texts, length), []
+    for text in texts:
+        validation.append(text[max(0, length):])
+        length -= len(text)
+    return train, [text for text in validation if text]
 
 
 def clip_documents(texts: Iterable[bytes], length: int) -> list[bytes]:
