@@ -254,7 +254,8 @@ class BigramEmbedding(nn.Module):
         bucket = F.pad(pairs % max(last, 1), (1, 0), value=last)
         if starts_BT is not None:
             bucket = bucket.masked_fill(starts_BT, last)
-        return F.embedding(bucket, self.table)
+        # On CPUs the gradient's rows are added into the buffer that is there: no table-sized temporary.
+        return F.embedding(bucket, self.table, sparse=self.table.grad is not None and not self.table.is_cuda)
 
 
 def softcap(z: Tensor, kind: str, c: float) -> Tensor:
