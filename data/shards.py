@@ -85,6 +85,14 @@ def _count_tokens(path: Path) -> int:
     return count
 
 
+def is_shard(path: str | Path) -> bool:
+    """Whether a whole shard is there."""
+    try:
+        return _count_tokens(Path(path)) > 0
+    except ValueError:
+        return False
+
+
 def check_vocabulary(tokens: np.ndarray, vocab_size: int, *, what: str) -> None:
     """Raise ValueError with the first token that is not in the vocabulary, `what` naming the file."""
     for start in range(0, len(tokens), SCAN_TOKENS):

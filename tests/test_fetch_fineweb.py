@@ -1,0 +1,244 @@
+"""Shards from a mirror, the hub and one's own documents: nothing half, nothing twice."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.shards import read_shard, write_shard
+from scripts import fetch_fineweb, tokenize_documents
+from scripts.fetch_fineweb import Fetch, fetch
+from scripts.tokenize_documents import open_progress, shard_name, tokenize, write_shards
+
+ROOT = Path(__file__).resolve().parent.parent
+GPT2_FILE = "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"  # tiktoken's name for the merges
+needs_gpt2 = pytest.mark.skipif(not (Path(os.environ.get("TIKTOKEN_CACHE_DIR", "")) / GPT2_FILE).is_file(),
+                                reason="TIKTOKEN_CACHE_DIR does not hold the GPT-2 vocabulary")
+
+
+def command(*flags: object, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "scripts.fetch_fineweb", *map(str, flags)], cwd=cwd, text=True,
+                          capture_output=True, timeout=60, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---- Mirror and hub ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mirror(tmp_path) -> Path:
+    """Four shards."""
+    for i in range(4):
+        write_shard(tmp_path / "mirror" / shard_name(i), np.arange(1000 + i))
+    return tmp_path / "mirror"
+
+
+def test_names_are_the_speedruns():
+    assert [shard_name(i) for i in (0, 1, 12)] == ["fineweb_val_000000.bin", "fineweb_train_000001.bin",
+                                                   "fineweb_train_000012.bin"]
+
+
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_a_mirror_is_copied(tmp_path, mirror, prefix):
+    done = command("--shards", 2, "--dir", "here", "--mirror", f"{prefix}{mirror}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert names(tmp_path / "here") == [shard_name(i) for i in (1, 2, 0)]
+    for name in names(tmp_path / "here"):
+        assert (tmp_path / "here" / name).read_bytes() == (mirror / name).read_bytes()
+    assert "1 validation shard, 2 training shards" in done.stdout
+
+
+def test_whole_shards_are_kept_and_damaged_ones_replaced(tmp_path, mirror, capsys):
+    args = Fetch(shards=2, dir=tmp_path / "here", mirror=str(mirror))
+    fetch(args)
+    os.truncate(args.dir / shard_name(2), 500)
+    before = (args.dir / shard_name(1)).stat().st_mtime_ns
+    fetch(args)
+    assert (args.dir / shard_name(1)).stat().st_mtime_ns == before
+    assert len(read_shard(args.dir / shard_name(2))) == 1002
+    assert capsys.readouterr().out.count("already here") == 2
+
+
+def test_a_copy_goes_on_where_it_was_cut(tmp_path, mirror):
+    args = Fetch(shards=1, dir=tmp_path / "here", mirror=str(mirror))
+    part = args.dir / ".incoming" / f"{shard_name(0)}.part"
+    part.parent.mkdir(parents=True)
+    head = bytearray((mirror / shard_name(0)).read_bytes()[:1500])
+    head[1400] ^= 1  # a mark: what was there is not read again
+    part.write_bytes(head)
+    fetch(args)
+    copied = (args.dir / shard_name(0)).read_bytes()
+    assert copied[:1500] == head and copied[1500:] == (mirror / shard_name(0)).read_bytes()[1500:]
+
+
+def test_a_damaged_mirror_leaves_no_shard(tmp_path, mirror):
+    os.truncate(mirror / shard_name(1), 1500)
+    done = command("--shards", 1, "--dir", "here", "--mirror", mirror, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: not a whole shard, removed; run again")
+    assert names(tmp_path / "here") == [".incoming", shard_name(0)] and names(tmp_path / "here" / ".incoming") == []
+
+
+class Hub:
+    """Stands in for huggingface_hub.hf_hub_download."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder, self.asked = folder, []
+
+    def __call__(self, dataset: str, name: str, *, repo_type: str, local_dir: Path) -> str:
+        self.asked.append((dataset, name, repo_type))
+        if self.folder is None:
+            raise ConnectionError("no route to host\n" * 30)
+        (local_dir / name).write_bytes((self.folder / name).read_bytes())
+        return str(local_dir / name)
+
+
+def test_the_hub_is_asked_for_what_is_missing(tmp_path, mirror, monkeypatch):
+    hub = Hub(mirror)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
+    write_shard(tmp_path / "here" / shard_name(1), np.arange(9))
+    fetch(Fetch(shards=2, dir=tmp_path / "here"))
+    assert hub.asked == [("kjj0/fineweb10B-gpt2", shard_name(i), "dataset") for i in (0, 2)]
+    assert names(tmp_path / "here") == [shard_name(i) for i in (1, 2, 0)]
+
+
+def test_no_network_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", Hub(None))
+    monkeypatch.setattr(sys, "argv", ["fetch_fineweb", "--dir", str(tmp_path / "here")])
+    with pytest.raises(SystemExit) as ended:
+        fetch_fineweb.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: cannot fetch fineweb_val_000000.bin of kjj0/fineweb10B-gpt2 (ConnectionError): is huggingface.co "
+        "reachable, and the name right? Without a network: --mirror FOLDER, or --tokenize FOLDER\n")
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    ({"shards": 104}, "--shards must be at most 103, all that the hub has, got 104"),
+    ({"shards": 0}, "--shards must be at least 1, got 0"),
+    ({"mirror": "a", "tokenize": "b"}, "--mirror and --tokenize exclude each other"),
+    ({"mirror": "https://example.org/x"}, "--mirror takes a folder or a file:// address, got 'https"),
+    ({"mirror": "nowhere"}, "--mirror: there is no nowhere/fineweb_val_000000.bin"),
+])
+def test_mistakes_are_named(tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        fetch(Fetch(dir=tmp_path / "here", **flags))
+
+
+# ---- One's own documents ----------------------------------------------------------------------------
+
+
+def make_documents() -> list[np.ndarray]:
+    """Forty documents of 1 to 12 tokens, 50256 first."""
+    rng = np.random.default_rng(0)
+    return [np.array([50_256, *rng.integers(0, 50_256, size=rng.integers(0, 12))], dtype=np.uint16) for _ in range(40)]
+
+
+@pytest.fixture
+def tokenized(monkeypatch):
+    """tokenize() over make_documents(), without reading or encoding; the list of places where reading began."""
+    documents, began = make_documents(), []
+    monkeypatch.setattr(tokenize_documents, "read_documents",
+                        lambda source, first: began.append(first) or documents[first:])
+    monkeypatch.setattr(tokenize_documents, "encode_all", lambda texts, workers: texts)
+    return began
+
+
+def joined(folder: Path) -> tuple[list[int], list[int]]:
+    """(lengths of the shards, all their tokens)."""
+    parts = []
+    while (folder / shard_name(len(parts))).exists():
+        parts.append(read_shard(folder / shard_name(len(parts))).tolist())
+    return [len(part) for part in parts], sum(parts, [])
+
+
+def test_shards_hold_all_documents_in_order(tmp_path, tokenized):
+    stream = np.concatenate(make_documents()).tolist()
+    tokenize("x", tmp_path, shards=100, shard_tokens=50, workers=1)
+    lengths, tokens = joined(tmp_path)
+    assert tokens == stream and lengths == [50] * (len(stream) // 50) + [len(stream) % 50]
+
+
+@pytest.mark.parametrize("shard_tokens", [3, 7, 50])
+def test_interrupted_work_goes_on_at_the_first_missing_shard(tmp_path, tokenized, shard_tokens):
+    stream = np.concatenate(make_documents()).tolist()
+    for shards in (1, 2, 4):
+        tokenize("x", tmp_path, shards=shards, shard_tokens=shard_tokens, workers=1)
+        assert joined(tmp_path)[1] == stream[:shards * shard_tokens]
+    assert tokenized == sorted(tokenized) and (tokenized[-1] > 0) == (shard_tokens > 3)
+    (tmp_path / shard_name(2)).unlink()
+    tokenize("x", tmp_path, shards=4, shard_tokens=shard_tokens, workers=1)
+    assert joined(tmp_path)[1] == stream[:4 * shard_tokens]
+    tokenize("x", tmp_path, shards=1000, shard_tokens=shard_tokens, workers=1)
+    assert joined(tmp_path)[1] == stream
+    began = len(tokenized)
+    tokenize("x", tmp_path, shards=1000, shard_tokens=shard_tokens, workers=1)
+    assert len(tokenized) == began, "finished work is not begun again"
+
+
+def test_documents_that_end_with_a_shard_leave_no_empty_one(tmp_path, tokenized):
+    total = sum(map(len, make_documents()))
+    tokenize("x", tmp_path, shards=9, shard_tokens=total, workers=1)
+    assert joined(tmp_path)[0] == [total]
+    assert json.loads((tmp_path / "tokenized.json").read_text())["exhausted"]
+
+
+def test_other_shards_are_left_alone(tmp_path, tokenized):
+    tokenize("x", tmp_path, shards=2, shard_tokens=50, workers=1)
+    with pytest.raises(ValueError, match="holds shards of 50 tokens made from x; .*choose another --dir"):
+        tokenize("y", tmp_path, shards=2, shard_tokens=50, workers=1)
+    write_shard(tmp_path / "other" / shard_name(1), np.arange(5))
+    with pytest.raises(ValueError, match="holds shards that were not made from x"):
+        tokenize("x", tmp_path / "other", shards=2, shard_tokens=50, workers=1)
+
+
+def test_no_documents_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match="x holds no documents"):
+        write_shards([], tmp_path, open_progress("x", tmp_path, 50), shards=2, skip_tokens=0)
+
+
+@pytest.mark.parametrize(("files", "message"), [
+    ({"a.txt": "x", "b.jsonl": "{}"}, "files of one kind of .txt, .jsonl, .parquet, found .jsonl, .txt"),
+    ({"a.md": "x"}, "found none"),
+    ({"a.jsonl": '{"body": "x"}'}, "has no column 'text', only body"),
+])
+def test_unfit_folders_are_named(tmp_path, files, message):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        list(tokenize_documents.read_documents(str(tmp_path), 0))
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+def test_folders_are_read_in_order(tmp_path, suffix):
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = ["one\ntwo\n", "drei", "四"]
+    for i, text in enumerate(texts):
+        path = tmp_path / f"{i}{suffix}"
+        if suffix == ".parquet":
+            pyarrow.parquet.write_table(pyarrow.table({"text": [text]}), path)
+        else:
+            path.write_text(text if suffix == ".txt" else json.dumps({"text": text}), encoding="utf-8")
+    assert list(tokenize_documents.read_documents(str(tmp_path), 0)) == texts
+    assert list(tokenize_documents.read_documents(str(tmp_path), 2)) == texts[2:]
+
+
+@needs_gpt2
+def test_the_whole_way_from_a_folder(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for i in range(3):
+        (tmp_path / "texts" / f"{i}.txt").write_text("Hello world" * (i + 1))
+    done = command("--tokenize", "texts", "--dir", "here", "--shard-tokens", 5, "--shards", 1, "--workers", 2,
+                   cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lengths, tokens = joined(tmp_path / "here")
+    assert lengths == [5, 5] and tokens[:4] == [50_256, 15_496, 995, 50_256]
