@@ -260,13 +260,14 @@ def plan(trainer: Trainer) -> str:
     parameters = sum(p.numel() for p in model.parameters())
     state = sum(t.nbytes for b in trainer.optimizer.banks for t in (b.weights, b.grads, *b.state.values()))
     lines = [trainer.group_table, "",
-             f"preset {run.preset} on {trainer.comm.world_size} x {device_name(trainer.device)}, seed {run.run.seed}, activations "
-             f"{str(model.dtype)[6:]}, attention {model.kernel}, compile {'on' if trainer.compiled else 'off'}",
+             f"preset {run.preset} on {trainer.comm.world_size} x {device_name(trainer.device)}, seed {run.run.seed}, "
+             f"activations {str(model.dtype)[6:]}, attention {model.kernel}, compile {'on' if trainer.compiled else 'off'}",
              f"data {source.name}, hash {source.data_hash}, {sum(map(len, source.train)):,} training tokens, "
              f"{len(source.validation) - 1:,} validation tokens, vocabulary {source.vocab_size:,}",
              *source.notes,
              f"{parameters:,} parameters, {trainer.flops_per_token() / 1e6:.1f} MFLOP a token; {steps:,} steps, "
-             f"{trainer.schedule.tokens_before(steps):,} tokens; weights, gradients and state {state / 2**20:,.0f} MiB a rank"]
+             f"{trainer.schedule.tokens_before(steps):,} tokens; weights, gradients and state "
+             f"{state / 2**20:,.0f} MiB a rank"]
     return "\n".join(lines)
 
 

@@ -20,19 +20,20 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from configs.presets import PRESETS
+from configs.schema import Run
 from data.corpus import corpus_bytes, split_text
 from data.environment import describe_environment
 from data.runs import read_metrics, write_json
 from data.sources import open_source
-from configs.presets import PRESETS
-from configs.schema import Run
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 VAL_BYTES = 565_000
-RECIPE = ("config/train_shakespeare_char.py --dataset=stdlib --device=cpu --compile=False --eval_iters=20 --log_interval=100 "
-          "--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 "
-          "--dropout=0.0 --eval_interval=2000 --always_save_checkpoint=True --out_dir=out-stdlib").split()
+RECIPE = ("config/train_shakespeare_char.py --dataset=stdlib --device=cpu --compile=False --eval_iters=20 "
+          "--log_interval=100 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 "
+          "--lr_decay_iters=2000 --dropout=0.0 --eval_interval=2000 --always_save_checkpoint=True "
+          "--out_dir=out-stdlib").split()
 JUDGE = """
 import math, sys, numpy as np, torch
 from model import GPT, GPTConfig
@@ -103,9 +104,9 @@ def run_ours(preset: str, bits_per_byte: float, *, seed: int, every: int) -> dic
     summary = json.loads(Path("runs", name, "summary.json").read_text())
     curve = [(r["step"], round(r["train_seconds"], 3), round(r["val/bits_per_byte"], 4))
              for r in read_metrics(Path("runs", name, "metrics.jsonl")) if "val/bits_per_byte" in r]
-    return {"bits_per_byte": summary["val_bits_per_byte"], "steps": summary["steps"], "train_seconds": summary["train_seconds"],
-            "target_step": summary["target_step"], "target_seconds": summary["target_seconds"],
-            "wall_seconds": time.perf_counter() - began, "curve": curve}
+    kept = ("steps", "train_seconds", "target_step", "target_seconds")
+    return {"bits_per_byte": summary["val_bits_per_byte"]} | {name: summary[name] for name in kept} | {
+        "wall_seconds": time.perf_counter() - began, "curve": curve}
 
 
 def main(args: Compare) -> None:

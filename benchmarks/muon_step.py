@@ -80,7 +80,8 @@ def theirs(*, float32: bool) -> Callable[[], None]:
 
 def main(args: Timing) -> None:
     """Time the contestants in turns."""
-    contestants = {"ours": ours(), "torch.optim.Muon": theirs(float32=False), "torch.optim.Muon, float32": theirs(float32=True)}
+    contestants = {"ours": ours(), "torch.optim.Muon": theirs(float32=False),
+                   "torch.optim.Muon, float32": theirs(float32=True)}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for repeat in range(args.repeats + 1):
         for name, step in contestants.items():

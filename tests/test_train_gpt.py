@@ -113,7 +113,8 @@ def test_micro_batches_change_only_the_rounding(text):
 
 
 def test_the_run_stops_at_its_target(text):
-    folder = train("--run.name", "a", "--run.target_loss_nats", "5.5", "--run.stop_at_target", "--train.val_every_steps", "1")
+    folder = train("--run.name", "a", "--run.target_loss_nats", "5.5", "--run.stop_at_target",
+                   "--train.val_every_steps", "1")
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == summary["target_step"] < 12
 
@@ -303,8 +304,8 @@ def write_shard(path: str, magic: int = 20240520, claimed: int = 2000, tokens: i
     Path(path).write_bytes(header.numpy().tobytes() + body.numpy().tobytes())
 
 
-SHARDS = ("--data.source shards --data.tokenizer gpt2 --data.order contiguous --data.train_files t*.bin --data.val_files v.bin "
-          "--log.wandb disabled").split()
+SHARDS = ("--data.source shards --data.tokenizer gpt2 --data.order contiguous --data.train_files t*.bin "
+          "--data.val_files v.bin --log.wandb disabled").split()
 
 
 @pytest.mark.parametrize("flags, said", [
