@@ -1,4 +1,4 @@
-"""FineWeb shards on disk: `python -m scripts.fetch_fineweb --shards 9`, from the hub, a mirror, or your own documents."""
+"""FineWeb shards on disk: `python -m scripts.fetch_fineweb --shards 9`; from the hub, a mirror, or your documents."""
 
 import os
 import shutil
@@ -79,14 +79,14 @@ def accept(arrived: Path, target: Path) -> None:
 
 def _download(dataset: str, name: str, staging: Path) -> Path:
     """The shard from the hub, in `staging`; what an earlier attempt left there is continued."""
-    import httpx
     import huggingface_hub
+    from huggingface_hub.utils import logging
 
-    huggingface_hub.utils.logging.set_verbosity_error()  # its retries are told below, once
+    logging.set_verbosity_error()  # of a missing network we tell once
     print(f"{name}: from huggingface.co/datasets/{dataset}")
     try:
         return Path(huggingface_hub.hf_hub_download(dataset, name, repo_type="dataset", local_dir=staging))
-    except (OSError, httpx.HTTPError) as error:
+    except Exception as error:  # the hub's HTTP library, and with it what it raises, changes between versions
         raise ValueError(f"cannot fetch {name} of {dataset} ({type(error).__name__}): is huggingface.co reachable, and "
                          "the name right? Without a network: --mirror FOLDER, or --tokenize FOLDER") from None
 
@@ -101,7 +101,7 @@ def _copy(mirror: str, name: str, staging: Path) -> Path:
         raise ValueError(f"--mirror: there is no {source}")
     total, done = source.stat().st_size, part.stat().st_size if part.exists() else 0
     with (source.open("rb") as reader, part.open("ab") as writer,
-          tqdm(desc=name, total=total, initial=done, unit="B", unit_scale=True) as bar):
+          tqdm(desc=name, total=total, initial=done, unit="B", unit_scale=True, disable=None) as bar):
         reader.seek(done)
         while block := reader.read(COPY_BYTES):
             writer.write(block)

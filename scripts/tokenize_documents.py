@@ -56,7 +56,7 @@ def tokenize(source: str, folder: Path, *, shards: int, shard_tokens: int, worke
         document, token = progress.starts[first]
         del progress.starts[first + 1:]
         progress.exhausted = False
-        with tqdm(unit="tok", unit_scale=True, desc="tokenized") as bar:
+        with tqdm(unit="tok", unit_scale=True, desc="tokenized", disable=None) as bar:
             stream = encode_all(read_documents(source, document), workers)
             write_shards(counted(stream, bar), folder, progress, shards=shards, skip_tokens=token)
     made = len(progress.starts) - (not progress.exhausted)
@@ -64,7 +64,7 @@ def tokenize(source: str, folder: Path, *, shards: int, shard_tokens: int, worke
 
 
 def open_progress(source: str, folder: Path, shard_tokens: int) -> Progress:
-    """The progress that `folder` holds, or a new one. Raises ValueError where the folder's shards are not of this work."""
+    """The progress that `folder` holds, or a new one. Raises ValueError where its shards are not of this work."""
     path = folder / "tokenized.json"
     if path.exists():
         progress = Progress(**json.loads(path.read_text()))
@@ -81,25 +81,29 @@ def open_progress(source: str, folder: Path, shard_tokens: int) -> Progress:
 
 def write_shards(documents: Iterable[np.ndarray], folder: Path, progress: Progress, *, shards: int,
                  skip_tokens: int) -> None:
-    """Fill shards with the tokens of `documents`, of which the first begins at progress.starts[-1]'s document."""
-    number, (index, _) = len(progress.starts) - 1, progress.starts[-1]
+    """Fill shards up to number `shards` - 1, from the document where the last of progress.starts lies."""
     shard, filled = np.empty(progress.shard_tokens, dtype=np.uint16), 0
-    for index, tokens in enumerate(documents, start=index):
+    for document, tokens in enumerate(documents, start=progress.starts[-1][0]):
         used, skip_tokens = skip_tokens, 0
         while used < len(tokens):
             part = tokens[used:used + len(shard) - filled]
             shard[filled:filled + len(part)] = part
             filled, used = filled + len(part), used + len(part)
             if filled == len(shard):
-                write_shard(folder / shard_name(number), shard)
-                progress.starts.append([index, used])
+                write_shard(folder / shard_name(len(progress.starts) - 1), shard)
+                progress.starts.append([document, used])
                 progress.save(folder / "tokenized.json")
-                number, filled = number + 1, 0
-                if number == shards:
+                filled = 0
+                if len(progress.starts) > shards:
                     return
-    if filled:
-        write_shard(folder / shard_name(number), shard[:filled])
-    elif number:
+    _finish(shard[:filled], folder, progress)
+
+
+def _finish(rest: np.ndarray, folder: Path, progress: Progress) -> None:
+    """The documents have ended: write the last, partial shard. Raises ValueError if there was nothing at all."""
+    if len(rest):
+        write_shard(folder / shard_name(len(progress.starts) - 1), rest)
+    elif len(progress.starts) > 1:
         progress.starts.pop()
     else:
         raise ValueError(f"{progress.source} holds no documents")
@@ -131,11 +135,14 @@ def _encode(text: str) -> np.ndarray:
 
 
 def read_documents(source: str, first: int) -> Iterator[str]:
-    """The texts of a folder or of a data set on the hub, from document `first` on. Raises ValueError if there are none."""
-    import datasets
-    import huggingface_hub
+    """The texts of a folder or of a data set on the hub, from document `first` on.
 
-    huggingface_hub.utils.logging.set_verbosity_error()
+    Raises ValueError where they cannot be had, or have no column `text`.
+    """
+    import datasets
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # of a missing network we tell once
     kind, options = _reader(source)
     try:
         stream = datasets.load_dataset(kind, split="train", streaming=True, **options)
