@@ -147,6 +147,13 @@ def test_contiguous_reads_190_batches_of_a_scaled_shard():
     assert taken[-1][2] == Position(epoch=1, shard=0, index=2**7)
 
 
+@pytest.mark.parametrize(("size", "batches_a_shard"), [(49, 1), (50, 2)])
+def test_contiguous_drops_a_tail_of_exactly_one_batch(size, batches_a_shard):
+    """Two batches of 24 end with token 49: track 3 reads the second only where one token more remains."""
+    taken = read(open_batches([np.zeros(size, dtype=np.uint16)] * 2, order="contiguous"))
+    assert sum(position.epoch == position.shard == 0 for *_, position in taken) == batches_a_shard
+
+
 def test_contiguous_skips_shards_that_are_too_short():
     taken = read(open_batches(order="contiguous", batch=96))
     assert {position.shard for *_, position in taken} == {0, 2}
@@ -195,6 +202,11 @@ def test_a_new_length_begins_a_new_epoch():
     assert positions[4] == Position(epoch=0, index=20, sequence_tokens=6)
     assert positions[5] == Position(epoch=1, index=3, sequence_tokens=8)
     assert [b.epoch - a.epoch for a, b in pairwise(positions)][:9] == [0, 0, 0, 0, 1, 0, 0, 0, 0]
+
+
+def test_a_new_length_after_a_single_window_begins_a_new_epoch_too():
+    taken = read(open_batches(plan=lambda step: [(6, 6), (8, 8)][step], total_steps=2), steps=2)
+    assert [position.epoch for *_, position in taken] == [0, 1]
 
 
 def test_an_epoch_that_ends_with_a_batch_is_not_entered_twice():
