@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from data.runs import replacing
+from data.files import replacing
 
 HEADER_KEY = "steepest_checkpoint"
 FORMAT_VERSION = 1

@@ -10,8 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -19,6 +18,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from configs.schema import Run
+from data.files import replacing
 
 # What leaves the losses as they are, up to the rounding of the device: names, folders, machine, what is written down.
 HASH_IGNORES = frozenset({"preset", "run.name", "run.dir", "run.resume", "run.device", "run.compile", "run.dry_run",
@@ -54,20 +54,6 @@ def open_run_folder(dir: str | Path, name: str, *, fallback_name: str, resume: b
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"run folder {folder} is not writable; choose another --run.dir")
     return folder
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes the place of `path`, durably, once the block ends without error."""
-    aside = path.with_name(path.name + ".partial")
-    try:
-        yield aside
-        _sync(aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    if os.name == "posix":  # elsewhere a directory cannot be opened, and need not be
-        _sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -195,15 +181,6 @@ def _make_numbered(folder: Path) -> Path:
     except FileExistsError:
         return _make_numbered(folder)
     return path
-
-
-def _sync(path: Path) -> None:
-    """Wait until the file or directory is on disk."""
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _strict(value: Any) -> Any:

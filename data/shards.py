@@ -6,11 +6,12 @@ All numbers are little-endian. Format: K. Jordan et al., modded-nanogpt (2024), 
 import difflib
 import glob
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from data.files import replacing
 
 MAGIC = 20240520
 VERSION = 1
@@ -19,26 +20,6 @@ HEADER_BYTES = 4 * HEADER_INTS
 TOKEN_BYTES = 2
 TOKEN_LIMIT = 2 ** (8 * TOKEN_BYTES)
 SCAN_TOKENS = 2**22
-
-
-@contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes the place of `path`, durably, once the block ends without error.
-
-    The path is the process's own, so that two runs may fill the same cache at once. Raises ValueError where the file
-    cannot be written.
-    """
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        with aside.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def write_shard(path: str | Path, tokens: np.ndarray) -> None:
@@ -50,7 +31,7 @@ def write_shard(path: str | Path, tokens: np.ndarray) -> None:
         raise ValueError(f"token {tokens[at]} at position {at} does not fit {path}: shards hold 0 to {TOKEN_LIMIT - 1}")
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    with written_aside(Path(path)) as aside, aside.open("wb") as file:
+    with replacing(Path(path), shared=True) as aside, aside.open("wb") as file:
         header.tofile(file)
         tokens.astype("<u2").tofile(file)
 

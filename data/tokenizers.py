@@ -9,7 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-from data.shards import TOKEN_LIMIT, written_aside
+from data.files import replacing
+from data.shards import TOKEN_LIMIT
 
 BYTE_VALUES = 256
 # How text is cut before pairs are merged: the pattern of OpenAI's cl100k_base (tiktoken, 2022).
@@ -115,7 +116,7 @@ def _encoder(encoding: object) -> Callable[[str], np.ndarray]:
 def _write_pieces(path: Path, pieces: Sequence[bytes]) -> None:
     """One base64 line per piece, under a line with the sha256 of all that follows."""
     body = b"\n".join(base64.b64encode(piece) for piece in pieces)
-    with written_aside(path) as aside:
+    with replacing(path, shared=True) as aside:
         aside.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.shards import is_shard, write_shard, written_aside
+from data.files import replacing
+from data.shards import is_shard, write_shard
 from data.sources import encode_documents
 from data.tokenizers import Tokenizer, load_tokenizer
 
@@ -41,7 +42,7 @@ class Progress:
 
     def save(self, path: Path) -> None:
         """Write it, all or nothing."""
-        with written_aside(path) as aside:
+        with replacing(path) as aside:
             aside.write_text(json.dumps(asdict(self)))
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from configs.schema import Data, Group, Identity, Log, Model, Optim, Run, Schedule, Train
+from data.files import replacing
 from data.runs import (
     SUMMARY_KEYS,
     MetricsLog,
@@ -17,7 +18,6 @@ from data.runs import (
     flatten,
     open_run_folder,
     read_metrics,
-    replacing,
     write_json,
     write_summary,
 )
