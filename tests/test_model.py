@@ -1,0 +1,367 @@
+"""The GPT as a whole: its plain twin, its first weights, its size and cost, its loss, its samples, its refusals."""
+
+import math
+from dataclasses import fields, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from configs.presets import track3
+from configs.schema import Model, Optim
+from model import GPT, choose_kernel, mean_span
+
+LAYERS, DIM, HEAD_DIM, VOCAB, PADDED, LONGEST = 2, 32, 16, 40, 64, 24
+PLAIN = Model(layers=LAYERS, dim=DIM, head_dim=HEAD_DIM, position="learned", qk_norm=False, activation="gelu",
+              norm_embedding=False, zero_init_projections=False, softcap="none")
+RICH = Model(layers=3, dim=DIM, head_dim=HEAD_DIM, norm_gains=True, biases=True, x0_skip=True, smear=True,
+             value_embeds=2, bigram_buckets=37, window_tokens=5, document_mask=True)
+
+
+def build(config: Model = PLAIN, *, seed: int = 0, **options) -> GPT:
+    torch.manual_seed(seed)
+    return GPT(config, **({"vocab_size": VOCAB, "max_tokens": LONGEST, "document_start": 0} | options))
+
+
+@torch.no_grad()
+def scramble(model: GPT, seed: int = 1) -> GPT:
+    """Every parameter random and none zero, so that nothing hides behind a zero projection."""
+    rng = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        noise = torch.randn(p.shape, generator=rng)
+        p.copy_(noise / p.shape[-1] ** 0.5 if p.ndim == 2 else p + 0.5 * noise)
+    return model
+
+
+def some_tokens(*shape: int, seed: int = 2) -> torch.Tensor:
+    return torch.randint(1, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(model: GPT, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    return dict(zip(model.roles(), torch.autograd.grad(loss, list(model.parameters())), strict=True))
+
+
+# ---- Everything off: plain GPT ---------------------------------------------------------------------------------------
+
+
+def plain_norm(x):
+    return x / x.pow(2).mean(-1, keepdim=True).sqrt()
+
+
+def plain_attention(x, w):
+    heads = (DIM // HEAD_DIM, HEAD_DIM)
+    q, k, v = ((x @ w(name).T).unflatten(-1, heads).transpose(-2, -3) for name in ("q", "k", "v"))
+    future = torch.ones(x.size(-2), x.size(-2)).triu(1).bool()
+    weights = (q @ k.mT / math.sqrt(HEAD_DIM)).masked_fill(future, -math.inf).softmax(-1)
+    return (weights @ v).transpose(-2, -3).flatten(-2) @ w("out").T
+
+
+def plain_gelu(x):
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
+def plain_gpt(weights: dict[str, torch.Tensor], tokens_BT: torch.Tensor) -> torch.Tensor:
+    """GPT-2 with RMS norms and an untied head, in the words of a textbook."""
+    x = weights["embed"][tokens_BT] + weights["positions"][:tokens_BT.size(1)]
+    for i in range(LAYERS):
+        x = x + plain_attention(plain_norm(x), lambda name, i=i: weights[f"blocks.{i}.attention.{name}.weight"])
+        hidden = plain_gelu(plain_norm(x) @ weights[f"blocks.{i}.mlp.up.weight"].T)
+        x = x + hidden @ weights[f"blocks.{i}.mlp.down.weight"].T
+    return plain_norm(x) @ weights["head.weight"].T
+
+
+def plain_start(seed: int) -> dict[str, torch.Tensor]:
+    """The first weights of the plain GPT, drawn in order of the network, and nothing else drawn."""
+    torch.manual_seed(seed)
+    weights = {"embed": torch.randn(PADDED, DIM), "positions": 0.02 * torch.randn(LONGEST, DIM)}
+    shapes = {"attention.q": (DIM, DIM), "attention.k": (DIM, DIM), "attention.v": (DIM, DIM),
+              "attention.out": (DIM, DIM), "mlp.up": (4 * DIM, DIM), "mlp.down": (DIM, 4 * DIM)}
+    for i in range(LAYERS):
+        weights |= {f"blocks.{i}.{name}.weight": torch.randn(shape) * (0.33 / shape[1]) ** 0.5
+                    for name, shape in shapes.items()}
+    return weights | {"head.weight": torch.randn(PADDED, DIM) * (0.33 / DIM) ** 0.5}
+
+
+def test_plain_logits_equal_the_twin():
+    model, tokens = scramble(build()), some_tokens(3, 17)
+    torch.testing.assert_close(model(tokens), plain_gpt(model.state_dict(), tokens), atol=1e-5, rtol=0)
+
+
+def test_plain_gradients_equal_the_twin():
+    model, tokens = scramble(build()), some_tokens(3, 17)
+    targets = tokens.roll(-1, dims=1)
+    twin = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    loss = F.cross_entropy(plain_gpt(twin, tokens).flatten(0, 1), targets.flatten(), reduction="sum")
+    expected = dict(zip(twin, torch.autograd.grad(loss, list(twin.values())), strict=True))
+    for name, grad in gradients(model, model(tokens, targets)).items():
+        assert expected[name].abs().max() > 1e-3, name
+        torch.testing.assert_close(grad, expected[name], atol=3e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("off", [
+    {}, {"softcap_value": 3.0}, {"rotary_base": 7.0}, {"attention": "sdpa"}, {"loss_chunk_tokens": 5},
+], ids=lambda off: next(iter(off), "plain"))
+def test_techniques_that_are_off_draw_nothing_and_leave_nothing(off):
+    """Settings of techniques that are off included: the weights are bit-identical to those of a plain GPT."""
+    model, expected = build(replace(PLAIN, **off), seed=5), plain_start(5)
+    assert list(model.state_dict()) == list(expected)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(model(some_tokens(2, 9)), build(seed=5)(some_tokens(2, 9)))
+
+
+# ---- First weights ---------------------------------------------------------------------------------------------------
+
+
+def test_projections_and_head_start_at_zero_only_where_asked():
+    model = build(replace(PLAIN, zero_init_projections=True))
+    zero = {name for name, p in model.named_parameters() if not p.any()}
+    assert zero == {"head.weight"} | {f"blocks.{i}.{n}.weight" for i in range(2) for n in ("attention.out", "mlp.down")}
+    assert all(p.any() for p in build().parameters())
+
+
+def test_variance_of_the_first_weights():
+    model = build(Model(layers=1, dim=256, mlp_dim=1024, init_gain=0.5, embed_std=0.2, zero_init_projections=False))
+    assert model.embed.std().item() == pytest.approx(0.2, rel=0.05)
+    for name, fan_in in (("attention.q", 256), ("mlp.up", 256), ("mlp.down", 1024)):
+        weight = model.get_parameter(f"blocks.0.{name}.weight")
+        assert weight.shape[1] == fan_in
+        assert weight.var().item() == pytest.approx(0.5 / fan_in, rel=0.05)
+
+
+@pytest.mark.parametrize(("vocab", "multiple", "padded"), [(40, 64, 64), (64, 64, 64), (65, 64, 128), (40, 1, 40)])
+def test_vocabulary_is_padded_up_to_a_multiple(vocab, multiple, padded):
+    model = build(replace(PLAIN, vocab_multiple=multiple, value_embeds=1), vocab_size=vocab)
+    assert len(model.embed) == len(model.head.weight) == len(model.value_embeds[0]) == padded
+    assert model(some_tokens(1, 3)).shape == (1, 3, padded)
+
+
+def test_embedding_is_stored_in_the_dtype_asked_for_and_the_rest_in_float32():
+    model = build(replace(PLAIN, embed_dtype="bfloat16"), dtype=torch.bfloat16)
+    assert {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16} == {"embed"}
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float32}
+
+
+# ---- Roles, size, cost -----------------------------------------------------------------------------------------------
+
+
+def expected_role(name: str) -> str:
+    endings = {"gains": "gain", "bias": "bias", "skip": "scalar", "value_mix": "scalar", "smear.strength": "scalar",
+               "smear.gate": "gate", "bigram.table": "bigram_embed", "head.weight": "head", "positions": "embed"}
+    special = [role for ending, role in endings.items() if name.endswith(ending)]
+    if name == "embed" or name.startswith("value_embeds."):
+        return "embed" if name == "embed" else "value_embed"
+    return special[0] if special else "matrix"
+
+
+@pytest.mark.parametrize("config", [
+    PLAIN, RICH, replace(RICH, tied_head=True, position="learned", activation="swiglu"),
+], ids=["plain", "rich", "tied"])
+def test_roles_cover_every_parameter_exactly(config):
+    model = build(config)
+    assert model.roles() == {name: expected_role(name) for name, _ in model.named_parameters()}
+    assert set(model.roles()) == set(model.state_dict())
+    assert set(model.roles().values()) <= {field.name for field in fields(Optim)}
+
+
+@pytest.fixture(scope="module")
+def track3_model() -> GPT:
+    torch.manual_seed(0)
+    return GPT(track3().model, vocab_size=50_257, max_tokens=1024)
+
+
+def test_track3_has_the_published_number_of_parameters(track3_model):
+    sizes = {}
+    for p in track3_model.parameters():
+        sizes[p.role] = sizes.get(p.role, 0) + p.numel()
+    assert sum(sizes.values()) == 162_354_816
+    assert sizes == {"embed": 50_304 * 768, "head": 50_304 * 768, "matrix": 84_934_656, "gain": (2 * 12 + 2) * 768,
+                     "bias": 12 * 9 * 768 + 50_304}
+
+
+def test_track3_starts_at_the_published_loss(track3_model):
+    tokens = torch.randint(50_257, (1, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        loss = track3_model(tokens, tokens.roll(-1)).item() / 16
+    assert loss == pytest.approx(math.log(50_304), abs=1e-5)
+    assert round(loss, 4) == 10.8258
+
+
+def test_track3_cost(track3_model):
+    assert track3_model.flops_per_token(1024) == 6 * (84_934_656 + 38_633_472) + 12 * 12 * 768 * (1025 / 2)
+
+
+@given(tokens=st.integers(1, 200), window=st.integers(1, 300))
+def test_mean_span_equals_the_loop(tokens, window):
+    assert mean_span(tokens, window) == pytest.approx(sum(min(t, window) for t in range(1, tokens + 1)) / tokens)
+
+
+@pytest.mark.parametrize(("every", "full"), [(0, 0), (1, 3), (2, 1), (3, 1), (4, 0)])
+def test_cost_counts_the_span_of_each_layer(every, full):
+    model = build(replace(PLAIN, layers=3, window_tokens=9, full_attention_every=every))
+    spans = full * mean_span(20, 20) + (3 - full) * mean_span(20, 4)
+    weights = 3 * 12 * DIM**2 + PADDED * DIM
+    assert model.flops_per_token(20, window=4) == pytest.approx(6 * weights + 12 * DIM * spans)
+
+
+def test_cost_of_the_smear_gate():
+    assert build(replace(PLAIN, smear=True)).flops_per_token(20) - build().flops_per_token(20) == 6 * 12
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"tied_head": True}, {"activation": "swiglu"}, {"value_embeds": 1, "bigram_buckets": 9},
+], ids=lambda changes: next(iter(changes), "plain"))
+def test_cost_of_the_matrices_is_what_pytorch_counts(changes):
+    model, tokens = scramble(build(replace(PLAIN, **changes))), some_tokens(2, 12)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, tokens).backward()
+    counted = sum(count for op, count in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    attention = 12 * DIM * LAYERS * mean_span(12, 12)
+    assert counted == tokens.numel() * (model.flops_per_token(12) - attention)
+
+
+# ---- Loss ------------------------------------------------------------------------------------------------------------
+
+
+def test_loss_is_the_summed_cross_entropy_of_the_logits():
+    model, tokens, targets = scramble(build(RICH)), some_tokens(2, 12), some_tokens(2, 12, seed=3)
+    expected = -model(tokens).log_softmax(-1).gather(-1, targets[..., None]).sum()
+    loss = model(tokens, targets)
+    assert loss.shape == () and loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(loss, sum(model(x[None], y[None]) for x, y in zip(tokens, targets, strict=True)))
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 8, 24, 100])
+@pytest.mark.parametrize("scale", [1.0, -3.5])
+def test_chunked_loss_and_gradients_equal_the_unchunked(chunk, scale):
+    whole, chunked = (scramble(build(replace(RICH, loss_chunk_tokens=size))) for size in (0, chunk))
+    tokens, targets = some_tokens(2, 12), some_tokens(2, 12, seed=3)
+    torch.testing.assert_close(chunked(tokens, targets), whole(tokens, targets))
+    expected = gradients(whole, scale * whole(tokens, targets))
+    for name, grad in gradients(chunked, scale * chunked(tokens, targets)).items():
+        torch.testing.assert_close(grad, expected[name], atol=3e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_chunked_loss_never_holds_more_logits_than_a_chunk(training, monkeypatch):
+    model, tokens, seen = scramble(build(replace(RICH, loss_chunk_tokens=5))), some_tokens(2, 12), []
+    original = model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden: seen.append(len(hidden)) or original(hidden))
+    with torch.set_grad_enabled(training):
+        loss = model(tokens, tokens)
+        assert seen == [5, 5, 5, 5, 4]
+        if training:
+            loss.backward()
+            assert sorted(seen) == sorted(2 * [5, 5, 5, 5, 4])
+
+
+def test_chunked_loss_without_gradients_equals_the_unchunked():
+    tokens, targets = some_tokens(2, 12), some_tokens(2, 12, seed=3)
+    with torch.no_grad():
+        losses = [scramble(build(replace(RICH, loss_chunk_tokens=size)))(tokens, targets) for size in (0, 7)]
+    torch.testing.assert_close(*losses)
+
+
+# ---- Activations in bfloat16 -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [PLAIN, RICH, replace(RICH, position="half_rotary", embed_dtype="bfloat16")],
+                         ids=["plain", "rich", "half_rotary"])
+def test_bfloat16_activations_stay_close_to_float32(config):
+    exact, rounded = (scramble(build(config, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16))
+    tokens = some_tokens(2, 16)
+    expected, logits = exact(tokens), rounded(tokens)
+    assert rounded.hidden(tokens, None).dtype == torch.bfloat16
+    assert logits.dtype == torch.float32
+    assert 1e-5 < (logits - expected).norm() / expected.norm() < 0.03
+    for name, grad in gradients(rounded, rounded(tokens, tokens)).items():
+        assert grad.isfinite().all() and grad.dtype == rounded.get_parameter(name).dtype, name
+
+
+# ---- Samples ---------------------------------------------------------------------------------------------------------
+
+
+def generator(seed: int = 7) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def greedy(model: GPT, tokens: list[int], count: int) -> list[int]:
+    """The slow twin of generate at top_k = 1."""
+    for _ in range(count):
+        logits = model(torch.tensor([tokens[-model.max_tokens:]]))[0, -1]
+        tokens = [*tokens, max(range(model.vocab_size), key=lambda v, z=logits: z[v].item())]
+    return tokens
+
+
+def test_generate_follows_its_generator_and_leaves_the_global_one_alone():
+    model, prompt = scramble(build(RICH)), some_tokens(3)
+    state = torch.get_rng_state()
+    first, again, other = (model.generate(prompt, 20, generator=generator(seed)) for seed in (7, 7, 8))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(first[:3], prompt) and first.shape == (23,)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"temperature": 0.0}], ids=["top_k", "cold"])
+@pytest.mark.parametrize("length", [1, 3, 30])
+def test_generate_at_its_greediest_takes_the_most_likely_token(options, length):
+    """A prompt longer than max_tokens = 24 included, which learned positions could not index uncropped."""
+    model, prompt = scramble(build()), some_tokens(length)
+    assert model.generate(prompt, 10, **options).tolist() == greedy(model, prompt.tolist(), 10)
+
+
+def test_generate_reads_no_more_than_max_tokens(monkeypatch):
+    model, lengths = scramble(build(max_tokens=8)), []
+    model.register_forward_pre_hook(lambda _, args: lengths.append(args[0].size(1)))
+    model.generate(some_tokens(6), 5)
+    assert lengths == [6, 7, 8, 8, 8]
+
+
+def test_generate_never_emits_padding():
+    model = scramble(build(replace(PLAIN, biases=True)))
+    with torch.no_grad():
+        model.head.bias[VOCAB:] = 100.0
+    assert model(some_tokens(1, 3)).argmax(-1).min() >= VOCAB
+    for options in ({}, {"top_k": 1}, {"top_k": 1000, "temperature": 5.0}):
+        assert model.generate(some_tokens(3), 20, generator=generator(), **options).max() < VOCAB
+
+
+def test_generate_samples_the_tempered_distribution_of_the_best():
+    model, rng, prompt, draws = scramble(build(replace(PLAIN, layers=1))), generator(), some_tokens(2), 300
+    logits = model(prompt[None])[0, -1, :VOCAB].double()
+    best = logits.topk(4).indices
+    expected = (logits[best] / 1.5).softmax(-1)
+    drawn = torch.stack([model.generate(prompt, 1, temperature=1.5, top_k=4, generator=rng)[-1] for _ in range(draws)])
+    counts = (drawn[:, None] == best).sum(0)
+    assert counts.sum() == draws
+    assert ((counts - draws * expected).abs() < 4.5 * (draws * expected * (1 - expected)).sqrt()).all()
+
+
+# ---- Refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_document_mask_needs_a_document_start():
+    with pytest.raises(ValueError, match="document_mask needs a source with document starts.*no_document_mask"):
+        build(RICH, document_start=None)
+    build(replace(RICH, document_mask=False), document_start=None)
+
+
+@pytest.mark.parametrize("kernel", ["flex", "varlen"])
+def test_kernels_of_cuda_are_refused_elsewhere(kernel):
+    config = replace(RICH, attention=kernel)
+    with pytest.raises(ValueError, match=f"attention {kernel} trains on CUDA only; use sdpa"):
+        build(config)
+    assert choose_kernel(config, on_cuda=True) == kernel
+
+
+@pytest.mark.parametrize(("changes", "on_cuda", "kernel"), [
+    ({}, False, "sdpa"), ({}, True, "sdpa"),
+    ({"window_tokens": 4}, False, "sdpa"), ({"window_tokens": 4}, True, "flex"),
+    ({"document_mask": True}, False, "sdpa"), ({"document_mask": True}, True, "flex"),
+    ({"document_mask": True, "attention": "sdpa"}, True, "sdpa"),
+])
+def test_kernel_chosen_by_auto(changes, on_cuda, kernel):
+    assert choose_kernel(replace(PLAIN, **changes), on_cuda) == kernel
