@@ -65,7 +65,8 @@ class Norm(nn.Module):
 class Rotary(nn.Module):
     """Rotates pairs (x_i, x_{i + D/2}) by position times frequency, so that scores depend on relative position alone.
 
-    Frequencies fall geometrically from 1 to 1/base; `half_rotary` leaves the slower half of them at zero (speedrun 2025).
+    Frequencies fall geometrically from 1 to 1/base; `half_rotary` has half as many, and the other pairs stand still
+    (speedrun 2025).
     Su et al. 2021, arXiv 2104.09864.
     """
 
@@ -295,17 +296,18 @@ class GPT(nn.Module):
                                     for i in range(config.layers))
         self.norm_final = Norm(config)
         self.head = None if config.tied_head else Linear(config.dim, padded, config=config, zero=True, role="head")
+        self._roles = {name: param.role for name, param in self.named_parameters()}  # a copy of the model keeps it
 
     def roles(self) -> dict[str, str]:
         """The role of every parameter, by name."""
-        return {name: param.role for name, param in self.named_parameters()}
+        return dict(self._roles)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, *, window: int | None = None) -> Tensor:
         """Summed cross-entropy in nats, 0-D float32, if targets are given; else logits (B, T, V) in float32.
 
         `window` overrides the configured sliding window.
         """
-        hidden = self.hidden(tokens_BT, window or self.config.window_tokens)
+        hidden = self.hidden(tokens_BT, self.config.window_tokens if window is None else window)
         if targets_BT is None:
             return self.logits(hidden)
         hidden_NC, targets_N, chunk = hidden.flatten(0, 1), targets_BT.flatten(), self.config.loss_chunk_tokens
@@ -317,6 +319,8 @@ class GPT(nn.Module):
 
     def hidden(self, tokens_BT: Tensor, window: int | None) -> Tensor:
         """The normed residual stream that the head reads: (B, T) -> (B, T, C)."""
+        if tokens_BT.size(1) > self.max_tokens:
+            raise ValueError(f"a context of {tokens_BT.size(1)} tokens; this model was built for {self.max_tokens}")
         starts = tokens_BT == self.document_start if self.config.document_mask else None
         x = F.embedding(tokens_BT, self.embed).to(self.dtype)
         if self.positions is not None:
@@ -364,7 +368,8 @@ class GPT(nn.Module):
     def flops_per_token(self, sequence_tokens: int, window: int | None = None) -> float:
         """Floating-point operations of one token's forward and backward: 6 per matrix weight that it meets, 12 C per
         position it attends to (counted exactly: causal, windowed, not document-masked)."""
-        matrices = sum(p.numel() for p in self.parameters() if p.role in ("matrix", "head", "gate"))
+        window = self.config.window_tokens if window is None else window
+        matrices = sum(p.numel() for name, p in self.named_parameters() if self._roles[name] in ("matrix", "head", "gate"))
         matrices += self.embed.numel() if self.head is None else 0
         every, spans = self.config.full_attention_every, 0.0
         for i in range(len(self.blocks)):

@@ -147,7 +147,8 @@ class Model:
     embed_std: float = 1.0
     """Standard deviation of the token embedding's start."""
     softcap: Literal["none", "tanh", "rational", "sigmoid"] = "tanh"
-    """Bounded logits: c tanh(z/c) (Gemma 2, 2024, arXiv 2408.00118), c z / sqrt(z^2 + c^2), or 2c sigmoid(2z/c) - c."""
+    """Bounded logits: c tanh(z/c) (Gemma 2, 2024, arXiv 2408.00118), c z / sqrt(z^2 + c^2), or the speedrun's
+    2c sigmoid(2z/c) - c, which is tanh's function by another kernel."""
     softcap_value: float = 15.0
     """The bound c."""
     x0_skip: bool = False
@@ -258,7 +259,10 @@ class Optim:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """What changes over the steps, each as a curve (notation: configs/curve.py)."""
+    """What changes over the steps, each as a curve (notation: configs/curve.py).
+
+    Every curve but momentum multiplies a configured value.
+    """
 
     lr: Curve = "0=1 40%=1 100%=0.1"
     """Multiplies every group's lr."""
@@ -266,12 +270,12 @@ class Schedule:
     """Multiplies every group's weight decay, beside the lr that it is coupled to."""
     momentum: Curve | None = None
     """Momentum of the groups with rule steepest; None: each group's own."""
-    batch_tokens: Curve | None = None
-    """Tokens per optimizer step; None: train.batch_tokens."""
-    sequence_tokens: Curve | None = None
-    """Context length; None: data.sequence_tokens."""
-    window_tokens: Curve | None = None
-    """Sliding window; None: model.window_tokens."""
+    batch_tokens: Curve = "1"
+    """Multiplies train.batch_tokens; rounded to whole sequences."""
+    sequence_tokens: Curve = "1"
+    """Multiplies data.sequence_tokens."""
+    window_tokens: Curve = "1"
+    """Multiplies model.window_tokens."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "weight_decay", "momentum", "batch_tokens", "sequence_tokens", "window_tokens"):
@@ -341,14 +345,11 @@ class Run:
 
     def __post_init__(self) -> None:
         data, train = self.data, self.train
-        if self.schedule.batch_tokens is None and self.schedule.sequence_tokens is None:
-            nearest = max(1, round(train.batch_tokens / data.sequence_tokens)) * data.sequence_tokens
-            refuse(train.batch_tokens != nearest,
-                   f"train.batch_tokens must be a multiple of data.sequence_tokens ({data.sequence_tokens}), got "
-                   f"{train.batch_tokens}; nearest: {nearest}")
+        nearest = max(1, round(train.batch_tokens / data.sequence_tokens)) * data.sequence_tokens
+        refuse(train.batch_tokens != nearest,
+               f"train.batch_tokens must be a multiple of data.sequence_tokens ({data.sequence_tokens}), got "
+               f"{train.batch_tokens}; nearest: {nearest}")
         refuse(train.micro_tokens < data.sequence_tokens,
                f"train.micro_tokens must hold one sequence of {data.sequence_tokens} tokens, got {train.micro_tokens}")
-        refuse(self.schedule.window_tokens is not None and self.model.window_tokens is None,
-               "schedule.window_tokens needs --model.window_tokens, the window it starts from")
-        refuse(self.model.position == "learned" and self.schedule.sequence_tokens is not None,
-               "learned positions have a fixed length: schedule.sequence_tokens needs --model.position rotary")
+        refuse(self.schedule.window_tokens != "1" and self.model.window_tokens is None,
+               "schedule.window_tokens needs --model.window_tokens, the window that it multiplies")

@@ -28,20 +28,18 @@ class Schedule:
 
     def __init__(self, run: Run) -> None:
         self.total_steps = run.train.steps
-        schedule = run.schedule
-        self._curves = {name: parse_curve(text) for name in Values._fields if (text := getattr(schedule, name)) is not None}
-        self._constants = {"momentum": None, "batch_tokens": run.train.batch_tokens,
-                           "sequence_tokens": run.data.sequence_tokens, "window_tokens": run.model.window_tokens}
+        self._curves = {name: parse_curve(text) for name in Values._fields if (text := getattr(run.schedule, name))}
+        self._base = {"batch_tokens": run.train.batch_tokens, "sequence_tokens": run.data.sequence_tokens,
+                      "window_tokens": run.model.window_tokens}
 
     def values(self, step: int) -> Values:
         """What holds at optimizer step 0, 1, ..., total_steps - 1."""
         now = {name: evaluate_curve(knots, step, self.total_steps) for name, knots in self._curves.items()}
-        found = self._constants | now
-        sequence = max(1, round(found["sequence_tokens"]))
-        window = found["window_tokens"]
-        return Values(found["lr"], found["weight_decay"], found["momentum"],
-                      max(1, round(found["batch_tokens"] / sequence)) * sequence, sequence,
-                      None if window is None else max(1, round(window)))
+        sequence = max(1, round(self._base["sequence_tokens"] * now["sequence_tokens"]))
+        batch = max(1, round(self._base["batch_tokens"] * now["batch_tokens"] / sequence)) * sequence
+        window = self._base["window_tokens"]
+        window = None if window is None else max(1, round(window * now["window_tokens"]))
+        return Values(now["lr"], now["weight_decay"], now.get("momentum"), batch, sequence, window)
 
     def portions(self, step: int) -> tuple[int, int]:
         """(batch_tokens, sequence_tokens) of a step: what the data pipeline must know."""

@@ -1,7 +1,7 @@
 """Text from a trained model: `python -m scripts.sample runs/tiny --prompt "def main("`."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -45,7 +45,8 @@ def sample(args: Sample) -> str:
     tensors, _ = load_checkpoint(args.folder / "checkpoint.safetensors")
     weights = {name.removeprefix("weights/"): tensor for name, tensor in tensors.items() if name.startswith("weights/")}
     max_tokens = len(weights["positions"]) if "positions" in weights else run.data.sequence_tokens
-    model = GPT(run.model, vocab_size=source.vocab_size, max_tokens=max_tokens, document_start=source.document_start)
+    anywhere = replace(run.model, attention="sdpa")  # the weights do not depend on the kernel
+    model = GPT(anywhere, vocab_size=source.vocab_size, max_tokens=max_tokens, document_start=source.document_start)
     model.load_state_dict(weights)
     start = [source.tokenizer.end_of_text] if not args.prompt else []
     prompt = torch.tensor(start + source.tokenizer.encode(args.prompt).tolist(), dtype=torch.int64)

@@ -21,8 +21,10 @@ from data.runs import SUMMARY_KEYS, read_metrics
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = str(ROOT / "train_gpt.py")
 SMALL = ("--data.source text --data.tokenizer bytes --data.sequence_tokens 16 --data.val_bytes 600 --model.dim 32 "
-         "--model.head_dim 16 --model.bigram_buckets 64 --model.layers 2 --train.batch_tokens 192 --train.steps 12 "
+         "--model.head_dim 16 --model.bigram_buckets 64 --model.layers 2 --model.value_embeds 2 --model.x0_skip "
+         "--model.softcap tanh --schedule.batch_tokens 1 --train.batch_tokens 192 --train.steps 12 "
          "--train.val_every_steps 5 --log.every_steps 1 --log.wandb disabled --log.sample_tokens 4").split()
+GROWING = ("--schedule.batch_tokens", "0=0.5 50%=1", "--schedule.sequence_tokens", "0=0.5 hold 4=1")
 
 
 @pytest.fixture
@@ -159,15 +161,15 @@ def interrupt_at(step: int, number: int, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("order", ["shuffled", "contiguous"])
-def test_resumed_equals_uninterrupted_bit_for_bit(text, monkeypatch, capsys, number, order):
-    whole = train("--run.name", "whole", "--data.order", order)
+@pytest.mark.parametrize("flags", [(), ("--data.order", "contiguous"), ("--data.order", "documents"), GROWING])
+def test_resumed_equals_uninterrupted_bit_for_bit(text, monkeypatch, capsys, number, flags):
+    whole = train("--run.name", "whole", *flags)
     with monkeypatch.context() as patch:
         interrupt_at(6, number, patch)
-        cut = train("--run.name", "cut", "--data.order", order)
+        cut = train("--run.name", "cut", *flags)
     assert "interrupted at step 7" in capsys.readouterr().out
     assert not (cut / "summary.json").exists()
-    train("--run.name", "cut", "--data.order", order, "--run.resume")
+    train("--run.name", "cut", *flags, "--run.resume")
     assert_same_run(whole, cut)
 
 
