@@ -1,4 +1,4 @@
-"""One thread for tests and the processes they start: their tensors are small, and threads that wait for each other are slow."""
+"""One thread for tests and the processes they start: their tensors are small, and threads waiting for threads are slow."""
 
 import os
 
