@@ -38,8 +38,8 @@ def bytes_() -> Run:
     return Run(
         preset="bytes",
         data=Data(tokenizer="bytes", sequence_tokens=64),
-        model=Model(layers=4, head_dim=32),
-        schedule=Schedule(momentum="0=0.85 20%=0.95"),
+        model=Model(layers=4, head_dim=32, attention_scale=0.25, x0_skip=True, smear=True),
+        optim=Optim(matrix=Group(rule="steepest", lr=0.03, momentum=0.85), head=Group(lr=0.01)),
         train=Train(steps=240, batch_tokens=768),
     )
 
