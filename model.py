@@ -256,7 +256,7 @@ class BigramEmbedding(nn.Module):
         if starts_BT is not None:
             bucket = bucket.masked_fill(starts_BT, last)
         # On CPUs the gradient's rows are added into the buffer that is there: no table-sized temporary.
-        return F.embedding(bucket, self.table, sparse=self.table.grad is not None and not self.table.is_cuda)
+        return F.embedding(bucket, self.table, sparse=self.table.grad is not None and self.table.device.type == "cpu")
 
 
 def softcap(z: Tensor, kind: str, c: float) -> Tensor:

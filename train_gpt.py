@@ -7,16 +7,17 @@ Timed: data loading, steps, logging. Not timed: imports, compilation and warm-up
 """
 
 import sys
+import time
 
 from configs.cli import fail, parse
 
 if __name__ == "__main__":
+    BEGAN = time.time()
     RUN = parse(sys.argv[1:])  # before torch is imported: --help and typing errors answer at once
 
 # ruff: noqa: E402
 import math
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -253,6 +254,11 @@ def is_validation_step(run: Run, step: int) -> bool:
     return step == train.steps or (step > 0 and every > 0 and step % every == 0)
 
 
+def is_finished(run: Run, progress: Progress) -> bool:
+    """Whether all steps are done, or the target is reached where that ends the run."""
+    return progress.step >= run.train.steps or (run.run.stop_at_target and progress.target_step is not None)
+
+
 def plan(trainer: Trainer) -> str:
     """What the run will do: groups, sizes, schedule, memory."""
     run, model, source = trainer.run, trainer.model, trainer.source
@@ -286,9 +292,8 @@ def train(trainer: Trainer, reporter: Reporter) -> bool:
     run, progress, clock = trainer.run, trainer.progress, trainer.clock
     interruption, batches = Interruption(), trainer.start_batches()
     poll = GPU_SIGNAL_POLL_STEPS if trainer.device.type == "cuda" else 1
-    finished = progress.step >= run.train.steps
     clock.start()
-    while not finished:
+    while not is_finished(run, progress):
         validates = is_validation_step(run, progress.step + 1)
         nats, measures = trainer.step(batches, measure=validates and run.log.diagnostics)
         reporter.advance()
@@ -301,18 +306,18 @@ def train(trainer: Trainer, reporter: Reporter) -> bool:
             reporter.validation(score, measures)
             refuse_non_finite(trainer, score.nats_per_token, reporter.folder)
             clock.start()
-        finished = progress.step >= run.train.steps or (run.run.stop_at_target and progress.target_step is not None)
         interrupted = progress.step % poll == 0 and trainer.comm.max(float(interruption.received))[0] > 0
         every = run.run.checkpoint_every_steps
-        if finished or interrupted or (every and progress.step % every == 0):
+        if is_finished(run, progress) or interrupted or (every and progress.step % every == 0):
             clock.stop()
+            refuse_non_finite(trainer, trainer.comm.sum(nats.item())[0], reporter.folder)
             checkpoint(trainer, reporter)
             clock.start()
         if interrupted:
             break
     clock.stop()
     batches.close()
-    return finished
+    return is_finished(run, progress)
 
 
 def record_train_loss(trainer: Trainer, reporter: Reporter, nats: Tensor) -> None:
@@ -367,9 +372,9 @@ def open_folder(run: Run, comm: Comm) -> Path:
     return Path(comm.share(str(made)))
 
 
-def main(run: Run) -> None:
-    """Train as `run` says."""
-    began = time.time()
+def main(run: Run, began: float | None = None) -> None:
+    """Train as `run` says; `began` is when the process did, in seconds since 1970."""
+    began = began or time.time()
     trainer = Trainer(run)
     lead = trainer.comm.rank == 0
     if lead:
@@ -397,7 +402,7 @@ def main(run: Run) -> None:
 
 if __name__ == "__main__":
     try:
-        main(RUN)
+        main(RUN, BEGAN)
     except ValueError as error:
         fail(str(error))
     except DivergedError as error:

@@ -1,6 +1,5 @@
 """Where a run computes: which device, what it is called, how much memory it took."""
 
-import resource
 import sys
 
 import torch
@@ -23,8 +22,12 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory allocated so far: on the GPU, else resident in the process."""
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Most memory allocated so far: on the GPU, else resident in the process; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

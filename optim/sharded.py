@@ -207,8 +207,9 @@ def _update(rule: Rule, own: Tensor, grad: Tensor, state: dict[str, Tensor], hyp
 
 
 def _moments(bank: Bank, before: Tensor, after: Tensor) -> Moments:
-    exact = (lambda x: x.cpu().double()) if after.device.type == "mps" else Tensor.double  # MPS has no float64
-    old, new = exact(before), exact(after)
+    if after.device.type == "mps":  # which has neither float64 nor eigenvalues
+        before, after = before.cpu(), after.cpu()
+    old, new = before.double(), after.double()
     sums = torch.stack([(new - old).square().sum(), old.square().sum(), new.square().sum(), (old * new).sum()])
     size = bank.group.rule.norm.size(bank.as_matrices(after).float()).max().item() if after.numel() else 0.0
     return Moments(*sums.tolist(), size)

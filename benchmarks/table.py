@@ -1,0 +1,69 @@
+"""The README's table of results, made from the files beside this one: `python -m benchmarks.table` prints it."""
+
+import json
+import statistics
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+HEADER = "| what | ours | beside it | measured |\n|---|---|---|---|"
+
+
+def load(name: str) -> dict:
+    """A result file."""
+    return json.loads((HERE / f"{name}.json").read_text())
+
+
+def spread(runs: list[dict], key: str, digits: int) -> str:
+    """Mean and standard deviation of a figure over runs."""
+    values = [run[key] for run in runs]
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def nanogpt_rows(result: dict) -> list[str]:
+    """The newcomer's minute, and how soon each side reaches nanoGPT's final loss."""
+    runs, peer = result["runs"], result["runs"]["nanoGPT"]
+    tiny, small = runs["tiny"], runs["bytes"]
+    seconds = statistics.mean(run["wall_seconds"] for run in peer)
+    sooner = seconds / statistics.mean(run["target_seconds"] for run in tiny)
+    target = result["target_bits_per_byte"]
+    return [
+        f"| `tiny`: bits per byte when its minute ends | **{spread(tiny, 'bits_per_byte', 3)}** in "
+        f"{statistics.mean(run['train_seconds'] for run in tiny):.0f} s of training | nanoGPT on bytes "
+        f"{spread(peer, 'bits_per_byte', 3)} in {seconds:.0f} s; xz -9 1.594 | n = {len(tiny)} |",
+        f"| `tiny`: training seconds to nanoGPT's {target:.4f} | **{spread(tiny, 'target_seconds', 2)}** | {seconds:.0f} "
+        f"({sooner:.0f} x sooner) | n = {len(tiny)} |",
+        f"| `bytes`: steps to the same, at nanoGPT's size | **{spread(small, 'target_step', 0)}** of 240 | 2000 | "
+        f"n = {len(small)} |",
+    ]
+
+
+def muon_rows(preset: str, result: dict) -> list[str]:
+    """Muon against AdamW at equal steps, and AdamW's steps to the same loss."""
+    muon, final = result["final"]["muon"], result["final"]
+    equal = next(found for name, found in final.items() if name.startswith("adamw") and found["steps"] == muon["steps"])
+    needed = result["adamw_steps_to_muon_loss"] or f"more than {max(f['steps'] for f in final.values())}"
+
+    def figure(found: dict) -> str:
+        return f"{found['bits_per_byte_mean']:.3f} ± {found['bits_per_byte_sd']:.3f}"
+
+    return [f"| `{preset}`, {muon['steps']} steps: Muon against tuned AdamW on the matrices | **{figure(muon)}** | "
+            f"{figure(equal)}; AdamW needs {needed} steps for Muon's loss | n = {muon['n']} |"]
+
+
+def step_rows(result: dict) -> list[str]:
+    """Our optimizer step beside PyTorch's Muon."""
+    ratio, ours = result["ratio_to_ours"], result["median_seconds"]["ours"]
+    return [f"| one Muon step on `track3`'s 72 matrices | **{ours:.1f} s** | torch.optim.Muon "
+            f"{ratio['torch.optim.Muon']:.1f} x that; in float32 {ratio['torch.optim.Muon, float32']:.2f} x | "
+            f"n = {len(result['seconds']['ours'])} |"]
+
+
+def table() -> str:
+    """All rows."""
+    rows = nanogpt_rows(load("beside_nanogpt")) + step_rows(load("muon_step"))
+    rows += [row for preset in ("bytes", "tiny") for row in muon_rows(preset, load(f"muon_vs_adamw_{preset}"))]
+    return "\n".join([HEADER, *rows])
+
+
+if __name__ == "__main__":
+    print(table())

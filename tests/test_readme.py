@@ -1,0 +1,35 @@
+"""The README says what the files say."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from benchmarks.table import table
+from configs.cli import parse_row
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^(?:torchrun --standalone --nproc_per_node=8|python) train_gpt.py (.*?)(?:\s{2,}#.*)?$",
+                      README, re.MULTILINE)
+
+
+def test_the_table_is_the_measured_one():
+    assert table() in README
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) >= 5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_parses(command):
+    words = shlex.split(command)
+    assert parse_row(words[0], words[1:])
+
+
+def test_every_file_named_in_the_map_exists():
+    block = README.split("## Files")[1].split("```")[1]
+    for line in block.strip().splitlines():
+        assert (ROOT / line.split()[0]).exists(), line
