@@ -378,6 +378,15 @@ class GPT(nn.Module):
         return 6 * matrices + 12 * self.config.dim * spans
 
 
+    def activation_bytes(self, tokens: int) -> int:
+        """Estimate of what one forward-backward on `tokens` tokens keeps: 12 C + 3 hidden numbers a layer, and the logits
+        three times in float32 (of one chunk, where the loss is chunked)."""
+        config = self.config
+        per_token = config.layers * (12 * config.dim + 3 * (config.mlp_dim or 4 * config.dim))
+        logit_rows = min(tokens, config.loss_chunk_tokens or tokens)
+        return per_token * self.dtype.itemsize * tokens + 12 * len(self.embed) * logit_rows
+
+
 def mean_span(tokens: int, window: int) -> float:
     """Mean over t = 1..tokens of min(t, window): how many positions a token attends to."""
     window = min(window, tokens)

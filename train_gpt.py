@@ -262,7 +262,7 @@ def is_finished(run: Run, progress: Progress) -> bool:
 def plan(trainer: Trainer) -> str:
     """What the run will do: groups, sizes, schedule, memory."""
     run, model, source = trainer.run, trainer.model, trainer.source
-    steps = run.train.steps
+    steps, micro = run.train.steps, min(run.train.micro_tokens, run.train.batch_tokens // trainer.comm.world_size)
     parameters = sum(p.numel() for p in model.parameters())
     state = sum(t.nbytes for b in trainer.optimizer.banks for t in (b.weights, b.grads, *b.state.values()))
     lines = [trainer.group_table, "",
@@ -272,8 +272,8 @@ def plan(trainer: Trainer) -> str:
              f"{len(source.validation) - 1:,} validation tokens, vocabulary {source.vocab_size:,}",
              *source.notes,
              f"{parameters:,} parameters, {trainer.flops_per_token() / 1e6:.1f} MFLOP a token; {steps:,} steps, "
-             f"{trainer.schedule.tokens_before(steps):,} tokens; weights, gradients and state "
-             f"{state / 2**20:,.0f} MiB a rank"]
+             f"{trainer.schedule.tokens_before(steps):,} tokens; memory a rank: weights, gradients and optimizer state "
+             f"{state / 2**20:,.0f} MiB, activations about {model.activation_bytes(micro) / 2**20:,.0f} MiB"]
     return "\n".join(lines)
 
 
