@@ -31,12 +31,12 @@ class Comparison:
     """Arguments of the comparison."""
 
     preset: Annotated[str, tyro.conf.Positional]
-    muon_lrs: tuple[float, ...] = (0.01, 0.02, 0.03, 0.045, 0.07)
-    adamw_lrs: tuple[float, ...] = (0.0015, 0.003, 0.006, 0.012, 0.024)
+    muon_lrs: tuple[float, ...] = (0.01, 0.02, 0.03, 0.045, 0.07, 0.1)
+    adamw_lrs: tuple[float, ...] = (0.00075, 0.0015, 0.003, 0.006, 0.012, 0.024)
     tuning_seeds: int = 2
     seeds: int = 5
     """Fresh seeds of the winners."""
-    horizons: tuple[float, ...] = (1.0, 1.33, 1.67, 2.0, 2.5)
+    horizons: tuple[float, ...] = (1.0, 1.75, 2.5)
 
 
 def run(preset: str, *, lr: float, steps: int, seed: int) -> dict:

@@ -23,7 +23,7 @@ def tiny() -> Run:
         optim=Optim(matrix=Group(rule="steepest", lr=0.02), head=Group(lr=0.01), value_embed=Group(lr=0.15),
                     bigram_embed=Group(lr=0.035)),
         schedule=Schedule(momentum="0=0.85 20%=0.95", batch_tokens="0=0.5 40%=1"),
-        train=Train(steps=520, val_every_steps=130, micro_tokens=16_384),
+        train=Train(steps=520, val_every_steps=130, micro_tokens=8192),
     )
 
 
@@ -40,7 +40,7 @@ def bytes_() -> Run:
         data=Data(tokenizer="bytes", sequence_tokens=64),
         model=Model(layers=4, head_dim=32, attention_scale=0.25, x0_skip=True, smear=True),
         optim=Optim(matrix=Group(rule="steepest", lr=0.03, momentum=0.85), head=Group(lr=0.01)),
-        train=Train(steps=240, batch_tokens=768),
+        train=Train(steps=240, batch_tokens=768, micro_tokens=8192),
     )
 
 
