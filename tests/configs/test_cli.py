@@ -1,0 +1,157 @@
+"""The command line: every mistake ends with status 2 and the nearest right name; help comes fast and without torch."""
+
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from configs.cli import nearest, parse, parse_row
+from configs.presets import PRESETS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def refused(capsys: pytest.CaptureFixture, *argv: str) -> str:
+    """What is said about a command line that must end with status 2; nothing may go to standard output."""
+    with pytest.raises(SystemExit) as caught:
+        parse(argv)
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and not out
+    return " ".join(err.replace("│", " ").split())
+
+
+# ---- What is understood --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_alone_is_itself(name):
+    run = parse([name])
+    assert run == PRESETS[name]() and run.preset == name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        run.preset = "other"
+
+
+def test_no_preset_means_tiny():
+    assert parse([]) == PRESETS["tiny"]()
+    assert parse(["--run.seed", "7"]) == parse(["tiny", "--run.seed", "7"]) != parse([])
+
+
+def test_flags_change_their_field_alone():
+    run, base = parse(["bytes", "--optim.matrix.lr", "0.5", "--train.steps=9"]), PRESETS["bytes"]()
+    assert run.optim.matrix.lr == 0.5 and run.train.steps == 9
+    matrix = dataclasses.replace(run.optim.matrix, lr=base.optim.matrix.lr)
+    undone = dataclasses.replace(run, optim=dataclasses.replace(run.optim, matrix=matrix),
+                                 train=dataclasses.replace(run.train, steps=base.train.steps))
+    assert undone == base
+
+
+@pytest.mark.parametrize(("flags", "found"), [
+    (["--model.no_qk_norm"], lambda run: run.model.qk_norm is False),
+    (["--model.no-qk-norm"], lambda run: run.model.qk_norm is False),
+    (["--run.target_loss_nats", "3.28"], lambda run: run.run.target_loss_nats == 3.28),
+    (["--model.mlp_dim", "None"], lambda run: run.model.mlp_dim is None),
+    (["--schedule.momentum", "0=0.5 50%=0.9"], lambda run: run.schedule.momentum == "0=0.5 50%=0.9"),
+    (["--data.source", "text", "--data.train_files", "a", "b"], lambda run: run.data.train_files == ("a", "b")),
+    (["--optim.embed.rule", "steepest", "--optim.embed.norm", "row"], lambda run: run.optim.embed.norm == "row"),
+    (["--optim.matrix.no_nesterov"], lambda run: run.optim.matrix.nesterov is False),
+    (["--schedule.lr", "-50=1"], lambda run: run.schedule.lr == "-50=1"),
+])
+def test_kinds_of_values(flags, found):
+    assert found(parse(["tiny", *flags]))
+
+
+# ---- What is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("argv", "said"), [
+    (["tinny"], "unknown preset 'tinny'; did you mean 'tiny'?"),
+    (["trak3"], "did you mean 'track3'?"),
+    (["zzzzzz"], "choices: tiny, tiny_adamw, bytes, bytes_adamw, track3, track3_adamw"),
+    (["tiny", "--train.stepz", "5"], "--train.steps INT"),
+    (["tiny", "--optim.matrx.lr", "5"], "--optim.matrix.lr FLOAT"),
+    (["tiny", "--train.steps", "ten"], "--train.steps: invalid literal for int() with base 10: 'ten'"),
+    (["tiny", "--optim.matrix.lr", "fast"], "--optim.matrix.lr"),
+    (["tiny", "--optim.matrix.ns", "cubic"], "invalid choice 'cubic' for argument '--optim.matrix.ns'"),
+    (["tiny", "--train.steps"], "'--train.steps'"),
+    (["tiny", "bytes"], "bytes"),
+    (["tiny", "--model.dim", "100"], "head_dim must divide dim, got 64 and 100"),
+    (["tiny", "--train.steps=0"], "steps must be at least 1, got 0"),
+    (["tiny", "--train.batch_tokens", "4000"], "got 4000; nearest: 4096"),
+    (["tiny", "--schedule.lr", "0=1,5=2"], "cannot read '0=1,5=2'"),
+    (["tiny", "--run.stop_at_target"], "--run.target_loss_nats"),
+    (["tiny", "--preset", "bytes"], "the preset is the first word: python train_gpt.py NAME"),
+    (["--preset=bytes"], "the preset is the first word"),
+    (["tiny", "--optim.matrix.lr", "inf"], "lr"),
+])
+def test_mistakes_are_named(capsys, argv, said):
+    assert said in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize("flag", ["norm=row", "ns-steps=3", "ns_steps=3", "no_nesterov", "no-nesterov", "nesterov",
+                                  "momentum=0.5", "unit=plain", "averaging=none", "ns=svd"])
+def test_adam_refuses_the_settings_of_steepest_descent(capsys, flag):
+    """Also where the flag repeats the default, and in every spelling."""
+    said = refused(capsys, "tiny", f"--optim.embed.{flag}")
+    assert f"--optim.embed.{flag.split('=')[0].replace('-', '_')} has no effect: rule adam reads beta1, beta2" in said
+
+
+@pytest.mark.parametrize("flag", ["beta1", "beta2", "eps"])
+def test_steepest_descent_refuses_the_settings_of_adam(capsys, flag):
+    said = refused(capsys, "tiny", f"--optim.matrix.{flag}", "0.5")
+    assert f"--optim.matrix.{flag} has no effect: rule steepest reads" in said and "momentum" in said
+    assert parse(["tiny", "--optim.matrix.rule", "adam", f"--optim.matrix.{flag}", "0.5"]).optim.matrix.rule == "adam"
+
+
+def test_parse_row_raises_what_parse_prints(capsys):
+    for flags, said in [(["--train.stepz", "5"], "--train.steps"), (["--train.steps", "0"], "at least 1, got 0"),
+                        (["--optim.embed.norm", "row"], "has no effect")]:
+        with pytest.raises(ValueError) as caught:
+            parse_row("tiny", flags)
+        assert said in " ".join(str(caught.value).replace("│", " ").split())
+        assert str(caught.value).startswith(f"tiny {' '.join(flags)}: ")
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(ValueError, match="unknown preset 'tinny'; did you mean 'tiny'"):
+        parse_row("tinny", [])
+
+
+def test_parse_row_is_parse():
+    assert parse_row("bytes", ["--run.seed", "4"]) == parse(["bytes", "--run.seed", "4"])
+
+
+def test_nearest():
+    assert nearest("matrx", ["embed", "matrix"]) == "; did you mean 'matrix'?"
+    assert nearest("qqq", ["embed", "matrix"]) == "; choices: embed, matrix"
+
+
+# ---- Help ----------------------------------------------------------------------------------------
+
+
+def test_help_is_quick_and_needs_no_torch():
+    code = ("import sys; sys.argv = ['train_gpt.py', *sys.argv[1:]]\n"
+            "from configs.cli import parse\n"
+            "try: parse(sys.argv[1:])\n"
+            "finally: print('heavy:', sorted({'torch', 'numpy', 'wandb', 'tiktoken'} & set(sys.modules)))")
+    took = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code, "bytes", "--help"], cwd=ROOT, capture_output=True, text=True)
+        took.append(time.perf_counter() - start)
+    assert done.returncode == 0 and done.stdout.endswith("heavy: []\n"), done.stderr
+    assert "--optim.matrix.lr FLOAT" in done.stdout and "track3_adamw" in done.stdout
+    assert min(took) < 2
+
+
+def test_the_programs_help_is_quick():
+    """The program itself, not only its parser, answers before torch is imported."""
+    took = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-X", "importtime", "train_gpt.py", "--help"], cwd=ROOT,
+                              capture_output=True, text=True)
+        took.append(time.perf_counter() - start)
+    assert done.returncode == 0 and "--train.steps INT" in done.stdout
+    assert not [line for line in done.stderr.splitlines() if line.split("|")[-1].strip() in ("torch", "numpy")]
+    assert min(took) < 2

@@ -1,0 +1,226 @@
+"""Orthogonalization: bands, limits and invariances against float64 SVDs and polynomials of single numbers."""
+
+import math
+
+import pytest
+import torch
+
+from optim.newton_schulz import TABLES, orthogonalize, orthogonalize_svd
+
+SHAPES = [(1, 24, 40), (1, 40, 24), (1, 32, 32), (3, 16, 24), (2, 1, 9), (2, 9, 1)]
+
+
+def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def with_spectrum(values: torch.Tensor, m: int, n: int, seed: int = 0) -> torch.Tensor:
+    """(1, m, n) with the given singular values."""
+    U, _ = torch.linalg.qr(gaussian(m, len(values), seed=seed))
+    V, _ = torch.linalg.qr(gaussian(n, len(values), seed=seed + 1))
+    return ((U * values) @ V.mT)[None]
+
+
+def cosine(A: torch.Tensor, B: torch.Tensor) -> float:
+    return ((A * B).sum() / (A.norm() * B.norm())).item()
+
+
+def polynomial(x: torch.Tensor, table: str, steps: int) -> torch.Tensor:
+    """The composed scalar map, step by step from the published coefficients."""
+    for step in range(steps):
+        a, b, c = TABLES[table].triples[min(step, len(TABLES[table].triples) - 1)]
+        x = a * x + b * x**3 + c * x**5
+    return x
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+
+def test_coefficients_are_the_published_ones():
+    assert TABLES["quintic"].triples == ((3.4445, -4.7750, 2.0315),)
+    assert TABLES["polar_express"].triples[0] == (8.156555, -22.483293, 15.878770)
+    assert TABLES["polar_express"].triples[-1] == (2.346541, -1.709783, 0.423236)
+    assert len(TABLES["polar_express"].triples) == 5 and TABLES["polar_express"].safety == 1.02
+
+
+def test_the_last_triple_repeats():
+    table = TABLES["polar_express"]
+    assert table.steps(3) == list(table.triples[:3])
+    assert table.steps(7) == [*table.triples, table.triples[-1], table.triples[-1]]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_scalar_band_is_true(table):
+    """Every relative singular value in [3e-3, 1] ends inside the table's band."""
+    x = torch.logspace(math.log10(3e-3), 0, 100_001, dtype=torch.float64) / TABLES[table].safety
+    low, high = TABLES[table].band
+    y = polynomial(x, table, 5)
+    assert low <= y.min() and y.max() <= high
+
+
+@pytest.mark.parametrize("table", ["quintic", "polar_express"])
+def test_scalar_band_is_tight(table):
+    x = torch.logspace(math.log10(3e-3), 0, 100_001, dtype=torch.float64) / TABLES[table].safety
+    low, high = TABLES[table].band
+    y = polynomial(x, table, 5)
+    assert y.min() - low < 0.02 and high - y.max() < 0.02
+
+
+# ---- Matrices ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table", ["quintic", "polar_express"])
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_band_holds_for_matrices(table, shape, dtype):
+    """Singular values spread over the whole promised range, up to one that holds nearly all of the norm."""
+    values = torch.logspace(math.log10(4e-3), -1.5, min(shape), dtype=torch.float64)
+    values[-1] = 1
+    G = with_spectrum(values, *shape)
+    found = torch.linalg.svdvals(orthogonalize(G.to(dtype), table).double())
+    low, high = TABLES[table].band
+    assert (values / values.norm()).min() >= 3e-3
+    assert low <= found.min() and found.max() <= high
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("steps", [1, 4, 7])
+def test_matrix_map_is_the_polynomial_on_singular_values(table, shape, steps):
+    G = gaussian(*shape)
+    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+    S = S / S.norm(dim=-1, keepdim=True) / TABLES[table].safety
+    twin = (U * polynomial(S, table, steps).unsqueeze(-2)) @ Vh
+    torch.testing.assert_close(orthogonalize(G, table, steps=steps), twin, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("table", [*TABLES, "svd"])
+@pytest.mark.parametrize("shape", [(4, 12, 20), (4, 20, 12)])
+def test_a_batch_is_a_loop(table, shape):
+    G = gaussian(*shape) * torch.tensor([1e-3, 1.0, 50.0, 0.2], dtype=torch.float64)[:, None, None]
+    loop = torch.cat([orthogonalize(one[None], table) for one in G])
+    torch.testing.assert_close(orthogonalize(G, table), loop, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("table", [*TABLES, "svd"])
+def test_transposing_commutes(table):
+    G = gaussian(2, 10, 17)
+    torch.testing.assert_close(orthogonalize(G.mT, table), orthogonalize(G, table).mT, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("table", [*TABLES, "svd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_zero_stays_zero_beside_others(table, dtype):
+    G = gaussian(3, 6, 8).to(dtype)
+    G[1] = 0
+    out = orthogonalize(G, table)
+    assert out.dtype == dtype
+    assert torch.equal(out[1], torch.zeros(6, 8, dtype=dtype)) and out.isfinite().all()
+    assert out[0].norm() > 1 and out[2].norm() > 1
+
+
+@pytest.mark.parametrize("table", [*TABLES, "svd"])
+@pytest.mark.parametrize("factor", [1e-38, 1e-20, 1e-8, 1e8, 1e20, 1e37])
+def test_scale_is_ignored(table, factor):
+    """Squares of these entries leave float32's range."""
+    G = gaussian(2, 12, 16).float()
+    torch.testing.assert_close(orthogonalize(G * factor, table), orthogonalize(G, table), rtol=0, atol=2e-3)
+
+
+def test_a_power_of_two_changes_no_bit():
+    G = gaussian(2, 12, 16).float()
+    assert torch.equal(orthogonalize(G * 2.0**-40), orthogonalize(G))
+
+
+@pytest.mark.parametrize("table", [*TABLES, "svd"])
+@pytest.mark.parametrize("shape", [(2, 6, 9), (2, 9, 6)])
+def test_input_is_untouched(table, shape):
+    G = gaussian(*shape).float()
+    before = G.clone()
+    out = orthogonalize(G, table)
+    out.mul_(0)
+    assert torch.equal(G, before)
+
+
+@pytest.mark.parametrize(("table", "square", "wide"), [("quintic", 0.978, 0.982), ("polar_express", 0.988, 0.993)])
+def test_direction_is_near_the_polar_factor(table, square, wide):
+    """Cosines measured for Gaussians: quintic .981 and .988, Polar Express .993 and .996."""
+    for shape, least in [((1, 256, 256), square), ((1, 96, 384), wide), ((1, 384, 96), wide)]:
+        G = gaussian(*shape).float()
+        assert cosine(orthogonalize(G, table), orthogonalize_svd(G)) > least
+
+
+def test_float32_and_float64_agree():
+    G = gaussian(2, 48, 80)
+    for table in TABLES:
+        torch.testing.assert_close(orthogonalize(G.float(), table).double(), orthogonalize(G, table), rtol=0, atol=1e-4)
+
+
+def test_bfloat16_agrees_roughly():
+    G = gaussian(1, 48, 80).bfloat16()
+    exact = orthogonalize(G.double())
+    assert (orthogonalize(G).double() - exact).norm() < 0.05 * exact.norm()
+
+
+def test_convergent_converges_and_quintic_does_not():
+    """Small values double at each step; p(1) = 1 with p'(1) = 0 then squares the error at each step."""
+    values = torch.linspace(0.1, 1, 16, dtype=torch.float64)
+    G = with_spectrum(values, 16, 24)
+    exact = orthogonalize_svd(G)
+    assert (orthogonalize(G, "convergent", steps=12) - exact).abs().max() < 1e-9
+    assert (orthogonalize(G, "convergent", steps=5) - exact).abs().max() > 1e-3
+    assert (orthogonalize(G, "quintic", steps=12) - exact).abs().max() > 0.02
+
+
+def test_convergent_twelve_steps_reach_small_values():
+    values = torch.logspace(math.log10(5e-3), 0, 16, dtype=torch.float64)
+    found = torch.linalg.svdvals(orthogonalize(with_spectrum(values, 16, 24), "convergent", steps=12))
+    assert 0.98 < found.min() and found.max() < 1.002
+
+
+# ---- The exact twin ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_svd_twin_is_the_polar_factor(shape):
+    """O O^T = 1 on the short side, and O^T G symmetric positive semi-definite: that defines the polar factor."""
+    G = gaussian(*shape)
+    Q = orthogonalize(G, "svd")
+    short = Q @ Q.mT if shape[1] <= shape[2] else Q.mT @ Q
+    one = torch.eye(min(shape[1:]), dtype=torch.float64).expand_as(short)
+    torch.testing.assert_close(short, one, rtol=0, atol=1e-12)
+    H = Q.mT @ G
+    torch.testing.assert_close(H, H.mT, rtol=0, atol=1e-11)
+    assert torch.linalg.eigvalsh(H).min() > -1e-11
+
+
+@pytest.mark.parametrize("rank", [1, 3, 7])
+@pytest.mark.parametrize("shape", [(8, 12), (12, 8)])
+def test_svd_twin_of_deficient_matrices(rank, shape):
+    """Singular values: `rank` ones, then zeros; the same range and null space as the input."""
+    values = torch.logspace(-3, 0, rank, dtype=torch.float64)
+    G = with_spectrum(values, *shape)
+    Q = orthogonalize_svd(G)
+    found = torch.linalg.svdvals(Q)[0]
+    expected = torch.tensor([1.0] * rank + [0.0] * (8 - rank), dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    assert (Q * G).sum().item() == pytest.approx(values.sum().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_newton_schulz_keeps_the_null_space(table):
+    G = with_spectrum(torch.tensor([0.2, 0.5, 1.0], dtype=torch.float64), 8, 12)
+    out = orthogonalize(G, table)
+    P = orthogonalize_svd(G)
+    torch.testing.assert_close(P @ P.mT @ out, out, rtol=0, atol=1e-12)
+
+
+def test_svd_twin_keeps_the_dtype():
+    G = gaussian(2, 5, 7).float()
+    assert orthogonalize(G, "svd").dtype == torch.float32
+    torch.testing.assert_close(orthogonalize(G, "svd"), orthogonalize(G.double(), "svd").float(), rtol=0, atol=1e-6)
+
+
+def test_an_unknown_table_is_an_error():
+    with pytest.raises(KeyError, match="cubic"):
+        orthogonalize(gaussian(1, 2, 2), "cubic")

@@ -1,0 +1,229 @@
+"""Norms: duality, projection and size of each against closed forms and against random feasible points."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from configs.schema import Group
+from optim.norms import Column, Frobenius, Row, Sign, Spectral, build_norm, init
+
+UNITS = ("plain", "rms", "at_least_one", "match_adam")
+NORMS = {
+    **{f"spectral_{unit}": Spectral(unit, "svd") for unit in UNITS},
+    "row": Row(), "column": Column(), "sign": Sign(), "frobenius": Frobenius(),
+}
+every_norm = pytest.mark.parametrize("name", NORMS)
+sides = st.integers(1, 7)
+stacks = st.tuples(st.integers(1, 3), sides, sides)
+seeds = st.integers(0, 2**31)
+quick = settings(max_examples=25, deadline=None, derandomize=True)
+
+
+def gaussian(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def scale(name: str, m: int, n: int) -> float:
+    """Spectral norm of a spectral step, restated."""
+    wider = max(m, n)
+    return {"plain": 1, "rms": (m / n) ** 0.5, "at_least_one": (m / n) ** 0.5 if m > n else 1,
+            "match_adam": 0.2 * wider**0.5}[name.removeprefix("spectral_")]
+
+
+def primal(name: str, W: Tensor) -> Tensor:
+    """||W|| by its definition, (K,)."""
+    m, n = W.shape[-2:]
+    if name.startswith("spectral"):
+        return torch.linalg.matrix_norm(W, 2) / scale(name, m, n)
+    return {"row": lambda: torch.linalg.vector_norm(W, dim=2).amax(1) / n**0.5,
+            "column": lambda: torch.linalg.vector_norm(W, dim=1).amax(1) / m**0.5,
+            "sign": lambda: W.flatten(1).abs().amax(1),
+            "frobenius": lambda: torch.linalg.matrix_norm(W)}[name]()
+
+
+def dual_norm(name: str, G: Tensor) -> Tensor:
+    """max <G, A> over ||A|| <= 1, in closed form, (K,)."""
+    m, n = G.shape[-2:]
+    if name.startswith("spectral"):
+        return torch.linalg.svdvals(G).sum(-1) * scale(name, m, n)
+    return {"row": lambda: torch.linalg.vector_norm(G, dim=2).sum(1) * n**0.5,
+            "column": lambda: torch.linalg.vector_norm(G, dim=1).sum(1) * m**0.5,
+            "sign": lambda: G.flatten(1).abs().sum(1),
+            "frobenius": lambda: torch.linalg.matrix_norm(G)}[name]()
+
+
+def inner(A: Tensor, B: Tensor) -> Tensor:
+    return (A * B).sum(dim=(-2, -1))
+
+
+def feasible(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Random points of the unit ball: Gaussians scaled onto the sphere, half of them moved inside."""
+    A = gaussian(shape, seed)
+    A = A / primal(name, A)[:, None, None]
+    return A * (0.5 if seed % 2 else 1.0)
+
+
+# ---- dual ----------------------------------------------------------------------------------------
+
+
+@every_norm
+@quick
+@given(shape=stacks, seed=seeds)
+def test_dual_has_size_one_and_attains_the_dual_norm(name, shape, seed):
+    G = gaussian(shape, seed)
+    A = NORMS[name].dual(G)
+    assert A.shape == G.shape and A.dtype == G.dtype
+    torch.testing.assert_close(primal(name, A), torch.ones(shape[0], dtype=torch.float64), rtol=1e-9, atol=0)
+    torch.testing.assert_close(inner(G, A), dual_norm(name, G), rtol=1e-9, atol=0)
+
+
+@every_norm
+@quick
+@given(shape=stacks, seed=seeds)
+def test_nothing_feasible_beats_the_dual(name, shape, seed):
+    G = gaussian(shape, seed)
+    best = inner(G, NORMS[name].dual(G))
+    for other in range(8):
+        assert (inner(G, feasible(name, shape, seed + other)) <= best * (1 + 1e-9)).all()
+
+
+@every_norm
+@quick
+@given(shape=stacks, seed=seeds)
+def test_size_is_the_definition(name, shape, seed):
+    """Spectral sizes are float32 roots of a Gram matrix's eigenvalues: 1e-5, not 1e-9."""
+    W = gaussian(shape, seed)
+    tolerance = 1e-5 if name.startswith("spectral") else 1e-12
+    torch.testing.assert_close(NORMS[name].size(W).double(), primal(name, W), rtol=tolerance, atol=0)
+
+
+@every_norm
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_gradient_gives_zero(name, dtype):
+    G = gaussian((3, 4, 6), 0).to(dtype)
+    G[1] = 0
+    A = NORMS[name].dual(G)
+    assert A.isfinite().all() and not A[1].any() and A[0].any() and A[2].any()
+
+
+@every_norm
+@pytest.mark.parametrize("factor", [1e-30, 1e-20, 1e20, 1e30])
+def test_dual_ignores_scale(name, factor):
+    G = gaussian((2, 5, 7), 3).float()
+    torch.testing.assert_close(NORMS[name].dual(G * factor), NORMS[name].dual(G), rtol=1e-4, atol=1e-5)
+
+
+@every_norm
+def test_verbs_leave_their_input_alone(name):
+    G = 3 * gaussian((2, 5, 7), 3)
+    before = G.clone()
+    for verb in (NORMS[name].dual, NORMS[name].project):
+        verb(G).zero_()
+        assert torch.equal(G, before)
+
+
+def test_rows_and_columns_without_gradient_stay_zero():
+    G = gaussian((2, 6, 5), 1)
+    G[0, 2] = 0
+    G[1, :, 3] = 0
+    row, column = Row().dual(G), Column().dual(G)
+    assert not row[0, 2].any() and not column[1, :, 3].any()
+    norms = row.square().mean(-1).sqrt()
+    assert norms[0, [0, 1, 3, 4, 5]].sub(1).abs().max() < 1e-12 and norms[1].sub(1).abs().max() < 1e-12
+
+
+def test_a_small_row_moves_as_far_as_a_large_one():
+    """A rare token's gradient may be 1e-20 of a frequent one's: each row has its own scale."""
+    G = torch.ones(1, 2, 4)
+    G[0, 1] = 1e-20
+    torch.testing.assert_close(Row().dual(G), torch.ones(1, 2, 4))
+
+
+# ---- project -------------------------------------------------------------------------------------
+
+
+@every_norm
+@quick
+@given(shape=stacks, seed=seeds, factor=st.sampled_from([0.1, 1.0, 5.0]))
+def test_projection_is_feasible_idempotent_and_nearest(name, shape, seed, factor):
+    """Nearest: the angle between W - P and A - P is obtuse for all feasible A (that characterises the projection)."""
+    norm, W = NORMS[name], factor * gaussian(shape, seed)
+    P = norm.project(W)
+    assert (primal(name, P) <= 1 + 1e-9).all()
+    torch.testing.assert_close(norm.project(P), P, rtol=0, atol=1e-9)
+    for other in range(8):
+        A = feasible(name, shape, seed + other)
+        assert (inner(W - P, A - P) <= 1e-9).all()
+
+
+@every_norm
+def test_projection_leaves_the_ball_alone(name):
+    W = gaussian((2, 5, 4), 0)
+    W = 0.9 * W / primal(name, W)[:, None, None]
+    torch.testing.assert_close(NORMS[name].project(W), W, rtol=0, atol=1e-12)
+
+
+@every_norm
+def test_projection_of_a_far_point_has_size_one(name):
+    W = 100 * gaussian((2, 5, 4), 0)
+    ones = torch.ones(2, dtype=torch.float64)
+    torch.testing.assert_close(primal(name, NORMS[name].project(W)), ones, rtol=0, atol=1e-9)
+
+
+# ---- init, units, build --------------------------------------------------------------------------
+
+
+@every_norm
+def test_init_has_size_one_and_follows_its_generator(name):
+    first, again, other = (init(NORMS[name], (3, 6, 4), generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    torch.testing.assert_close(primal(name, first.double()), torch.ones(3, dtype=torch.float64), rtol=1e-5, atol=0)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(("m", "n", "unit", "spectral", "rms"), [
+    (768, 768, "at_least_one", 1.0, 0.0361), (3072, 768, "at_least_one", 2.0, 0.0361),
+    (768, 3072, "at_least_one", 1.0, 0.0180), (2304, 768, "at_least_one", 1.732, 0.0361),
+    (768, 768, "rms", 1.0, 0.0361), (3072, 768, "rms", 2.0, 0.0361),
+    (768, 3072, "rms", 0.5, 0.0090), (2304, 768, "rms", 1.732, 0.0361),
+    (768, 768, "match_adam", 5.54, 0.200), (3072, 768, "match_adam", 11.09, 0.200),
+    (768, 3072, "match_adam", 11.09, 0.200), (2304, 768, "match_adam", 9.60, 0.200),
+])
+def test_update_sizes_per_convention(m, n, unit, spectral, rms):
+    """For GPT-2 small's matrices; an orthogonal update's RMS is 1 / sqrt(max(m, n)) times the scale."""
+    assert Spectral(unit).scale(m, n) == pytest.approx(spectral, abs=0.005)
+    assert Spectral(unit).scale(m, n) / max(m, n) ** 0.5 == pytest.approx(rms, abs=0.0001)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8)])
+def test_update_rms_of_a_spectral_dual(unit, shape):
+    A = Spectral(unit, "svd").dual(gaussian((1, *shape), 0))
+    assert A.square().mean().sqrt().item() == pytest.approx(scale(unit, *shape) / 32**0.5, rel=1e-9)
+
+
+def test_newton_schulz_duals_stay_in_their_band():
+    """With the default table the size is near 1, not 1; the band is Polar Express's."""
+    G = gaussian((4, 24, 48), 0)
+    size = primal("spectral_rms", Spectral("rms").dual(G))
+    assert ((0.85 <= size) & (size <= 1.15)).all() and (size - 1).abs().max() > 1e-6
+
+
+def test_build_norm_reads_the_group():
+    assert build_norm(Group(norm="rms_operator", ns="quintic", ns_steps=3)) == Spectral("rms", "quintic", 3)
+    assert build_norm(Group(norm="spectral", ns="svd", unit="match_adam")) == Spectral("match_adam", "svd", 5)
+    assert build_norm(Group(norm="spectral")) == Spectral("plain", "polar_express", 5)
+    kinds = {"row": Row, "column": Column, "sign": Sign, "frobenius": Frobenius}
+    for name, kind in kinds.items():
+        assert isinstance(build_norm(Group(norm=name)), kind)
+
+
+@pytest.mark.parametrize("name", ["row", "column", "sign", "frobenius", "spectral_rms"])
+def test_scope_is_no_finer_than_the_dual_allows(name):
+    """The dual of the cut tensor is the cut of the dual."""
+    norm, G = NORMS[name], gaussian((4, 6, 5), 2)
+    whole = norm.dual(G)
+    cut = {"element": lambda x: x.reshape(1, -1, 1)[:, 7:40], "row": lambda x: x.reshape(1, 24, 5)[:, 3:11],
+           "matrix": lambda x: x[1:3]}[norm.scope]
+    torch.testing.assert_close(norm.dual(cut(G)), cut(whole), rtol=0, atol=1e-12)

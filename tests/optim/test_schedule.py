@@ -1,0 +1,97 @@
+"""Schedules: pure functions of the step whose portions are whole sequences."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs.schema import Data, Model, Run, Schedule, Train
+from optim.schedule import Schedule as Planned
+from optim.schedule import Values
+
+
+def planned(*, steps=100, batch=4096, sequence=128, window=None, **curves) -> Planned:
+    return Planned(Run(data=Data(sequence_tokens=sequence), model=Model(window_tokens=window),
+                       schedule=Schedule(**curves), train=Train(steps=steps, batch_tokens=batch)))
+
+
+def test_without_curves_all_is_as_configured():
+    schedule = planned(lr="1", window=64)
+    assert {schedule.values(step) for step in range(100)} == {Values(1.0, 1.0, None, 4096, 128, 64)}
+
+
+def test_default_lr_holds_and_falls():
+    schedule = planned(steps=280)
+    assert [schedule.values(step).lr for step in (0, 111, 112)] == [1, 1, 1]
+    assert schedule.values(196).lr == pytest.approx(0.55)
+    assert schedule.values(279).lr == pytest.approx(0.1 + 0.9 / 168)
+
+
+def test_no_window_stays_no_window():
+    assert planned().values(50).window_tokens is None
+
+
+def test_every_curve_acts_on_its_own_value():
+    """Six curves with six values: none may be mistaken for another."""
+    curves = {"lr": "0.5", "weight_decay": "0.25", "momentum": "0.9", "batch_tokens": "2", "sequence_tokens": "0.75",
+              "window_tokens": "0.375"}
+    assert planned(window=64, **curves).values(7) == Values(0.5, 0.25, 0.9, 8160, 96, 24)
+
+
+def test_momentum_is_a_value_and_not_a_factor():
+    schedule = planned(momentum="0=0.85 20%=0.95")
+    assert schedule.values(0).momentum == 0.85
+    assert schedule.values(10).momentum == pytest.approx(0.9)
+    assert schedule.values(99).momentum == pytest.approx(0.95)
+
+
+def test_batches_grow_by_whole_sequences():
+    """Half of 8 sequences at first, all at 40 % of 10 steps; on the way the nearest whole number."""
+    schedule = planned(steps=10, batch=8 * 16, sequence=16, batch_tokens="0=0.5 40%=1")
+    assert [schedule.values(step).batch_tokens // 16 for step in range(6)] == [4, 5, 6, 7, 8, 8]
+    assert [schedule.values(step).batch_tokens % 16 for step in range(6)] == [0] * 6
+
+
+curves = st.lists(st.tuples(st.integers(0, 60), st.floats(0, 3)), min_size=1, max_size=4).map(
+    lambda knots: " ".join(f"{at}={value!r}" for at, value in sorted(knots)))
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(curves, curves, st.integers(1, 40), st.integers(1, 30))
+def test_portions_are_whole_sequences_near_what_was_asked(batch_curve, sequence_curve, sequence, rows):
+    schedule = planned(steps=60, batch=rows * sequence, sequence=sequence, batch_tokens=batch_curve,
+                       sequence_tokens=sequence_curve)
+    wanted = planned(steps=60, lr=batch_curve)
+    for step in range(0, 60, 7):
+        batch, length = schedule.portions(step)
+        assert length >= 1 and batch >= length and batch % length == 0
+        assert batch == length or abs(batch - rows * sequence * wanted.values(step).lr) <= length / 2 + 1e-6
+        assert schedule.values(step)[3:5] == (batch, length)
+
+
+def test_tokens_before_counts_every_step():
+    schedule = planned(steps=10, batch=8 * 16, sequence=16, batch_tokens="0=0.5 40%=1")
+    assert [schedule.tokens_before(step) for step in (0, 1, 2, 4, 6, 10)] == [0, 64, 144, 352, 608, 1120]
+
+
+def test_values_do_not_depend_on_what_was_asked_before():
+    """Resuming at any step sees the numbers of the run that was never stopped."""
+    text = "0=0 hold 13%=1 cos -5=0.1"
+    forward = [planned(lr=text, batch_tokens=text).values(step) for step in range(100)]
+    schedule = planned(lr=text, batch_tokens=text)
+    assert [schedule.values(step) for step in reversed(range(100))] == forward[::-1]
+    assert len(set(forward)) > 50
+
+
+def test_values_are_plain_numbers():
+    values = planned(window=64, momentum="0.9").values(3)
+    assert json.loads(json.dumps(values)) == list(values)
+    assert [type(x) for x in values] == [float, float, float, int, int, int]
+
+
+def test_curves_that_no_step_reaches_are_left_out():
+    """A curve longer than the run keeps its slope: 250 steps of warm-up in a run of 100 end at 0.396."""
+    run = dataclasses.replace(Run(), schedule=Schedule(lr="0=0 250=1"), train=Train(steps=100))
+    assert Planned(run).values(99).lr == pytest.approx(0.396)
