@@ -9,6 +9,7 @@ split: non-overlapping windows of the training context, every byte predicted. Wr
 
 import json
 import math
+import pickle
 import re
 import statistics
 import subprocess
@@ -70,6 +71,7 @@ def prepare(peer: Path) -> None:
     """The corpus as raw bytes in nanoGPT's layout."""
     folder = peer / "data" / "stdlib"
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 256}))
     train, val = split_text(corpus_bytes())
     for name, part in (("train", train), ("val", val), ("judge", val[:VAL_BYTES])):
         np.frombuffer(part, dtype=np.uint8).astype(np.uint16).tofile(folder / f"{name}.bin")
