@@ -1,0 +1,455 @@
+"""The sharded optimizer: banks are views, one rank is a plain loop, several ranks are one rank, states move between.
+
+Run as a program with RANK and WORLD_SIZE in the environment, this file is one rank of the runs that its tests compare.
+"""
+
+import functools
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from configs.schema import Group, Optim
+from optim.comm import Comm
+from optim.groups import build_groups
+from optim.rules import RULES, Decay, Hyper
+from optim.schedule import Values
+from optim.sharded import SMALL_BANK_ELEMENTS, ShardedOptimizer, hyper_at
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS, HALF = 6, 3
+
+OPTIM = Optim(
+    matrix=Group(rule="steepest", lr=0.02, weight_decay=0.1, norm="spectral", unit="at_least_one"),
+    embed=Group(lr=0.3, weight_decay=0.01),
+    head=Group(lr=0.02, weight_decay=0.3, decay="cautious"),
+    value_embed=Group(rule="steepest", norm="row", lr=0.1, averaging="heavy_ball", nesterov=False),
+    bigram_embed=Group(lr=0.05, weight_decay=0.02),
+    gate=Group(rule="steepest", norm="frobenius", lr=0.5, averaging="none", decay="independent", weight_decay=0.01),
+    gain=Group(lr=0.01), bias=Group(rule="steepest", norm="sign", lr=0.003), scalar=Group(lr=0.02))
+
+# Sizes that neither 2 nor 3 divides, on both sides of the border below which a bank is replicated.
+TENSORS: dict[str, tuple[str, tuple[int, ...], torch.dtype]] = {
+    **{f"wide{i}": ("matrix", (56, 88), torch.float32) for i in range(5)},
+    **{f"tall{i}": ("matrix", (88, 56), torch.float32) for i in range(2)},
+    "table": ("embed", (701, 37), torch.bfloat16),
+    "head": ("head", (131, 127), torch.float32),
+    "values": ("value_embed", (617, 32), torch.float32),
+    "pairs": ("bigram_embed", (1009, 17), torch.float32),
+    "gate": ("gate", (130, 128), torch.float32),
+    **{f"gain{i}": ("gain", (37,), torch.float32) for i in range(3)},
+    **{f"bias{i}": ("bias", (19,), torch.float32) for i in range(2)},
+    "scalar": ("scalar", (1,), torch.float32),
+}
+SHARDED = {"wide0", "table", "head", "values", "pairs", "gate"}
+
+
+def seeded(*key: object) -> torch.Generator:
+    return torch.Generator().manual_seed(sum(ord(c) * 31**i for i, c in enumerate(str(key))) % 2**31)
+
+
+def make_params(seed: int = 0) -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter((0.1 * torch.randn(shape, generator=seeded(seed, name))).to(dtype))
+            for name, (_, shape, dtype) in TENSORS.items()}
+
+
+def make_optimizer(params: dict[str, Tensor], optim: Optim = OPTIM, **options: bool) -> ShardedOptimizer:
+    groups = build_groups(params, {name: TENSORS[name][0] for name in params}, optim)
+    return ShardedOptimizer(groups, Comm(), **options)
+
+
+def whole_gradient(name: str, step: int) -> Tensor:
+    """Small whole numbers, whose sums are exact in every order and in bfloat16; some rows have none."""
+    grad = torch.randint(-9, 10, TENSORS[name][1], generator=seeded("gradient", name, step)).float()
+    if grad.ndim == 2:
+        grad[step::7] = 0
+    return grad
+
+
+def gradient_share(name: str, step: int, rank: int, world_size: int) -> Tensor:
+    """What one rank contributes to `whole_gradient`: different on every rank."""
+    parts = [torch.randint(-9, 10, TENSORS[name][1], generator=seeded("share", name, step, r)).float()
+             for r in range(world_size - 1)]
+    return parts[rank] if rank < world_size - 1 else whole_gradient(name, step) - sum(parts)
+
+
+def values_at(step: int) -> Values:
+    return Values(1 - 0.1 * step, 1 + 0.5 * step, 0.85 + 0.02 * step, 1, 1, None)
+
+
+def run_steps(optimizer: ShardedOptimizer, params: dict[str, nn.Parameter], steps: range, **options: bool) -> list:
+    comm, found = optimizer.comm, []
+    for step in steps:
+        optimizer.zero_grad()
+        for name, param in params.items():
+            param.grad += gradient_share(name, step, comm.rank, comm.world_size)
+        found.append(optimizer.step(values_at(step), step + 1, **options))
+    return found
+
+
+def copies(params: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: param.detach().clone() for name, param in params.items()}
+
+
+def assert_moved_alike(found: dict[str, Tensor], wanted: dict[str, Tensor], start: dict[str, Tensor]) -> None:
+    """Every tensor equal within 1e-5 of the distance it moved, bfloat16 within 1e-2."""
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        moved = (wanted[name].double() - start[name].double()).norm()
+        tolerance = 1e-2 if wanted[name].dtype == torch.bfloat16 else 1e-5
+        assert moved > 0, name
+        assert found[name].shape == wanted[name].shape and found[name].dtype == wanted[name].dtype, name
+        assert (found[name].double() - wanted[name].double()).norm() <= tolerance * moved, name
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Bit for bit."""
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        assert torch.equal(found[name], wanted[name]), name
+
+
+def weights_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("weights/"): t for name, t in state.items() if name.startswith("weights/")}
+
+
+def start_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Where distances are measured from: the weights' own start, zero for memories."""
+    start = {f"weights/{name}": weight for name, weight in copies(make_params()).items()}
+    return {name: start.get(name, torch.zeros_like(tensor)) for name, tensor in state.items()}
+
+
+# ---- Views ---------------------------------------------------------------------------------------
+
+
+def inside(tensor: Tensor, bank: Tensor) -> bool:
+    start = bank.untyped_storage().data_ptr()
+    return start <= tensor.data_ptr() < start + bank.untyped_storage().nbytes()
+
+
+def test_parameters_and_gradients_are_views_of_their_bank():
+    params = make_params()
+    before = copies(params)
+    optimizer = make_optimizer(params)
+    assert sorted(name for bank in optimizer.banks for name in bank.names) == sorted(params)
+    for bank in optimizer.banks:
+        for name in bank.names:
+            assert inside(params[name].data, bank.weights) and inside(params[name].grad, bank.grads)
+            assert params[name].is_contiguous() and params[name].shape == params[name].grad.shape
+    assert_same(copies(params), before)
+
+
+def test_a_bank_holds_one_role_shape_and_dtype():
+    params = make_params() | {"half": nn.Parameter(torch.ones(56, 88, dtype=torch.bfloat16))}
+    roles = {name: TENSORS[name][0] for name in TENSORS} | {"half": "matrix"}
+    banks = [bank.names for bank in ShardedOptimizer(build_groups(params, roles, OPTIM), Comm()).banks]
+    assert [names for names in banks if names[0] in ("wide0", "tall0", "half")] == [
+        [f"wide{i}" for i in range(5)], ["tall0", "tall1"], ["half"]]
+
+
+def test_backward_accumulates_in_the_bank_and_zeroing_keeps_the_views():
+    params = make_params()
+    optimizer = make_optimizer(params)
+    places = {name: param.grad.data_ptr() for name, param in params.items()}
+    for times in (1, 2):
+        sum((param.float() * 3).sum() for param in params.values()).backward()
+        assert all((bank.stacked(bank.grads) == 3 * times).all() for bank in optimizer.banks)
+    assert {name: param.grad.data_ptr() for name, param in params.items()} == places
+    optimizer.zero_grad()
+    assert not any(param.grad.any() for param in params.values())
+    assert {name: param.grad.data_ptr() for name, param in params.items()} == places
+
+
+def test_a_step_changes_the_model_in_place():
+    model = nn.Linear(56, 88)
+    params = {"tall0": model.weight}
+    optimizer = make_optimizer(params)
+    place, before = model.weight.data_ptr(), model.weight.detach().clone()
+    model(torch.ones(2, 56)).sum().backward()
+    optimizer.step(values_at(0), 1)
+    assert model.weight.data_ptr() == place and not torch.equal(model.weight, before)
+    assert model.weight.requires_grad and model.weight.is_leaf
+
+
+# ---- One rank ------------------------------------------------------------------------------------
+
+
+def plain_loop(steps: int = STEPS) -> dict[str, Tensor]:
+    """The slow twin: every parameter alone, as one matrix, with its own rule and memory."""
+    weights, states = copies(make_params()), {}
+    for step in range(steps):
+        values = values_at(step)
+        for name, W in weights.items():
+            group = getattr(OPTIM, TENSORS[name][0])
+            rule = RULES[group.rule].build(group)
+            matrix = W.view(1, -1, W.size(-1))
+            state = states.setdefault(name, rule.init_state(matrix))
+            hyper = Hyper(*(torch.tensor(float(x)) for x in (
+                group.lr * values.lr, group.weight_decay * values.weight_decay, values.momentum, step + 1)))
+            grad = whole_gradient(name, step).to(W.dtype).view_as(matrix)
+            rule.update(matrix, grad, state, hyper, decay=Decay(group.decay, group.lr))
+    return weights
+
+
+def test_one_rank_is_a_plain_loop():
+    params = make_params()
+    optimizer = make_optimizer(params)
+    run_steps(optimizer, params, range(STEPS))
+    assert_moved_alike(copies(params), plain_loop(), copies(make_params()))
+
+
+def test_measuring_changes_nothing():
+    first, second = make_params(), make_params()
+    quiet, loud = make_optimizer(first), make_optimizer(second)
+    assert run_steps(quiet, first, range(2)) == [{}, {}]
+    run_steps(loud, second, range(2), measure=True)
+    assert_same(copies(first), copies(second))
+
+
+def test_hyperparameters_follow_the_schedule():
+    group = build_groups({"w": torch.zeros(2, 2)}, {"w": "matrix"}, OPTIM)[0]
+    hyper = hyper_at(group, Values(0.5, 3.0, 0.7, 1, 1, None), 9)
+    assert [x.item() for x in hyper] == pytest.approx([0.01, 0.3, 0.7, 9]) and {x.ndim for x in hyper} == {0}
+    assert hyper_at(group, Values(0.5, 3.0, None, 1, 1, None), 9).momentum.item() == pytest.approx(0.95)
+
+
+@pytest.mark.parametrize("norm", ["row", "column", "sign", "frobenius", "rms_operator"])
+@pytest.mark.parametrize("shape", [(5,), (1,), ()])
+def test_vectors_and_single_numbers_take_every_norm(norm, shape):
+    """A number is a matrix of one element: each of these norms moves it by lr."""
+    params = {f"gain{i}": nn.Parameter(torch.zeros(shape)) for i in range(2)}
+    optimizer = make_optimizer(params, Optim(gain=Group(rule="steepest", norm=norm, lr=0.5, ns="svd")))
+    for param in params.values():
+        param.grad.fill_(-3)
+    optimizer.step(Values(1, 1, None, 1, 1, None), 1)
+    for param in params.values():
+        assert (param > 0).all() and (math.prod(shape) > 1 or param.item() == pytest.approx(0.5))
+
+
+def size_of(role: str, W: Tensor) -> float:
+    """Size of a tensor in its group's norm, restated."""
+    W = W.double().reshape(-1, W.size(-1))
+    return {
+        "matrix": lambda: torch.linalg.matrix_norm(W, 2).item() / max(1, W.size(0) / W.size(1)) ** 0.5,
+        "value_embed": lambda: W.square().mean(1).sqrt().max().item(), "gate": lambda: W.norm().item(),
+    }.get(role, lambda: W.abs().max().item())()
+
+
+def plain_measures(role: str, before: dict[str, Tensor], after: dict[str, Tensor], step: int) -> dict[str, float]:
+    names = [name for name in TENSORS if TENSORS[name][0] == role]
+    old, new = (torch.cat([w[name].double().flatten() for name in names]) for w in (before, after))
+    return {"lr": getattr(OPTIM, role).lr * (1 - 0.1 * step), "update_rms": (new - old).square().mean().sqrt().item(),
+            "weight_rms": new.square().mean().sqrt().item(),
+            "weight_size": max(size_of(role, after[name]) for name in names),
+            "angle": math.acos(min(1, (old @ new / old.norm() / new.norm()).item()))}
+
+
+def test_measures_are_their_formulas():
+    params = make_params()
+    optimizer = make_optimizer(params)
+    for step in range(3):
+        before = copies(params)
+        found, = run_steps(optimizer, params, range(step, step + 1), measure=True)
+        assert set(found) == {role for role, _, _ in TENSORS.values()}
+        for role in found:
+            assert found[role] == pytest.approx(plain_measures(role, before, copies(params), step), rel=1e-5), role
+
+
+def test_compiled_updates_are_the_plain_ones_and_compile_once(monkeypatch):
+    """The numbers that change at each step must not make new graphs."""
+    graphs = []
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=lambda g, _: graphs.append(g) or g))
+    torch._dynamo.reset()
+    names = ["wide0", "wide1", "tall0", "head", "values", "bias0"]
+    plain, fast = ({name: make_params()[name] for name in names} for _ in range(2))
+    compiled = make_optimizer(fast, compile_updates=True)
+    run_steps(make_optimizer(plain), plain, range(4))
+    run_steps(compiled, fast, range(1))
+    first = len(graphs)
+    run_steps(compiled, fast, range(1, 4))
+    assert first >= 4 and len(graphs) == first
+    assert_moved_alike(copies(fast), copies(plain), copies(make_params()))
+
+
+# ---- Saving and undoing --------------------------------------------------------------------------
+
+
+def test_state_is_named_whole_and_independent():
+    params = make_params()
+    optimizer = make_optimizer(params)
+    run_steps(optimizer, params, range(2))
+    state = optimizer.state_tensors()
+    kept = {name: tensor.clone() for name, tensor in state.items()}
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == optimizer.state_shapes()
+    assert_same(weights_of(state), copies(params))
+    memories = {name: sorted(key.split("/")[0] for key in state if key.endswith(f"/{name}")) for name in params}
+    assert memories["wide3"] == ["momentum", "weights"] and memories["gate"] == ["weights"]
+    assert memories["table"] == ["mean", "square", "weights"] and state["mean/table"].dtype == torch.bfloat16
+    run_steps(optimizer, params, range(2, 4))
+    assert_same(state, kept)
+
+
+def test_loading_continues_bit_for_bit():
+    params, other = make_params(), make_params(seed=1)
+    optimizer = make_optimizer(params)
+    run_steps(optimizer, params, range(HALF))
+    saved = optimizer.state_tensors()
+    run_steps(optimizer, params, range(HALF, STEPS))
+    resumed = make_optimizer(other)
+    run_steps(resumed, other, range(2))
+    resumed.load_state_tensors(saved)
+    assert_same(resumed.state_tensors(), saved)
+    run_steps(resumed, other, range(HALF, STEPS))
+    assert_same(resumed.state_tensors(), optimizer.state_tensors())
+    assert_same(copies(other), copies(params))
+
+
+def test_restore_undoes_bit_for_bit():
+    params = make_params()
+    optimizer = make_optimizer(params)
+    run_steps(optimizer, params, range(2))
+    before, snapshot = optimizer.state_tensors(), optimizer.snapshot()
+    run_steps(optimizer, params, range(2, 5))
+    assert not torch.equal(optimizer.state_tensors()["weights/head"], before["weights/head"])
+    optimizer.restore(snapshot)
+    assert_same(optimizer.state_tensors(), before)
+    assert_same(copies(params), weights_of(before))
+
+
+# ---- Several ranks -------------------------------------------------------------------------------
+
+
+def one_rank() -> dict:
+    """The run that several ranks must reproduce."""
+    params = make_params()
+    optimizer = make_optimizer(params)
+    measures = run_steps(optimizer, params, range(HALF), measure=True)
+    middle = optimizer.state_tensors()
+    measures += run_steps(optimizer, params, range(HALF, STEPS), measure=True)
+    return {"middle": middle, "final": optimizer.state_tensors(), "measures": measures}
+
+
+def as_rank(folder: Path) -> None:
+    """One rank's part: start from its own weights, train, save, undo, continue from another world's state."""
+    torch.set_num_threads(1)
+    params = make_params(seed=int(os.environ["RANK"]))
+    optimizer = make_optimizer(params)
+    found: dict = {"start": copies(params), "banks": {
+        bank.names[0]: (bank.sharded, tuple(bank.weights.shape), bank.own.start, bank.own.stop)
+        for bank in optimizer.banks}}
+    found["measures"] = run_steps(optimizer, params, range(HALF), measure=True)
+    found["middle"] = optimizer.state_tensors()
+    snapshot = optimizer.snapshot()
+    run_steps(optimizer, params, range(HALF, STEPS))
+    optimizer.restore(snapshot)
+    found["restored"] = optimizer.state_tensors()
+    found["measures"] += run_steps(optimizer, params, range(HALF, STEPS), measure=True)
+    found["final"], found["params"] = optimizer.state_tensors(), copies(params)
+    optimizer.load_state_tensors(torch.load(folder / "one.pt"))
+    found["loaded"] = optimizer.state_tensors()
+    run_steps(optimizer, params, range(HALF, STEPS))
+    found["continued"] = optimizer.state_tensors()
+    torch.save(found, folder / f"rank{optimizer.comm.rank}.pt")
+    optimizer.comm.close()
+
+
+def launch(world_size: int, folder: Path) -> list[dict]:
+    """All ranks' findings."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    ranks = [subprocess.Popen(
+        [sys.executable, __file__, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
+                          "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}) for rank in range(world_size)]
+    try:
+        said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0] * world_size, "\n".join(said)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(world_size)]
+
+
+@pytest.fixture(scope="module")
+def single() -> dict:
+    return one_rank()
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(request, single, tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp(f"ranks{request.param}")
+    torch.save(single["middle"], folder / "one.pt")
+    return launch(request.param, folder)
+
+
+def test_all_ranks_start_from_rank_zeros_weights(ranks):
+    for found in ranks:
+        assert_same(found["start"], copies(make_params(seed=0)))
+
+
+def test_large_banks_are_cut_evenly_and_small_ones_replicated(ranks):
+    world = len(ranks)
+    assert {name for name, (sharded, *_) in ranks[0]["banks"].items() if sharded} == SHARDED
+    for name in ranks[0]["banks"]:
+        sharded, shape, _, _ = ranks[0]["banks"][name]
+        owned = [(found["banks"][name][2], found["banks"][name][3]) for found in ranks]
+        share = shape[0] // world
+        assert owned == ([(r * share, (r + 1) * share) for r in range(world)] if sharded else [(0, shape[0])] * world)
+
+
+def test_padding_is_less_than_one_row_a_rank(ranks):
+    lead = {"wide0": 5, "table": 701 * 37, "head": 131 * 127, "values": 617, "pairs": 1009 * 17, "gate": 1}
+    for name, length in lead.items():
+        shape = ranks[0]["banks"][name][1]
+        assert shape[0] == math.ceil(length / len(ranks)) * len(ranks)
+    assert math.prod(ranks[0]["banks"]["tall0"][1]) == 2 * 88 * 56 < SMALL_BANK_ELEMENTS
+
+
+def test_ranks_agree_bit_for_bit(ranks):
+    for found in ranks[1:]:
+        for key in ("middle", "final", "params"):
+            assert_same(found[key], ranks[0][key])
+        assert found["measures"] == ranks[0]["measures"]
+    assert_same(ranks[0]["params"], weights_of(ranks[0]["final"]))
+
+
+@pytest.mark.parametrize("key", ["middle", "final"])
+def test_ranks_together_are_one_rank(ranks, single, key):
+    assert_moved_alike(ranks[0][key], single[key], start_of(single[key]))
+
+
+def test_measures_do_not_depend_on_the_ranks(ranks, single):
+    for found, wanted in zip(ranks[0]["measures"], single["measures"], strict=True):
+        assert found.keys() == wanted.keys()
+        for role in wanted:
+            assert found[role] == pytest.approx(wanted[role], rel=1e-3 if role == "embed" else 1e-5), role
+
+
+def test_ranks_restore_bit_for_bit(ranks):
+    for found in ranks:
+        assert_same(found["restored"], found["middle"])
+
+
+def test_one_ranks_state_continues_on_several(ranks, single):
+    assert_same(ranks[0]["loaded"], single["middle"])
+    assert_moved_alike(ranks[0]["continued"], single["final"], start_of(single["final"]))
+
+
+def test_several_ranks_state_continues_on_one(ranks, single):
+    params = make_params(seed=5)
+    optimizer = make_optimizer(params)
+    optimizer.load_state_tensors(ranks[0]["middle"])
+    assert_same(optimizer.state_tensors(), ranks[0]["middle"])
+    run_steps(optimizer, params, range(HALF, STEPS))
+    assert_moved_alike(optimizer.state_tensors(), ranks[0]["final"], start_of(single["final"]))
+
+
+if __name__ == "__main__":
+    as_rank(Path(sys.argv[1]))
