@@ -30,6 +30,7 @@ from data.sources import open_source
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+RESULT = HERE / "beside_nanogpt.json"
 VAL_BYTES = 565_000
 SIGHT_EVERY_STEPS = {"tiny": 2, "bytes": 20}
 RECIPE = ("config/train_shakespeare_char.py --dataset=stdlib --device=cpu --compile=False --eval_iters=20 "
@@ -111,26 +112,32 @@ def run_ours(preset: str, seed: int, *flags: str) -> dict:
 def sight_target(preset: str, bits_per_byte: float, seed: int) -> dict:
     """A run of the same schedule, validated often and stopped where it first reaches the peer's bits per byte."""
     found = run_ours(preset, seed, "--run.target_loss_nats", str(nats_of(PRESETS[preset](), bits_per_byte)),
-                     "--run.stop_at_target", "--train.val_every_steps", str(SIGHT_EVERY_STEPS[preset]))
+                     "--run.stop_at_target", "--train.val_every_steps", str(SIGHT_EVERY_STEPS[preset]),
+                     "--log.no_diagnostics")
     return {name: found[name] for name in ("target_step", "target_seconds")}
 
 
 def main(args: Compare) -> None:
-    """Alternate the peer and our presets, then write every figure and its summary."""
+    """Alternate the peer and our presets up to `repeats` runs of each; what the result file holds is not run again."""
     prepare(args.peer)
-    results: dict[str, list[dict]] = {"nanoGPT": []} | {preset: [] for preset in args.presets}
+    found = json.loads(RESULT.read_text()) if RESULT.exists() else {"runs": {}}
+    runs = {name: found["runs"].get(name, []) for name in ("nanoGPT", *args.presets)}
     for seed in range(1, args.repeats + 1):
-        results["nanoGPT"].append(run_peer(args.peer, seed))
-        print("nanoGPT", results["nanoGPT"][-1], flush=True)
-        bits = results["nanoGPT"][0]["bits_per_byte"]  # one target for all: the first run's
-        for preset in args.presets:
-            results[preset].append(run_ours(preset, seed) | sight_target(preset, bits, seed))
-            print(preset, results[preset][-1], flush=True)
+        for name in runs:
+            if len(runs[name]) < seed:
+                bits = runs["nanoGPT"][0]["bits_per_byte"] if runs["nanoGPT"] else None  # the first run's, for all
+                runs[name].append(run_peer(args.peer, seed) if name == "nanoGPT"
+                                  else run_ours(name, seed) | sight_target(name, bits, seed))
+                print(name, runs[name][-1], flush=True)
+                write_result(found["runs"] | runs)
+
+
+def write_result(runs: dict[str, list[dict]]) -> None:
+    """All runs so far, with the command, the machine and the target."""
     environment = describe_environment()
     environment.pop("variables", None)
-    write_json(HERE / "beside_nanogpt.json", {
-        "command": "python -m benchmarks.beside_nanogpt --peer nanoGPT", "environment": environment,
-        "target_bits_per_byte": results["nanoGPT"][0]["bits_per_byte"], "runs": results})
+    write_json(RESULT, {"command": "python -m benchmarks.beside_nanogpt --peer nanoGPT", "environment": environment,
+                        "target_bits_per_byte": runs["nanoGPT"][0]["bits_per_byte"], "runs": runs})
 
 
 if __name__ == "__main__":

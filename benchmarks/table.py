@@ -2,20 +2,24 @@
 
 import json
 import statistics
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 HEADER = "| what | ours | beside it | measured |\n|---|---|---|---|"
 
 
-def load(name: str) -> dict:
-    """A result file."""
-    return json.loads((HERE / f"{name}.json").read_text())
+def load(name: str) -> dict | None:
+    """A result file; None where that was not measured yet."""
+    path = HERE / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def spread(runs: list[dict], key: str, digits: int) -> str:
     """Mean and standard deviation of a figure over runs."""
     values = [run[key] for run in runs]
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
@@ -23,7 +27,7 @@ def nanogpt_rows(result: dict) -> list[str]:
     """The newcomer's minute, and how soon each side reaches nanoGPT's final loss."""
     runs, peer = result["runs"], result["runs"]["nanoGPT"]
     tiny, small = runs["tiny"], runs["bytes"]
-    seconds = statistics.mean(run["wall_seconds"] for run in peer)
+    seconds = statistics.mean(run["steps"] * run["median_step_ms"] / 1000 for run in peer)  # its loop alone
     sooner = seconds / statistics.mean(run["target_seconds"] for run in tiny)
     target = result["target_bits_per_byte"]
     return [
@@ -41,7 +45,9 @@ def muon_rows(preset: str, result: dict) -> list[str]:
     """Muon against AdamW at equal steps, and AdamW's steps to the same loss."""
     muon, final = result["final"]["muon"], result["final"]
     equal = next(found for name, found in final.items() if name.startswith("adamw") and found["steps"] == muon["steps"])
-    needed = result["adamw_steps_to_muon_loss"] or f"more than {max(f['steps'] for f in final.values())}"
+    short = max(f["steps"] for f in final.values() if f["bits_per_byte_mean"] > muon["bits_per_byte_mean"])
+    enough = result["adamw_steps_to_muon_loss"]
+    needed = f"more than {short}" + (f" and at most {enough}" if enough else "")
 
     def figure(found: dict) -> str:
         return f"{found['bits_per_byte_mean']:.3f} ± {found['bits_per_byte_sd']:.3f}"
@@ -60,9 +66,9 @@ def step_rows(result: dict) -> list[str]:
 
 def table() -> str:
     """All rows."""
-    rows = nanogpt_rows(load("beside_nanogpt")) + step_rows(load("muon_step"))
-    rows += [row for preset in ("bytes", "tiny") for row in muon_rows(preset, load(f"muon_vs_adamw_{preset}"))]
-    return "\n".join([HEADER, *rows])
+    sections = [(nanogpt_rows, load("beside_nanogpt")), (step_rows, load("muon_step"))]
+    sections += [(partial(muon_rows, preset), load(f"muon_vs_adamw_{preset}")) for preset in ("bytes", "tiny")]
+    return "\n".join([HEADER, *(row for rows, result in sections if result for row in rows(result))])
 
 
 if __name__ == "__main__":
