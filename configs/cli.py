@@ -11,7 +11,7 @@ from typing import NoReturn
 import tyro
 
 from configs.presets import PRESETS
-from configs.schema import RULE_READS, Optim, Run
+from configs.schema import Optim, Run, acting_fields
 
 PROGRAM = "train_gpt.py"
 
@@ -53,13 +53,14 @@ def parse_row(preset: str, flags: Sequence[str]) -> Run:
 
 
 def _refuse_idle_flags(run: Run, flags: Sequence[str]) -> None:
-    """A flag that was given but cannot act is an error: optim flags that the group's rule does not read."""
+    """A flag that was given but cannot act is an error: optim flags that do not act in their group."""
     given = {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")}
     if "preset" in given:
         raise ValueError(f"the preset is the first word: python {PROGRAM} NAME")
     for group in (f.name for f in fields(Optim)):
-        rule = getattr(run.optim, group).rule
+        config = getattr(run.optim, group)
+        acting = acting_fields(config)
         idle = sorted(flag for flag in given if flag.startswith(f"optim.{group}.")
-                      and flag.rsplit(".")[-1].removeprefix("no_") not in RULE_READS[rule])
+                      and flag.rsplit(".")[-1].removeprefix("no_") not in acting)
         if idle:
-            raise ValueError(f"--{idle[0]} has no effect: rule {rule} reads {', '.join(sorted(RULE_READS[rule]))}")
+            raise ValueError(f"--{idle[0]} has no effect: rule {config.rule} reads {', '.join(sorted(acting))}")

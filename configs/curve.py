@@ -16,16 +16,16 @@ GRAMMAR = "knots are POSITION=VALUE with POSITION a step, a percentage or -steps
 
 @dataclass(frozen=True, slots=True)
 class Knot:
-    """One point of a curve: `share` of the run plus `steps` (either may be 0), its value, how it is approached."""
+    """One point of a curve: `percent` of the run plus `steps` (either may be 0), its value, how it is approached."""
 
-    share: float
+    percent: float
     steps: float
     value: float
     approach: Approach
 
     def step(self, total_steps: int) -> float:
         """The knot's place in steps for a run of `total_steps`."""
-        return self.share * total_steps + self.steps
+        return self.percent * total_steps / 100 + self.steps
 
 
 def parse_curve(text: str) -> tuple[Knot, ...]:
@@ -50,13 +50,13 @@ def _parse_knot(word: str, approach: Approach, text: str) -> Knot:
     position, _, value = word.partition("=")
     try:
         if position.endswith("%"):
-            share, steps = float(position[:-1]) / 100, 0.0
+            percent, steps = float(position[:-1]), 0.0
         else:
-            share, steps = (1.0 if position.startswith("-") else 0.0), float(position)
-        knot = Knot(share, steps, float(value), approach)
+            percent, steps = (100.0 if position.startswith("-") else 0.0), float(position)
+        knot = Knot(percent, steps, float(value), approach)
     except ValueError:
         raise ValueError(f"cannot read {word!r} in curve {text!r}; {GRAMMAR}") from None
-    if not (0 <= share <= 1 and math.isfinite(knot.value)):
+    if not (0 <= percent <= 100 and math.isfinite(steps) and math.isfinite(knot.value)):
         raise ValueError(f"knot {word!r} of curve {text!r} must lie within the run and be finite")
     return knot
 

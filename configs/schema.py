@@ -4,6 +4,7 @@ A `Run` is complete and frozen; impossible combinations are refused when it is b
 schedule in the notation of configs/curve.py. Everything that is not here is derived from what is here by a formula.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,7 +31,7 @@ def refuse(condition: bool, message: str) -> None:
 def _refuse_below(owner: object, least: float, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
-        refuse(value is not None and not value >= least, f"{name} must be at least {least}, got {value}")
+        refuse(value is not None and not least <= value < math.inf, f"{name} must be at least {least}, got {value}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,6 +234,20 @@ class Group:
                f"unit {self.unit} belongs to norm spectral, got norm {self.norm}")
 
 
+def acting_fields(group: Group) -> frozenset[str]:
+    """The fields of a group that its rule, norm and averaging let act."""
+    acting = set(RULE_READS[group.rule])
+    if group.norm not in ("spectral", "rms_operator"):
+        acting -= {"unit", "ns", "ns_steps"}
+    if group.norm == "rms_operator":
+        acting -= {"unit"}
+    if group.ns == "svd":
+        acting -= {"ns_steps"}
+    if group.averaging == "none":
+        acting -= {"momentum", "nesterov"}
+    return frozenset(acting)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Optim:
     """One group per parameter role: the role chooses the norm (Bernstein & Newhouse 2024, arXiv 2409.20325)."""
@@ -283,6 +298,8 @@ class Schedule:
             if text is not None:
                 low = min(knot.value for knot in parse_curve(text))
                 refuse(low < 0, f"curve {name} must not be negative, got {text!r}")
+        high = max(knot.value for knot in parse_curve(self.momentum or "0"))
+        refuse(high >= 1, f"curve momentum must stay below 1, got {self.momentum!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

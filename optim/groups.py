@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor
 
-from configs.schema import EVERY_RULE_READS, RULE_READS, Group, Optim
+from configs.schema import EVERY_RULE_READS, Group, Optim, acting_fields
 from optim.rules import RULES, Rule
 
 
@@ -52,5 +52,5 @@ def group_table(groups: list[ParamGroup]) -> str:
 
 
 def _settings(config: Group) -> str:
-    names = [f.name for f in fields(config) if f.name in RULE_READS[config.rule] - EVERY_RULE_READS]
+    names = [f.name for f in fields(config) if f.name in acting_fields(config) - EVERY_RULE_READS]
     return " ".join(f"{name}={getattr(config, name)}" for name in names)

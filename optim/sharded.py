@@ -59,7 +59,7 @@ def _lead_view(stack: Tensor, scope: str) -> Tensor:
     """(K, *shape) with the dimension that may be cut first: elements (N,), rows (R, n) or matrices (K, m, n)."""
     if scope == "element":
         return stack.reshape(-1)
-    matrices = stack.reshape(stack.size(0), -1, stack.size(-1))
+    matrices = stack.reshape(stack.size(0), -1, stack.size(-1) if stack.ndim > 1 else 1)
     return matrices.flatten(0, 1) if scope == "row" else matrices
 
 

@@ -53,10 +53,10 @@ def apply_step(param: Tensor, direction: Tensor, hyper: Hyper, *, decay: Decay) 
     lr/peak_lr) W, so that wd does not depend on the peak; cautious: decoupled, only where D W >= 0, that is where the
     step shrinks the weight anyway (Chen et al. 2025, arXiv 2510.12402).
     """
-    weights = param.float()
+    weights, direction = param.float(), direction.float()
     if decay.kind == "decoupled":
         weights.mul_(1 - hyper.lr * hyper.weight_decay)
-    elif decay.kind == "independent":
+    elif decay.kind == "independent" and decay.peak_lr > 0:
         weights.mul_(1 - hyper.lr / decay.peak_lr * hyper.weight_decay)
     elif decay.kind == "cautious":
         weights.sub_(weights * (direction * weights >= 0) * (hyper.lr * hyper.weight_decay))
