@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 Triple = tuple[float, float, float]
+LARGE_MATRIX_ELEMENTS = 2**18  # on CPUs, matrices of this size gain nothing from a batch, and lose the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +40,24 @@ TABLES = {
 
 
 def orthogonalize(G_Kmn: Tensor, table: str = "polar_express", *, steps: int = 5) -> Tensor:
-    """Approximate polar factor of each matrix: (K, m, n) -> (K, m, n), same dtype, a new tensor.
+    """Approximate polar factor of each matrix: (K, m, n) or (m, n) -> the same shape and dtype, a new tensor.
 
     Computed in bfloat16 on CUDA, in the input's precision elsewhere; tall matrices are transposed, so that A is the
     smaller Gram matrix. Zero stays zero. `table` is a key of TABLES, or `svd` for the exact twin.
     """
     if table == "svd":
         return orthogonalize_svd(G_Kmn)
+    if G_Kmn.device.type == "cpu" and G_Kmn.ndim == 3 and G_Kmn[0].numel() >= LARGE_MATRIX_ELEMENTS:
+        return torch.stack([orthogonalize(G_mn, table, steps=steps) for G_mn in G_Kmn])
     tall = G_Kmn.size(-2) > G_Kmn.size(-1)
     X = G_Kmn.mT if tall else G_Kmn
     X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * TABLES[table].safety).clamp_min(1e-7)
     X = X.to(torch.bfloat16 if X.is_cuda else X.dtype)
+    fused = torch.addmm if X.ndim == 2 else torch.baddbmm
     for a, b, c in TABLES[table].steps(steps):
         A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+        X = fused(X, fused(A, A, A, beta=b, alpha=c), X, beta=a)
     return (X.mT if tall else X).to(G_Kmn.dtype)
 
 
