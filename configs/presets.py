@@ -30,7 +30,7 @@ def tiny() -> Run:
 def tiny_adamw() -> Run:
     """`tiny` with AdamW for every tensor."""
     run = tiny()
-    return replace(run, preset="tiny_adamw", optim=replace(run.optim, matrix=Group(rule="adam", lr=0.006)))
+    return replace(run, preset="tiny_adamw", optim=replace(run.optim, matrix=Group(rule="adam", lr=0.003)))
 
 
 def bytes_() -> Run:
