@@ -50,6 +50,31 @@ def bytes_adamw() -> Run:
     return replace(run, preset="bytes_adamw", optim=replace(run.optim, matrix=Group(rule="adam", lr=0.003)))
 
 
+def bench_cpu() -> Run:
+    """The optimization benchmark on a laptop: `bytes`, judged on 131,072 bytes."""
+    run = bytes_()
+    return replace(run, preset="bench_cpu", data=replace(run.data, val_bytes=131_072),
+                   train=replace(run.train, val_every_steps=60),
+                   log=Log(wandb="disabled", diagnostics=False, sample_tokens=0))
+
+
+def bench_cpu_prose() -> Run:
+    """`bench_cpu` on another text: English."""
+    run = bench_cpu()
+    return replace(run, preset="bench_cpu_prose", data=replace(run.data, corpus="prose", val_bytes=46_000))
+
+
+def bench_gpu() -> Run:
+    """The optimization benchmark on one consumer GPU, meant for some five minutes: 6 x 512, 65,536 tokens a step."""
+    run = track3()
+    return replace(
+        run, preset="bench_gpu", run=Identity(),
+        data=replace(run.data, val_tokens=1_048_576),
+        model=replace(run.model, layers=6, dim=512, head_dim=64),
+        train=replace(run.train, steps=750, batch_tokens=65_536, micro_tokens=32_768, val_every_steps=125,
+                      final_val_every_steps=25))
+
+
 def track3() -> Run:
     """The speedrun's optimization benchmark (track 3, result 36): 124 M active parameters, 3250 steps to 3.28 nats."""
     adam = Group(beta1=0.8, beta2=0.95, eps=1e-10, weight_decay=0.001)
@@ -84,5 +109,6 @@ def track3_adamw() -> Run:
 
 PRESETS: dict[str, Callable[[], Run]] = {
     "tiny": tiny, "tiny_adamw": tiny_adamw, "bytes": bytes_, "bytes_adamw": bytes_adamw,
+    "bench_cpu": bench_cpu, "bench_cpu_prose": bench_cpu_prose, "bench_gpu": bench_gpu,
     "track3": track3, "track3_adamw": track3_adamw,
 }

@@ -71,8 +71,10 @@ class Data:
     """Which tokens the model sees, and on which it is judged."""
 
     source: Literal["corpus", "shards", "text", "random"] = "corpus"
-    """corpus: Python's own standard library on this machine; shards: the speedrun's .bin files (FineWeb); text: your
-    UTF-8 files; random: uniform tokens, for timing."""
+    """corpus: what every Python brings along; shards: the speedrun's .bin files (FineWeb); text: your UTF-8 files;
+    random: uniform tokens, for timing."""
+    corpus: Literal["code", "prose"] = "code"
+    """code: the source of Python's standard library, 11 MB; prose: Python's language reference in English, 0.5 MB."""
     tokenizer: Literal["bpe", "bytes", "gpt2"] = "bpe"
     """bpe: a small byte-pair encoding trained on the train split; bytes: raw bytes; gpt2: tiktoken's."""
     bpe_vocab_tokens: int = 1024
@@ -104,6 +106,8 @@ class Data:
         refuse(self.source == "shards" and not self.val_files, "--data.source shards needs --data.val_files")
         refuse(self.source in ("corpus", "random") and bool(self.train_files or self.val_files),
                f"--data.source {self.source} reads no files; did you mean --data.source text or shards?")
+        refuse(self.corpus != "code" and self.source != "corpus",
+               f"--data.corpus {self.corpus} has no effect on --data.source {self.source}")
         refuse(self.source == "shards" and self.tokenizer != "gpt2",
                f"shards hold GPT-2 tokens: --data.tokenizer must be gpt2, got {self.tokenizer}")
         refuse(self.order == "documents" and self.source in ("corpus", "random"),
@@ -336,6 +340,8 @@ class Log:
     """auto: online if a wandb key is configured, else off."""
     wandb_project: str = "steepest"
     wandb_tags: tuple[str, ...] = ()
+    experiment: str = ""
+    """What the seeds of one experiment share, say an ablation's name; reports and wandb group by it."""
     diagnostics: bool = True
     """Per group, at each validation: size of the weights, size and angle of the step."""
     sample_tokens: int = 96

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from configs.schema import Data
-from data.corpus import clip_text, corpus_bytes, split_text
+from data.corpus import CORPORA, clip_text, split_text
 from data.shards import HEADER_BYTES, check_vocabulary, find_files, read_shard, write_shard
 from data.tokenizers import Tokenizer, load_tokenizer
 
@@ -50,7 +50,7 @@ def open_source(data: Data, *, cache_dir: Path, seed: int) -> Source:
     if data.source == "shards":
         return _open_shards(data, cache_dir)
     if data.source == "corpus":
-        train, validation = split_text(corpus_bytes())
+        train, validation = split_text(CORPORA[data.corpus]())
         return _open_texts(data, [train], [validation], cache_dir)
     train_texts, val_texts = (read_texts(paths) for paths in _find_both(data))
     return _open_texts(data, *((train_texts, val_texts) if data.val_files else split_documents(train_texts)), cache_dir)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.corpus import clip_text, corpus_bytes, corpus_files, split_text
+from data.corpus import clip_text, corpus_bytes, corpus_files, prose_bytes, split_text
 
 
 def test_the_corpus_is_this_pythons_own():
@@ -18,6 +18,18 @@ def test_the_corpus_is_this_pythons_own():
     assert "/idlelib/" not in "".join(path.as_posix() for path in files)
     assert len(text) > 5_000_000 and corpus_bytes() == text
     text.decode()
+
+
+def test_the_prose_is_english():
+    text = prose_bytes()
+    assert text == prose_bytes() and len(text) > 300_000
+    assert text.decode().count(" the ") > 2000
+
+
+def test_python_without_its_topics_is_an_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(ValueError, match="--data.corpus code"):
+        prose_bytes()
 
 
 @pytest.mark.skipif(sys.version_info[:3] != (3, 11, 7), reason="the hash is that of Python 3.11.7 built from source")

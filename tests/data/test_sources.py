@@ -97,7 +97,7 @@ def test_the_hash_tells_data_apart(folder):
 
 def test_the_corpus_is_one_document(folder, monkeypatch):
     whole = (WORDS * 50).encode()
-    monkeypatch.setattr(data.sources, "corpus_bytes", lambda: whole)
+    monkeypatch.setitem(data.sources.CORPORA, "code", lambda: whole)
     source = opened(folder, bpe_vocab_tokens=260, val_bytes=60)
     train = whole[:len(whole) * 9 // 10]
     assert source.tokenizer.decode(source.train[0]) == train
