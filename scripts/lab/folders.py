@@ -120,5 +120,5 @@ def differences(runs: Sequence[RunFolder]) -> dict[str, list[Any]]:
     """
     described = [run.config | flatten(run.environment, "env.") for run in runs]
     names = dict.fromkeys(name for one in described for name in one if name not in ("run.name", "run.dir"))
-    return {name: values for name in names
-            if any(v != values[0] for v in (values := [one.get(name) for one in described]))}
+    columns = {name: [one.get(name) for one in described] for name in names}
+    return {name: values for name, values in columns.items() if any(value != values[0] for value in values)}
