@@ -15,7 +15,7 @@ RuleName = Literal["steepest", "adam"]
 NormName = Literal["spectral", "rms_operator", "row", "column", "sign", "frobenius"]
 
 # The fields of a Group that each rule reads, beside those that every rule reads.
-EVERY_RULE_READS = frozenset({"rule", "lr", "weight_decay", "decay"})
+EVERY_RULE_READS = frozenset({"rule", "lr", "weight_decay", "decay", "constraint", "rounding", "state_dtype"})
 RULE_READS: dict[str, frozenset[str]] = {
     "steepest": EVERY_RULE_READS | {"momentum", "averaging", "nesterov", "norm", "unit", "ns", "ns_steps"},
     "adam": EVERY_RULE_READS | {"beta1", "beta2", "eps"},
@@ -203,9 +203,16 @@ class Group:
     """Step length in units of the rule's norm, before the lr curve."""
     weight_decay: float = 0.0
     """Decay per step, before its curve."""
-    decay: Literal["decoupled", "independent", "cautious", "none"] = "decoupled"
-    """W -= lr wd W; W -= wd (lr / peak lr) W; the first, only where update and weight agree in sign (Chen et al. 2025,
-    arXiv 2510.12402); or none."""
+    decay: Literal["decoupled", "independent", "corrected", "cautious", "none"] = "decoupled"
+    """W -= lr wd W; W -= wd (lr / peak lr) W; W -= wd lr (lr / peak lr) W (Defazio 2025, arXiv 2506.02285); the first, only
+    where update and weight agree in sign (Chen et al. 2025, arXiv 2510.12402); or none."""
+    constraint: Literal["none", "hyperball"] = "none"
+    """hyperball: each matrix keeps the Frobenius norm that it started with (Wen et al. 2025, MuonH and AdamH)."""
+    rounding: Literal["nearest", "stochastic", "remainder"] = "nearest"
+    """Of weights stored in bfloat16: to the nearest; up or down by chance, right in the mean; or with the 16 bits that
+    rounding drops kept beside them."""
+    state_dtype: Literal["same", "float32"] = "same"
+    """Memories of bfloat16 weights in bfloat16 too, or in float32."""
     momentum: float = 0.95
     """Coefficient of the gradient average, unless scheduled."""
     averaging: Literal["ema", "heavy_ball", "none"] = "ema"

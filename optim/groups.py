@@ -7,6 +7,7 @@ from torch import Tensor
 
 from configs.schema import EVERY_RULE_READS, Group, Optim, acting_fields
 from optim.rules import RULES, Rule
+from optim.step import Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +17,7 @@ class ParamGroup:
     role: str
     config: Group
     rule: Rule
+    step: Step
     params: dict[str, Tensor]
 
 
@@ -35,7 +37,7 @@ def build_groups(params: Mapping[str, Tensor], roles: Mapping[str, str], optim: 
         members = {name: param for name, param in params.items() if roles[name] == role}
         if members:
             config = getattr(optim, role)
-            groups.append(ParamGroup(role, config, RULES[config.rule].build(config), members))
+            groups.append(ParamGroup(role, config, RULES[config.rule].build(config), Step.build(config), members))
     return groups
 
 

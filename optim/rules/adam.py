@@ -8,14 +8,15 @@ from torch.optim.adamw import adamw
 
 from configs.schema import Group
 from optim.norms import Norm, Sign
-from optim.rules.base import Decay, Hyper, apply_step, zeros_like_bank
+from optim.rules.base import Hyper, Rule, zeros_like_bank
+from optim.step import Step
 
 
 @dataclass(frozen=True, slots=True)
-class Adam:
+class Adam(Rule):
     """D = mhat / (sqrt(vhat) + eps) with m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) g^2, hats divided by 1 - b^t.
 
-    Kingma & Ba 2014, arXiv 1412.6980, algorithm 1; with `apply_step`'s decay it is AdamW. Memories keep the
+    Kingma & Ba 2014, arXiv 1412.6980, algorithm 1; with decoupled decay it is AdamW. Memories keep the
     parameter's dtype; the arithmetic is at least float32.
     """
 
@@ -33,7 +34,7 @@ class Adam:
         """First and second moment."""
         return {"mean": zeros_like_bank(param), "square": zeros_like_bank(param)}
 
-    def direction(self, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
+    def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
         """mhat / (sqrt(vhat) + eps), float32, of any shape."""
         grad, mean, square = grad.float(), state["mean"], state["square"]
         mean.lerp_(grad.to(mean.dtype), 1 - self.beta1)
@@ -41,12 +42,13 @@ class Adam:
         root = (square.float() / (1 - self.beta2**hyper.count)).sqrt_().add_(self.eps)
         return mean.float().div(root).div_(1 - self.beta1**hyper.count)
 
-    def update(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper, *, decay: Decay) -> None:
-        """W <- W - lr D, with decay, in place; on CPUs in one pass over memory by PyTorch's fused AdamW, where it can."""
-        if param.device.type == "cpu" and param.dtype == torch.float32 and decay.kind in ("none", "decoupled"):
-            self._update_fused(param, grad, state, hyper, 0.0 if decay.kind == "none" else hyper.weight_decay.item())
+    def update(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper, *, step: Step) -> None:
+        """The whole step, in place; on CPUs in one pass over memory by PyTorch's fused AdamW, where it is the same."""
+        exact = {tensor.dtype for tensor in (param, grad, state["mean"])} == {torch.float32}
+        if param.device.type == "cpu" and step.is_plain and exact:
+            self._update_fused(param, grad, state, hyper, 0.0 if step.decay == "none" else hyper.weight_decay.item())
         else:
-            apply_step(param, self.direction(grad, state, hyper), hyper, decay=decay)
+            step.apply(param, self.direction(param, grad, state, hyper), state, hyper)
 
     def _update_fused(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper, decay: float) -> None:
         adamw([param], [grad], [state["mean"]], [state["square"]], [], [hyper.count - 1], fused=True, amsgrad=False,

@@ -1,12 +1,13 @@
-"""What every update rule is: a direction for a stack of tensors; and how a direction becomes a step with decay."""
+"""What every update rule is: a map from gradients to descent directions, with a memory; on stacked matrices (K, m, n)."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from configs.schema import Group
-from optim.norms import Norm
+from optim.norms import Norm, Scope
+from optim.step import Step
 
 
 class Hyper(NamedTuple):
@@ -17,52 +18,55 @@ class Hyper(NamedTuple):
     momentum: Tensor
     count: Tensor
     """Updates so far, this one included: 1, 2, ..."""
+    shared: dict[str, Tensor] = {}  # noqa: RUF012
+    """Numbers of the whole group, float32 0-D: what the rule's `init_shared` returned and its `absorb` keeps up."""
 
 
-class Decay(NamedTuple):
-    """A group's kind of weight decay, and its lr before the curve."""
+class Rule:
+    """The base of all rules: a new rule defines build, init_state and direction, and overrides the rest where it must.
 
-    kind: str
-    peak_lr: float
+    It sees stacks of matrices (K, m, n): a vector is a matrix of one row; a rank's share may be any K, even 0. State
+    tensors start with K; where `scope` is row, with (1, rows); where it is element, with (1, elements).
+    """
 
-
-class Rule(Protocol):
-    """A map from gradients to descent directions, with a memory."""
-
+    __slots__ = ()
     norm: Norm
-    """The norm whose steepest descent it is (without averages); its scope says how finely a tensor may be cut."""
+    """The norm whose steepest descent it is, given or learned (without averages)."""
+
+    @property
+    def scope(self) -> Scope:
+        """How finely a tensor may be cut and each part updated alone: element, row or matrix."""
+        return self.norm.scope
 
     @classmethod
     def build(cls, group: Group) -> "Rule":
         """The rule that a group's configuration describes."""
+        raise NotImplementedError
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
-        """Zeroed memory for `param`; every entry's first dimension is the parameter's first dimension."""
+        """The memory of the weights `param`, of its dtype unless more is needed."""
+        raise NotImplementedError
 
-    def direction(self, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
+    def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
         """The direction D of the step W <- W - lr D, a new tensor of `grad`'s shape; updates `state` in place."""
+        raise NotImplementedError
 
-    def update(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper, *, decay: Decay) -> None:
-        """The whole step, in place: `apply_step` of the direction, or a faster equal."""
+    def update(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper, *, step: Step) -> None:
+        """The whole step, in place: the direction, then `step`; or a faster equal."""
+        step.apply(param, self.direction(param, grad, state, hyper), state, hyper)
 
+    # ---- Rules that need sums over their whole group, on all ranks ----
 
-def apply_step(param: Tensor, direction: Tensor, hyper: Hyper, *, decay: Decay) -> None:
-    """W <- W - lr D with weight decay, in place, computed in at least float32.
+    def init_shared(self) -> dict[str, Tensor]:
+        """Numbers that the whole group shares, float32 0-D; none for most rules."""
+        return {}
 
-    none; decoupled: W <- (1 - lr wd) W (Loshchilov & Hutter 2017, arXiv 1711.05101); independent: W <- (1 - wd
-    lr/peak_lr) W, so that wd does not depend on the peak; cautious: decoupled, only where D W >= 0, that is where the
-    step shrinks the weight anyway (Chen et al. 2025, arXiv 2510.12402).
-    """
-    weights, direction = param.float(), direction.float()
-    if decay.kind == "decoupled":
-        weights.mul_(1 - hyper.lr * hyper.weight_decay)
-    elif decay.kind == "independent" and decay.peak_lr > 0:
-        weights.mul_(1 - hyper.lr / decay.peak_lr * hyper.weight_decay)
-    elif decay.kind == "cautious":
-        weights.sub_(weights * (direction * weights >= 0) * (hyper.lr * hyper.weight_decay))
-    weights.sub_(direction * hyper.lr)
-    if weights is not param:
-        param.copy_(weights)
+    def sums(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor | None:
+        """This stack's part, float32 (s,), of sums over the group that must be known before any `direction`; or None."""
+        return None
+
+    def absorb(self, sums: Tensor, hyper: Hyper) -> None:
+        """Update `hyper.shared` in place by the sums over all stacks and ranks."""
 
 
 def zeros_like_bank(param: Tensor) -> Tensor:

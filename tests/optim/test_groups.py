@@ -9,6 +9,7 @@ from configs.schema import Group, Optim
 from optim.groups import build_groups, group_table
 from optim.norms import Spectral
 from optim.rules.adam import Adam
+from optim.rules.average import Average
 from optim.rules.steepest import Steepest
 
 PARAMS = {"head.weight": torch.zeros(7, 4), "b.weight": torch.zeros(4, 4), "wte.weight": torch.zeros(7, 4),
@@ -33,7 +34,8 @@ def test_a_group_has_its_configurations_rule():
     matrix = Group(rule="steepest", norm="spectral", ns="svd", nesterov=False, averaging="heavy_ball")
     embed = Group(beta1=0.1, beta2=0.2, eps=0.3)
     groups = build_groups(PARAMS, ROLES, Optim(matrix=matrix, embed=embed))
-    assert groups[0].rule == Steepest(Spectral("plain", "svd", 5), "heavy_ball", False) and groups[0].config is matrix
+    assert groups[0].rule == Steepest(Spectral("plain", "svd", 5), Average("heavy_ball", False))
+    assert groups[0].config is matrix
     assert groups[1].rule == Adam(0.1, 0.2, 0.3) and groups[1].config is embed
 
 

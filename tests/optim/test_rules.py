@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from configs.schema import Group
-from optim.rules import RULES, Decay, Hyper
+from optim.rules import RULES, Hyper
 from optim.rules.adam import Adam
-from optim.rules.base import apply_step
+from optim.step import Step
 
 STEPS = 30
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -32,11 +32,12 @@ def train(group: Group, start: Tensor, grads: list[Tensor], *, lr=warm_then_cold
     """The weights after all gradients; neither the start nor the gradients may change."""
     rule, W = RULES[group.rule].build(group), start.clone()
     state = rule.init_state(W)
-    decay = Decay(group.decay, group.lr)
+    step_of = Step.build(group)
+    state |= step_of.init_state(W)
     for step, grad in enumerate(grads):
         kept = grad.clone()
         now = hyper(lr(step), wd=group.weight_decay, momentum=momentum(step), count=step + 1)
-        rule.update(W, grad, state, now, decay=decay)
+        rule.update(W, grad, state, now, step=step_of)
         assert torch.equal(grad, kept)
     return W
 
@@ -86,15 +87,15 @@ def test_the_fast_path_of_adam_is_the_plain_one(group):
     state = rule.init_state(W)
     for step, grad in enumerate(grads):
         now = hyper(warm_then_cold(step), wd=group.weight_decay, count=step + 1)
-        apply_step(W, rule.direction(grad, state, now), now, decay=Decay(group.decay, group.lr))
+        Step.build(group).apply(W, rule.direction(W, grad, state, now), state, now)
     assert_moved_alike(train(group, start, grads), W, start, tolerance=1e-6)
 
 
 def test_adams_first_step_is_the_sign():
     """Bias correction: mhat = g and vhat = g^2 at count 1; at count 2 no more."""
     rule, G = Adam.build(Group()), gaussian(1, 6, 4)
-    torch.testing.assert_close(rule.direction(G, rule.init_state(G), hyper(1)), G.sign(), rtol=0, atol=1e-5)
-    late = rule.direction(G, rule.init_state(G), hyper(1, count=2))
+    torch.testing.assert_close(rule.direction(G, G, rule.init_state(G), hyper(1)), G.sign(), rtol=0, atol=1e-5)
+    late = rule.direction(G, G, rule.init_state(G), hyper(1, count=2))
     expected = 0.2 / (1 - 0.8**2) / math.sqrt(0.05 / (1 - 0.95**2))
     torch.testing.assert_close(late, G.sign() * expected, rtol=1e-5, atol=0)
 
@@ -107,7 +108,7 @@ def test_adam_in_bfloat16_follows_the_formula_with_rounded_memories():
     assert {t.dtype for t in state.values()} == {torch.bfloat16}
     for step in range(12):
         grad = gaussian(1, 40, 8, seed=step).bfloat16()
-        rule.update(W, grad, state, hyper(0.01, wd=0.1, count=step + 1), decay=Decay("decoupled", 0.01))
+        rule.update(W, grad, state, hyper(0.01, wd=0.1, count=step + 1), step=Step("decoupled", 0.01))
         mean = (0.8 * mean.float() + 0.2 * grad.float()).bfloat16()
         square = (0.95 * square.float() + 0.05 * grad.float() ** 2).bfloat16()
         hats = mean.float() / (1 - 0.8 ** (step + 1)), square.float() / (1 - 0.95 ** (step + 1))
@@ -232,7 +233,7 @@ def test_an_update_writes_into_its_tensors(group):
     rule, W = RULES[group.rule].build(group), gaussian(2, 6, 4)
     state = rule.init_state(W)
     before = {name: (tensor, tensor.data_ptr()) for name, tensor in {"W": W, **state}.items()}
-    rule.update(W, gaussian(2, 6, 4, seed=1), state, hyper(0.1), decay=Decay("none", 0.1))
+    rule.update(W, gaussian(2, 6, 4, seed=1), state, hyper(0.1), step=Step("none", 0.1))
     for name, (tensor, place) in before.items():
         assert ({"W": W} | state)[name] is tensor and tensor.data_ptr() == place and tensor.any()
 
@@ -262,7 +263,7 @@ def test_decay_is_its_formula(kind):
     W, D = gaussian(1, 6, 9), gaussian(1, 6, 9, seed=1)
     D[0, 0], W[0, 1] = 0, 0
     wanted = decayed(kind, W, D, 0.03, 0.4, 0.1)
-    apply_step(W, D, hyper(0.03, wd=0.4), decay=Decay(kind, 0.1))
+    Step(kind, 0.1).apply(W, D, {}, hyper(0.03, wd=0.4))
     torch.testing.assert_close(W.double(), wanted, rtol=1e-6, atol=1e-7)
 
 
@@ -281,7 +282,7 @@ def test_bfloat16_weights_are_rounded_once(kind):
     """Decay and step are computed in float32 and rounded at the end."""
     W, D = gaussian(1, 64, 64).bfloat16(), gaussian(1, 64, 64, seed=1).bfloat16()
     wanted = decayed(kind, W, D, 0.013, 0.4, 0.1).float().bfloat16()
-    apply_step(W, D, hyper(0.013, wd=0.4), decay=Decay(kind, 0.1))
+    Step(kind, 0.1).apply(W, D, {}, hyper(0.013, wd=0.4))
     assert (W != wanted).float().mean() < 0.002
 
 

@@ -1,0 +1,107 @@
+"""From a direction to a step: W <- W - lr D with decay, constraint and rounding, the same for every rule."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from configs.schema import Group
+
+TINY = 1e-30
+
+
+class Rates(Protocol):
+    """What a step needs of optim.rules.Hyper."""
+
+    lr: Tensor
+    weight_decay: Tensor
+    count: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How the weights of a group move along their directions.
+
+    decay: none; decoupled W <- (1 - lr wd) W (Loshchilov & Hutter 2017, arXiv 1711.05101); independent (1 - wd lr/peak),
+    so that wd does not depend on the peak; corrected (1 - lr wd lr/peak) (Defazio 2025, arXiv 2506.02285); cautious:
+    decoupled, only where D W >= 0, that is where the step shrinks the weight anyway (Chen et al. 2025, arXiv 2510.12402).
+
+    constraint hyperball: the Frobenius norm of each matrix stays what it was at the start.
+
+    rounding of weights in bfloat16: nearest; stochastic, up or down by a hash of the weight, right in the mean; remainder:
+    what rounding to the nearest drops of the float32 weight is kept as state, 16 bits, so that nothing is lost.
+    """
+
+    decay: str = "none"
+    peak_lr: float = 0.0
+    constraint: str = "none"
+    rounding: str = "nearest"
+
+    @classmethod
+    def build(cls, group: Group) -> "Step":
+        """The step that a group's configuration describes."""
+        return cls(group.decay if group.weight_decay else "none", group.lr, group.constraint, group.rounding)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is W <- (1 - lr wd) W - lr D and nothing more."""
+        return self.decay in ("none", "decoupled") and self.constraint == "none" and self.rounding == "nearest"
+
+    def init_state(self, param: Tensor) -> dict[str, Tensor]:
+        """What the step remembers of weights (K, m, n): names begin with `step_`."""
+        state = {}
+        if self.constraint == "hyperball":
+            state["step_radius"] = param.float().norm(dim=(-2, -1), keepdim=True)
+        if self.rounding == "remainder" and param.dtype == torch.bfloat16:
+            state["step_remainder"] = torch.zeros_like(param, dtype=torch.int16)
+        return state
+
+    def apply(self, param: Tensor, direction: Tensor, state: dict[str, Tensor], rates: Rates) -> None:
+        """W <- W - lr D, in place, computed in at least float32."""
+        weights = self._exact(param, state)
+        direction = direction.float()
+        self._shrink(weights, direction, rates)
+        weights.sub_(direction * rates.lr)
+        if self.constraint == "hyperball":
+            weights.mul_(state["step_radius"] / weights.norm(dim=(-2, -1), keepdim=True).clamp_min(TINY))
+        if weights is not param:
+            self._round(param, weights, state, rates.count)
+
+    def _shrink(self, weights: Tensor, direction: Tensor, rates: Rates) -> None:
+        if self.decay == "decoupled":
+            weights.mul_(1 - rates.lr * rates.weight_decay)
+        elif self.decay == "independent" and self.peak_lr > 0:
+            weights.mul_(1 - rates.lr / self.peak_lr * rates.weight_decay)
+        elif self.decay == "corrected" and self.peak_lr > 0:
+            weights.mul_(1 - rates.lr * rates.weight_decay * rates.lr / self.peak_lr)
+        elif self.decay == "cautious":
+            weights.sub_(weights * (direction * weights >= 0) * (rates.lr * rates.weight_decay))
+
+    def _exact(self, param: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """The float32 weights: the parameter itself if it is float32; else its value, with the remainder if kept."""
+        if "step_remainder" not in state:
+            return param.float()
+        high = param.view(torch.int16).to(torch.int32) << 16
+        return (high + state["step_remainder"].to(torch.int32)).view(torch.float32)
+
+    def _round(self, param: Tensor, weights: Tensor, state: dict[str, Tensor], count: Tensor) -> None:
+        if self.rounding == "nearest" or param.dtype != torch.bfloat16:
+            param.copy_(weights)
+            return
+        bits = weights.contiguous().view(torch.int32)
+        if self.rounding == "stochastic":  # the carry of a random 16-bit number rounds up with the right probability
+            high = (bits + _noise(bits, count)) >> 16
+        else:
+            high = (bits + 0x8000) >> 16  # to the nearest, so that the remainder fits 16 bits with its sign
+            state["step_remainder"].copy_(bits - (high << 16))
+        param.view(torch.int16).copy_(high)
+
+
+def _noise(bits: Tensor, count: Tensor) -> Tensor:
+    """16 pseudo-random bits for every element, as int32: a hash of the weight and the step, so that it is the same however
+    the weights are divided among ranks, and needs no generator to be saved (finaliser of MurmurHash3)."""
+    x = bits.to(torch.int64) + count.to(torch.int64) * 0x9E3779B9 & 0xFFFFFFFF
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * factor & 0xFFFFFFFF
+    return ((x ^ (x >> 16)) & 0xFFFF).to(torch.int32)
