@@ -38,7 +38,7 @@ from model import GPT
 from optim.comm import Comm, local_rank
 from optim.groups import build_groups, group_table
 from optim.schedule import Schedule, Values
-from optim.sharded import Measures, ShardedOptimizer
+from optim.sharded import ShardedOptimizer
 
 CACHE = Path(__file__).resolve().parent / ".cache"
 CHECKPOINT = "checkpoint.safetensors"
@@ -159,17 +159,17 @@ class Trainer:
             total += nats.detach()
         return total
 
-    def step(self, batches: Batches, *, measure: bool = False) -> tuple[Tensor, Measures]:
-        """One optimizer step: this rank's summed nats before it, and its measures."""
+    def step(self, batches: Batches, *, remember: bool = False) -> Tensor:
+        """One optimizer step: this rank's summed nats before it; with `remember` it can be measured afterwards."""
         progress, values = self.progress, self.schedule.values(self.progress.step)
         inputs, targets, position = batches.next()
         nats = self.gradients(inputs, targets, values)
-        measures = self.optimizer.step(values, progress.step + 1, measure=measure)
+        self.optimizer.step(values, progress.step + 1, remember=remember)
         self.optimizer.zero_grad()
         progress.step += 1
         progress.tokens += values.batch_tokens
         progress.position = position.as_dict()
-        return nats, measures
+        return nats
 
     @torch.no_grad()
     def validate(self) -> Score:
@@ -295,7 +295,7 @@ def train(trainer: Trainer, reporter: Reporter) -> bool:
     clock.start()
     while not is_finished(run, progress):
         validates = is_validation_step(run, progress.step + 1)
-        nats, measures = trainer.step(batches, measure=validates and run.log.diagnostics)
+        nats = trainer.step(batches, remember=validates and run.log.diagnostics)
         reporter.advance()
         if progress.step % run.log.every_steps == 0 or validates:
             record_train_loss(trainer, reporter, nats)
@@ -303,7 +303,7 @@ def train(trainer: Trainer, reporter: Reporter) -> bool:
             clock.stop()
             score = trainer.validate()
             progress.note_score(score, run.run.target_loss_nats)
-            reporter.validation(score, measures)
+            reporter.validation(score, trainer.optimizer.measure(trainer.schedule.values(progress.step - 1)))
             refuse_non_finite(trainer, score.nats_per_token, reporter.folder)
             clock.start()
         interrupted = progress.step % poll == 0 and trainer.comm.max(float(interruption.received))[0] > 0

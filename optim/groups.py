@@ -20,6 +20,11 @@ class ParamGroup:
     step: Step
     params: dict[str, Tensor]
 
+    @property
+    def elements(self) -> int:
+        """Numbers in all its tensors."""
+        return sum(param.numel() for param in self.params.values())
+
 
 def build_groups(params: Mapping[str, Tensor], roles: Mapping[str, str], optim: Optim) -> list[ParamGroup]:
     """Groups in the order of Optim's fields; `roles` maps every parameter name to one of them.
@@ -45,10 +50,9 @@ def group_table(groups: list[ParamGroup]) -> str:
     """One line a group: role, tensors, parameters, rule and the settings that act on it."""
     rows = [("role", "tensors", "parameters", "rule", "lr", "decay", "settings")]
     for group in groups:
-        count = sum(p.numel() for p in group.params.values())
         decay = f"{group.config.weight_decay:g} {group.config.decay}" if group.config.weight_decay else "none"
-        rows.append((group.role, str(len(group.params)), f"{count:,}", group.config.rule, f"{group.config.lr:g}", decay,
-                     _settings(group.config)))
+        rows.append((group.role, str(len(group.params)), f"{group.elements:,}", group.config.rule, f"{group.config.lr:g}",
+                     decay, _settings(group.config)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

@@ -7,31 +7,19 @@ update the owned slice, launch the all-gather; wait for all. Banks of few elemen
 Rules that need sums over their group first (`Rule.sums`) get them between the two halves.
 """
 
-import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from optim.comm import Comm
 from optim.groups import ParamGroup
+from optim.measures import Measures, Moments, moments_of, summarise
 from optim.rules import Hyper, Rule
 from optim.schedule import Values
 from optim.step import Step
 
 SMALL_BANK_ELEMENTS = 16_384  # below this an all-reduce costs less than a scatter and a gather
-Measures = dict[str, dict[str, float]]
-
-
-class Moments(NamedTuple):
-    """Of an owned slice: squared length of the step, of the old and the new weights, their inner product, the size."""
-
-    moved: float
-    old: float
-    new: float
-    inner: float
-    size: float
 
 
 @dataclass(slots=True)
@@ -89,6 +77,7 @@ class ShardedOptimizer:
     def __init__(self, groups: list[ParamGroup], comm: Comm, *, compile_updates: bool = False) -> None:
         """Moves every parameter's storage into a bank and broadcasts rank 0's weights."""
         self.comm = comm
+        self._before: list[Tensor] | None = None
         self.shared = {group.role: group.rule.init_shared() for group in groups}
         self.banks = [self._make_bank(group, names) for group in groups for names in _alike(group)]
         if compile_updates:
@@ -117,29 +106,24 @@ class ShardedOptimizer:
             bank.grads.zero_()
 
     @torch.no_grad()
-    def step(self, values: Values, count: int, *, measure: bool = False) -> Measures:
+    def step(self, values: Values, count: int, *, remember: bool = False) -> None:
         """One update from the gradients' sum over ranks; `count` is 1 at the first. The gradients are spent afterwards.
 
-        Returns, if `measure`, for each group lr, update_rms, weight_rms, weight_size (the largest, in the rule's norm)
-        and the step's angle in radians.
+        With `remember`, the weights before it are kept for `measure`.
         """
         launched = [self.comm.reduce_scatter(b.grads) if b.sharded else (b.grads, self.comm.all_reduce(b.grads))
                     for b in self.banks]
         hypers = {bank.group.role: self._hyper(bank.group, values, count) for bank in self.banks}
         self._exchange_sums(launched, hypers)
-        gathers, moments = [], []
+        gathers = []
+        self._before = [bank.weights[bank.own].clone() for bank in self.banks] if remember else None
         for bank, (grad, work) in zip(self.banks, launched, strict=True):
             work.wait()
-            own = bank.weights[bank.own]
-            before = own.clone() if measure else None
-            self._update_bank(bank, own, grad, hypers[bank.group.role])
-            if before is not None:
-                moments.append(_moments(bank, before, own))
+            self._update_bank(bank, bank.weights[bank.own], grad, hypers[bank.group.role])
             gathers.append(self.comm.all_gather(bank.weights) if bank.sharded else None)
         for gather in gathers:
             if gather is not None:
                 gather.wait()
-        return self._summarise(moments, values) if measure else {}
 
     def _hyper(self, group: ParamGroup, values: Values, count: int) -> Hyper:
         return hyper_at(group, values, count)._replace(shared=self.shared[group.role])
@@ -170,22 +154,21 @@ class ShardedOptimizer:
         if own.numel():
             self._update(bank.group.rule, bank.group.step, *self._seen(bank, own, grad), hyper)
 
-    def _summarise(self, moments: list[Moments], values: Values) -> Measures:
-        """Moments of banks and ranks, as figures per group."""
-        found: Measures = {}
-        for role in dict.fromkeys(bank.group.role for bank in self.banks):
-            banks = [(b, m) for b, m in zip(self.banks, moments, strict=True) if b.group.role == role]
-            mine = [m for b, m in banks if b.sharded or self.comm.rank == 0]
-            moved, old, new, inner = self.comm.sum(*(sum(m[i] for m in mine) for i in range(4)))
-            elements = sum(len(b.names) * b.shape.numel() for b, _ in banks)
-            found[role] = {
-                "lr": banks[0][0].group.config.lr * values.lr,
-                "update_rms": (moved / elements) ** 0.5,
-                "weight_rms": (new / elements) ** 0.5,
-                "weight_size": self.comm.max(max(m.size for _, m in banks))[0],
-                "angle": math.acos(max(-1.0, min(1.0, inner / max((old * new) ** 0.5, 1e-300)))),
-            }
-        return found
+    @torch.no_grad()
+    def measure(self, values: Values) -> Measures:
+        """What the last step did, if it was told to remember; else nothing. A collective: every rank must call it."""
+        if self._before is None:
+            return {}
+        moments: dict[str, list[Moments]] = {}
+        for bank, before in zip(self.banks, self._before, strict=True):
+            after = bank.weights[bank.own]
+            found = moments_of(bank.group.rule.norm, bank.as_matrices(before), bank.as_matrices(after))
+            once = bank.sharded or self.comm.rank == 0
+            moments.setdefault(bank.group.role, []).append(found if once else found.without_sums())
+        self._before = None
+        groups = {bank.group.role: bank.group for bank in self.banks}
+        return {role: {"lr": groups[role].config.lr * values.lr} | summarise(found, groups[role].elements, self.comm)
+                for role, found in moments.items()}
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Weights and state of every parameter as whole CPU tensors, `weights/NAME` and `NAME`-keyed state: independent
@@ -266,12 +249,3 @@ def hyper_at(group: ParamGroup, values: Values, count: int) -> Hyper:
 
 def _update(rule: Rule, step: Step, own: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> None:
     rule.update(own, grad, state, hyper, step=step)
-
-
-def _moments(bank: Bank, before: Tensor, after: Tensor) -> Moments:
-    if after.device.type == "mps":  # which has neither float64 nor eigenvalues
-        before, after = before.cpu(), after.cpu()
-    old, new = before.double(), after.double()
-    sums = torch.stack([(new - old).square().sum(), old.square().sum(), new.square().sum(), (old * new).sum()])
-    size = bank.group.rule.norm.size(bank.as_matrices(after).float()).max().item() if after.numel() else 0.0
-    return Moments(*sums.tolist(), size)

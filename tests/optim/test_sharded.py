@@ -90,7 +90,8 @@ def run_steps(optimizer: ShardedOptimizer, params: dict[str, nn.Parameter], step
         optimizer.zero_grad()
         for name, param in params.items():
             param.grad += gradient_share(name, step, comm.rank, comm.world_size)
-        found.append(optimizer.step(values_at(step), step + 1, **options))
+        optimizer.step(values_at(step), step + 1, **options)
+        found.append(optimizer.measure(values_at(step)))
     return found
 
 
@@ -209,7 +210,7 @@ def test_measuring_changes_nothing():
     first, second = make_params(), make_params()
     quiet, loud = make_optimizer(first), make_optimizer(second)
     assert run_steps(quiet, first, range(2)) == [{}, {}]
-    run_steps(loud, second, range(2), measure=True)
+    run_steps(loud, second, range(2), remember=True)
     assert_same(copies(first), copies(second))
 
 
@@ -256,7 +257,7 @@ def test_measures_are_their_formulas():
     optimizer = make_optimizer(params)
     for step in range(3):
         before = copies(params)
-        found, = run_steps(optimizer, params, range(step, step + 1), measure=True)
+        found, = run_steps(optimizer, params, range(step, step + 1), remember=True)
         assert set(found) == {role for role, _, _ in TENSORS.values()}
         for role in found:
             assert found[role] == pytest.approx(plain_measures(role, before, copies(params), step), rel=1e-5), role
@@ -330,9 +331,9 @@ def one_rank() -> dict:
     """The run that several ranks must reproduce."""
     params = make_params()
     optimizer = make_optimizer(params)
-    measures = run_steps(optimizer, params, range(HALF), measure=True)
+    measures = run_steps(optimizer, params, range(HALF), remember=True)
     middle = optimizer.state_tensors()
-    measures += run_steps(optimizer, params, range(HALF, STEPS), measure=True)
+    measures += run_steps(optimizer, params, range(HALF, STEPS), remember=True)
     return {"middle": middle, "final": optimizer.state_tensors(), "measures": measures}
 
 
@@ -344,13 +345,13 @@ def as_rank(folder: Path) -> None:
     found: dict = {"start": copies(params), "banks": {
         bank.names[0]: (bank.sharded, tuple(bank.weights.shape), bank.own.start, bank.own.stop)
         for bank in optimizer.banks}}
-    found["measures"] = run_steps(optimizer, params, range(HALF), measure=True)
+    found["measures"] = run_steps(optimizer, params, range(HALF), remember=True)
     found["middle"] = optimizer.state_tensors()
     snapshot = optimizer.snapshot()
     run_steps(optimizer, params, range(HALF, STEPS))
     optimizer.restore(snapshot)
     found["restored"] = optimizer.state_tensors()
-    found["measures"] += run_steps(optimizer, params, range(HALF, STEPS), measure=True)
+    found["measures"] += run_steps(optimizer, params, range(HALF, STEPS), remember=True)
     found["final"], found["params"] = optimizer.state_tensors(), copies(params)
     optimizer.load_state_tensors(torch.load(folder / "one.pt"))
     found["loaded"] = optimizer.state_tensors()
