@@ -349,20 +349,20 @@ def checkpoint(trainer: Trainer, reporter: Reporter) -> None:
 def finish(trainer: Trainer, reporter: Reporter, began: float) -> None:
     """Write summary.json, print it, and sample a continuation of the validation text."""
     reporter.finish(
-        sample=sample(trainer) if reporter.active else "", wall_seconds=time.time() - began,
+        sample=sample(trainer) if reporter.active else None, wall_seconds=time.time() - began,
         peak_memory_bytes=peak_memory_bytes(trainer.device), parameters=sum(p.numel() for p in trainer.model.parameters()),
         data_hash=trainer.source.data_hash, device=device_name(trainer.device), world_size=trainer.comm.world_size)
 
 
-def sample(trainer: Trainer) -> str:
-    """A continuation of the validation text's first tokens, the seam marked by |; empty if not asked for."""
+def sample(trainer: Trainer) -> tuple[str, str] | None:
+    """The validation text's first tokens, and the model's continuation of them; None if not asked for."""
     tokenizer, count = trainer.source.tokenizer, trainer.run.log.sample_tokens
     if tokenizer is None or not count:
-        return ""
+        return None
     prompt = torch.from_numpy(trainer.source.validation[1:1 + PROMPT_TOKENS].astype("int64")).to(trainer.device)
     tokens = trainer.model.generate(prompt, count, generator=torch.Generator().manual_seed(trainer.run.run.seed))
-    parts = (tokenizer.decode(part.tolist()).decode("utf-8", "replace") for part in (prompt, tokens[len(prompt):]))
-    return "|".join(parts)
+    prompt, text = (tokenizer.decode(part.tolist()).decode("utf-8", "replace") for part in (prompt, tokens[len(prompt):]))
+    return prompt, text
 
 
 def open_folder(run: Run, comm: Comm) -> Path:

@@ -11,6 +11,7 @@ from configs.schema import Run
 from data.dashboard import open_dashboard
 from data.environment import code_files, code_hash, code_text, describe_environment
 from data.evaluate import Score
+from data.metrics import MFU, STEP_MS, TOKENS_PER_SECOND, TRAIN_LOSS, VAL_BITS, VAL_LOSS, measure_name
 from data.runs import MetricsLog, config_hash, config_to_dict, write_json, write_summary, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,7 +56,8 @@ class Reporter:
         write_json(folder / "env.json", environment)
         write_text(folder / "code.txt", code)
         self.metrics = MetricsLog(folder / "metrics.jsonl", offset=progress.metrics_bytes)
-        self.dashboard = open_dashboard(run.log, run=run, folder=folder, environment=environment, resume=resumed)
+        self.dashboard = open_dashboard(run, folder=folder, environment=environment, code_hash=self.code_hash,
+                                        resume=resumed)
         self.bar = tqdm(total=run.train.steps, initial=progress.step, unit="step", dynamic_ncols=True,
                         disable=not sys.stderr.isatty())
 
@@ -78,20 +80,19 @@ class Reporter:
         self._last = (progress.step, progress.tokens, progress.train_seconds)
         elapsed = max(progress.train_seconds - seconds, 1e-9)
         speed = (progress.tokens - tokens) / elapsed
-        record = {"train/loss_nats": loss_nats, "time/step_ms": 1000 * elapsed / (progress.step - step),
-                  "time/tokens_per_second": speed}
+        record = {TRAIN_LOSS: loss_nats, STEP_MS: 1000 * elapsed / (progress.step - step), TOKENS_PER_SECOND: speed}
         if peak_flops is not None:
-            record["time/mfu_frac"] = speed * flops_per_token / peak_flops
+            record[MFU] = speed * flops_per_token / peak_flops
         self.write(record)
-        mfu = f", MFU {record['time/mfu_frac']:.1%}" if peak_flops is not None else ""
+        mfu = f", MFU {record[MFU]:.1%}" if peak_flops is not None else ""
         self.bar.set_postfix_str(f"loss {loss_nats:.3f}, {speed:,.0f} tokens/s{mfu}", refresh=False)
 
     def validation(self, score: Score, measures: dict[str, dict[str, float]]) -> None:
         """Record a validation, and the optimizer's measures of the step before it."""
         if not self.active:
             return
-        optim = {f"optim/{role}/{name}": value for role, found in measures.items() for name, value in found.items()}
-        self.write({"val/loss_nats": score.nats_per_token, "val/bits_per_byte": score.bits_per_byte} | optim)
+        optim = {measure_name(role, name): value for role, found in measures.items() for name, value in found.items()}
+        self.write({VAL_LOSS: score.nats_per_token, VAL_BITS: score.bits_per_byte} | optim)
         bits = "" if score.bits_per_byte is None else f", {score.bits_per_byte:.4f} bits/byte"
         self.say(f"step {self.progress.step}/{self.run.train.steps}: validation {score.nats_per_token:.4f} "
                  f"nats/token{bits}, {self.progress.train_seconds:.1f} s")
@@ -105,8 +106,8 @@ class Reporter:
         """Length of metrics.jsonl on disk; 0 on other ranks."""
         return self.metrics.offset() if self.active else 0
 
-    def finish(self, *, sample: str, **facts: object) -> None:
-        """Write summary.json from the progress and `facts` of the process, and print it with the sampled text."""
+    def finish(self, *, sample: tuple[str, str] | None, **facts: object) -> None:
+        """Write summary.json from the progress and `facts` of the process, and print it with the sampled (prompt, text)."""
         if not self.active:
             return
         self.bar.close()
@@ -118,9 +119,9 @@ class Reporter:
             "config_hash": config_hash(run), "code_hash": self.code_hash} | facts
         write_summary(self.folder / "summary.json", **summary)
         lines = [f"{name:>20}  {value}" for name, value in summary.items()]
-        lines += [f"{'sample':>20}  {sample!r}"] if sample else []
+        lines += [f"{'sample':>20}  {'|'.join(sample)!r}"] if sample else []
         files = " ".join(sorted(path.name for path in self.folder.iterdir()))
         self.say("\n".join([*lines, f"{'files':>20}  {self.folder}/: {files}"]))
         if sample:
-            self.dashboard.add_sample(sample)
+            self.dashboard.add_sample(progress.step, prompt=sample[0], text=sample[1])
         self.dashboard.finish(summary)

@@ -1,0 +1,15 @@
+"""The names of what metrics.jsonl holds: the reporter writes them, dashboards plot them."""
+
+TRAIN_LOSS = "train/loss_nats"
+VAL_LOSS = "val/loss_nats"
+VAL_BITS = "val/bits_per_byte"
+STEP_MS = "time/step_ms"
+TOKENS_PER_SECOND = "time/tokens_per_second"
+MFU = "time/mfu_frac"
+MEASURES = ("lr", "update_rms", "weight_rms", "weight_size", "angle")
+"""What the optimizer measures of each group, at each validation."""
+
+
+def measure_name(role: str, measure: str) -> str:
+    """The metric that holds a measure of the group of one role."""
+    return f"optim/{role}/{measure}"
