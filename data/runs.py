@@ -75,7 +75,8 @@ def config_to_dict(run: Run) -> dict[str, Any]:
 def config_from_dict(config: Mapping[str, Any]) -> Run:
     """The inverse of `config_to_dict`, lists become tuples again and whole numbers floats.
 
-    Raises ValueError naming an unknown, missing or ill-typed field, and for all that the schema itself refuses.
+    A missing field takes its default: an older version wrote the file, and new techniques are off by default. Raises
+    ValueError naming an unknown or ill-typed field, and for all that the schema itself refuses.
     """
     return _restore(Run, config, "")
 
@@ -91,12 +92,14 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def config_hash(run: Run) -> str:
     """16 hexadecimal digits over every field that the losses depend on; runs of one hash are one experiment and seed.
 
-    Left out: HASH_IGNORES, all of `log`, and the target loss unless the run ends there.
+    Left out: HASH_IGNORES, all of `log`, the target loss unless the run ends there, and what is at its default, so that
+    the hash outlives fields that later versions add.
     """
     normal = config_from_dict(config_to_dict(run))  # so that 1 and 1.0 in a float field are the same
     ignored = HASH_IGNORES if run.run.stop_at_target else HASH_IGNORES | {"run.target_loss_nats"}
+    defaults = flatten(config_to_dict(Run()))
     kept = {name: value for name, value in flatten(config_to_dict(normal)).items()
-            if name not in ignored and not name.startswith("log.")}
+            if value != defaults[name] and name not in ignored and not name.startswith("log.")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -156,7 +159,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def write_summary(path: Path, **values: object) -> None:
     """Write summary.json: exactly SUMMARY_KEYS, None where not reached or not known; others raise ValueError."""
-    _same_keys(SUMMARY_KEYS, values, "summary")
+    _refuse_unknown(SUMMARY_KEYS, values, "summary")
+    if missing := [key for key in SUMMARY_KEYS if key not in values]:
+        raise ValueError(f"summary lacks the field {missing[0]!r}")
     write_json(path, {key: values[key] for key in SUMMARY_KEYS})
 
 
@@ -192,14 +197,11 @@ def _strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _same_keys(wanted: tuple[str, ...], found: Mapping[str, object], what: str) -> None:
+def _refuse_unknown(wanted: tuple[str, ...], found: Mapping[str, object], what: str) -> None:
     for key in found:
         if key not in wanted:
             near = difflib.get_close_matches(key, wanted, n=1)
             raise ValueError(f"{what} has no field {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    for key in wanted:
-        if key not in found:
-            raise ValueError(f"{what} lacks the field {key!r}")
 
 
 def _restore(hint: Any, value: Any, where: str) -> Any:
@@ -207,7 +209,7 @@ def _restore(hint: Any, value: Any, where: str) -> Any:
     if is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise ValueError(f"{where or 'the configuration'} must be an object, got {value!r}")
-        _same_keys(tuple(f.name for f in fields(hint)), value, where or "the configuration")
+        _refuse_unknown(tuple(f.name for f in fields(hint)), value, where or "the configuration")
         hints = get_type_hints(hint)
         return hint(**{key: _restore(hints[key], value[key], f"{where}.{key}".lstrip(".")) for key in value})
     for option in get_args(hint) if isinstance(hint, UnionType) else (hint,):
