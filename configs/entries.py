@@ -17,7 +17,7 @@ class Entry(NamedTuple):
     space: tuple[str, ...]
 
 
-ADAM_SPACE = ("optim.matrix.lr=0.001:0.02:log", "optim.matrix.beta1=0.7:0.95:one_minus",
+ADAM_SPACE = ("optim.matrix.lr=0.001:0.01:log", "optim.matrix.beta1=0.7:0.95:one_minus",
               "optim.matrix.beta2=0.9:0.999:one_minus")
 MUON_SPACE = ("optim.matrix.lr=0.015:0.15:log", "optim.matrix.momentum=0.7:0.97:one_minus")
 

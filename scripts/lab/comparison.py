@@ -1,0 +1,229 @@
+"""Two sides of runs held against each other: what may be compared, by which measures, and what came out."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from data.runs import HASH_IGNORES
+from scripts.lab.folders import RunFolder, by_experiment, differences
+from scripts.lab.statistics import (
+    MARGIN,
+    SIGMA,
+    Difference,
+    Summary,
+    one_sided_p,
+    rank_p,
+    summarize,
+    welch,
+    z_margin,
+    z_p,
+)
+
+Metric = Literal["val_loss_nats", "val_bits_per_byte"]
+CURVES: dict[Metric, str] = {"val_loss_nats": "val/loss_nats", "val_bits_per_byte": "val/bits_per_byte"}
+NEVER = math.inf  # the loss of a run that broke down, the steps of one that never reached the target
+
+# What two runs must share for their losses to be of the same text. Nats per token need the same tokens in the same
+# windows (data_hash covers the files, wherever they lie); bits per byte, under different tokenizers, the same text.
+# An embedded text is that of the Python version.
+SAME_TOKENS = ("data_hash", "data.val_bytes", "data.val_tokens", "data.val_sequence_tokens")
+SAME_TEXT = ("data.source", "data.corpus", "data.train_files", "data.val_files", "data.val_bytes", "data.val_tokens",
+             "env.python")
+SAME_MACHINE = ("device", "world_size", "env.cpu", "env.gpus", "env.torch_threads")
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Runs that stand for one thing: seeds of one experiment, if all is well."""
+
+    label: str
+    runs: Sequence[RunFolder]
+
+
+class Sample(NamedTuple):
+    """One measure of one side's runs."""
+
+    label: str
+    values: list[float]
+    """One a run, NEVER among them."""
+    reached: Summary | None
+    """Of those that are finite; None where there are none."""
+
+    @property
+    def never(self) -> int:
+        """How many runs have no finite value."""
+        return len(self.values) - (self.reached.n if self.reached else 0)
+
+
+class Comparison(NamedTuple):
+    """One measure of both sides: Welch's test on the finite values, and a rank test on all, NEVER being the largest."""
+
+    name: str
+    a: Sample
+    b: Sample
+    difference: Difference | None
+    """Mean of A minus mean of B; None where a side has no finite value."""
+    rank_p: float
+
+    @property
+    def p(self) -> float | None:
+        """Welch's p; where a run never got there, the rank test's, which leaves none out."""
+        if self.a.never + self.b.never:
+            return self.rank_p
+        return self.difference.p if self.difference else None
+
+
+class TargetTest(NamedTuple):
+    """The speedrun's two rules for a mean final loss surely below a target; the second needs a known sigma."""
+
+    label: str
+    n: int
+    target: float
+    t_p: float | None
+    z_margin: float | None
+    z_p: float | None
+    margin_needed: float | None
+
+
+def fact(run: RunFolder, name: str) -> Any:
+    """A setting (dotted), an environment entry (`env.NAME`) or an entry of the summary; None where it is not known."""
+    if name == "data.val_sequence_tokens":  # None: as in training
+        return run.config.get(name) or run.config.get("data.sequence_tokens")
+    if name.startswith("env."):
+        return run.environment.get(name.removeprefix("env."))
+    return run.config.get(name) if "." in name else run.summary.get(name)
+
+
+def differing(runs: Sequence[RunFolder], names: Sequence[str]) -> dict[str, list[str]]:
+    """The facts in which the runs differ: name to the different values, as JSON."""
+    found = {name: list(dict.fromkeys(json.dumps(fact(run, name)) for run in runs)) for name in names}
+    return {name: values for name, values in found.items() if len(values) > 1}
+
+
+def make_side(label: str, runs: Sequence[RunFolder]) -> Side:
+    """A side of runs, named by its experiment if it is one. Raises ValueError for a run that has not ended."""
+    for run in runs:
+        if run.summary is None:
+            raise ValueError(f"{run.path} has no summary.json: that run has not ended; wait for it, continue it with "
+                             "--run.resume, or leave it out")
+    experiments = list(by_experiment(runs))
+    return Side(experiments[0] if len(experiments) == 1 else label, runs)
+
+
+def make_sides(a: Sequence[RunFolder], b: Sequence[RunFolder]) -> tuple[Side, Side]:
+    """The two sides of a comparison, under different labels. Raises ValueError for a run on both sides."""
+    if both := {run.path.resolve() for run in a} & {run.path.resolve() for run in b}:
+        raise ValueError(f"{min(both)} is on both sides")
+    one, two = make_side("A", a), make_side("B", b)
+    if one.label == two.label:
+        return Side(f"{one.label} (A)", a), Side(f"{two.label} (B)", b)
+    return one, two
+
+
+def refuse_incomparable(runs: Sequence[RunFolder], metric: Metric) -> None:
+    """Raise ValueError naming what differs where the runs' losses were not measured on the same text or tokens."""
+    for run in runs:
+        if run.summary["val_loss_nats"] is not None and run.summary[metric] is None:
+            raise ValueError(f"{run.path} has no {metric}: its data has no tokenizer; compare --metric val_loss_nats")
+    tokenizers = differing(runs, ("data.tokenizer", "data.bpe_vocab_tokens"))
+    by_text = metric == "val_bits_per_byte" and tokenizers
+    others = differing(runs, SAME_TEXT if by_text else SAME_TOKENS)
+    if others:
+        named = "; ".join(f"{name}: {' and '.join(values)}" for name, values in others.items())
+        hint = "; under different tokenizers compare --metric val_bits_per_byte" if tokenizers and not by_text else ""
+        raise ValueError(f"these runs were not judged on the same {'text' if by_text else 'tokens'}: {named}{hint}")
+
+
+def cautions(side: Side) -> list[str]:
+    """What makes the runs of a side other than independent seeds of one experiment."""
+    found = []
+    if len({run.setting for run in side.runs}) > 1:
+        changed = [name for name in differences(side.runs) if "env." not in name and not name.startswith("log.")
+                   and name not in HASH_IGNORES | {"run.seed", "run.target_loss_nats"}]
+        found.append(f"the runs of {side.label} are not one experiment: {', '.join(changed)} differ")
+    if early := [run.name for run in side.runs if run.summary["steps"] < run.config["train.steps"]]:
+        found.append(f"{', '.join(early)} ended before the last step: the final losses are not those of whole schedules")
+    for one, two in combinations(side.runs, 2):
+        if (one.setting, one.summary["seed"]) == (two.setting, two.summary["seed"]):
+            found.append(f"{one.name} and {two.name} of {side.label} have the same seed and setting: not independent")
+    return found
+
+
+def same_setting(a: Side, b: Side) -> list[str]:
+    """A note where the sides do not differ in any setting that the losses depend on."""
+    equal = {run.setting for run in a.runs} & {run.setting for run in b.runs}
+    return [f"{a.label} and {b.label} hold runs of the very same setting; only their seeds or code can differ"] * bool(equal)
+
+
+def final_loss(metric: Metric) -> Callable[[RunFolder], float]:
+    """The last validation's loss of a run; NEVER where the run broke down."""
+    return lambda run: NEVER if run.summary[metric] is None else run.summary[metric]
+
+
+def to_target(axis: str, metric: Metric, target: float) -> Callable[[RunFolder], float]:
+    """`axis` (step, train_seconds) at a run's first validation at or under the target, as the speedrun counts."""
+    def measure(run: RunFolder) -> float:
+        return next((x for x, loss in zip(*run.series(CURVES[metric], axis), strict=True) if loss <= target), NEVER)
+    return measure
+
+
+def sample(side: Side, measure: Callable[[RunFolder], float]) -> Sample:
+    """A measure of all runs of a side."""
+    values = [float(measure(run)) for run in side.runs]
+    finite = [value for value in values if math.isfinite(value)]
+    return Sample(side.label, values, summarize(finite) if finite else None)
+
+
+def compare(name: str, a: Sample, b: Sample) -> Comparison:
+    """The two samples held against each other."""
+    finite = [[value for value in one.values if math.isfinite(value)] for one in (a, b)]
+    return Comparison(name, a, b, welch(*finite) if all(finite) else None, rank_p(a.values, b.values))
+
+
+def loss_per_step(runs: Sequence[RunFolder], metric: Metric) -> float | None:
+    """How much the loss falls a step near the end: least squares over the last quarter of each run's validations (at
+    least 2), averaged over the runs. None where no run has 2 validations.
+
+    Within one schedule this is the fall of the cooldown, steeper than what a longer schedule would gain.
+    """
+    slopes = []
+    for run in runs:
+        steps, losses = run.series(CURVES[metric])
+        last = max(2, math.ceil(len(steps) / 4))
+        if len(set(steps[-last:])) > 1:
+            slopes.append(np.polyfit(steps[-last:], losses[-last:], 1)[0])
+    return -float(np.mean(slopes)) if slopes else None
+
+
+def common_target(runs: Sequence[RunFolder]) -> float | None:
+    """The target loss that all the runs were given; None where they had none, or different ones."""
+    targets = {run.summary["target_loss_nats"] for run in runs}
+    return targets.pop() if len(targets) == 1 else None
+
+
+def against_target(final: Sample, target: float, *, sigma: float | None = SIGMA, margin: float | None = None) -> TargetTest:
+    """Both rules on the final losses. A run that broke down fails them; without a sigma the second is left out.
+
+    The margin needed is MARGIN for SIGMA, and in proportion for another sigma, unless it is given.
+    """
+    t_p = one_sided_p(final.values, target)
+    if sigma is None:
+        return TargetTest(final.label, len(final.values), target, t_p, None, None, None)
+    reached = z_margin(final.values, target)
+    needed = MARGIN / SIGMA * sigma if margin is None else margin
+    return TargetTest(final.label, len(final.values), target, t_p, reached, z_p(reached, sigma), needed)
+
+
+def doubtful_sigma(final: Sample, sigma: float | None) -> list[str]:
+    """A note where the runs scatter more than the known sigma allows (chi-squared test, p < .01)."""
+    sd = final.reached.sd if final.reached else None
+    if sigma is None or sd is None or stats.chi2.sf((final.reached.n - 1) * (sd / sigma) ** 2, final.reached.n - 1) >= 0.01:
+        return []
+    return [f"{final.label} scatters by {sd:.2g}, more than a sigma of {sigma:g} allows: the rule that rests on it does "
+            "not hold here; give --sigma"]

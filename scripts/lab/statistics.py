@@ -1,0 +1,152 @@
+"""Whether a difference is chance: the tests that a table of runs rests on, as pure functions on lists of floats.
+
+Values are final losses (or steps, or seconds) of independent seeds. What cannot be known from them is None.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+SIGMA = 0.0013  # nats: deviation of the speedrun's final loss between seeds
+# nats: the speedrun's track 3 takes a method whose (3.28 - mean) * sqrt(n) reaches this; 3.08 SIGMA, p of about .001.
+MARGIN = 0.004
+RANK_RESAMPLES = 20_000  # with ties, 8 against 8 (12870 ways) and less are counted out; more are sampled
+MOST_SEEDS = 10**9
+MOST_EFFECT = 1e6  # standard deviations; beyond, the noncentral t has no digits, and the power is 1
+
+
+class Summary(NamedTuple):
+    """A sample: its size, mean, standard deviation (n - 1) and the mean's confidence interval."""
+
+    n: int
+    mean: float
+    sd: float | None
+    low: float | None
+    high: float | None
+
+
+class Difference(NamedTuple):
+    """A difference of means, its confidence interval, and the two-sided p of its being 0."""
+
+    difference: float
+    low: float | None
+    high: float | None
+    p: float | None
+
+
+def summarize(values: Sequence[float], confidence: float = 0.95) -> Summary:
+    """The sample's mean with Student's interval; sd, low and high are None for one value, or if any is infinite.
+
+    Raises ValueError for no values.
+    """
+    if not values:
+        raise ValueError("no values to summarize")
+    n, mean = len(values), statistics.fmean(values)
+    if n < 2 or not math.isfinite(mean):
+        return Summary(n, mean, None, None, None)
+    sd = statistics.stdev(values)
+    reach = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * sd / math.sqrt(n)
+    return Summary(n, mean, sd, mean - reach, mean + reach)
+
+
+def welch(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> Difference:
+    """mean(a) - mean(b) by Welch's test (1947), degrees of freedom by Welch-Satterthwaite.
+
+    All but the difference is None where a side has one value or an infinite one. Without variance on both sides the
+    interval is a point, and p is 1 for equal means, else 0.
+    """
+    one, two = summarize(a), summarize(b)
+    difference = one.mean - two.mean
+    if one.sd is None or two.sd is None:
+        return Difference(difference, None, None, None)
+    va, vb = one.sd**2 / one.n, two.sd**2 / two.n
+    if va + vb == 0:
+        return Difference(difference, difference, difference, float(difference == 0))
+    share = va / (va + vb)
+    freedom = 1 / (share**2 / (one.n - 1) + (1 - share) ** 2 / (two.n - 1))
+    error = math.sqrt(va + vb)
+    reach = float(stats.t.ppf((1 + confidence) / 2, freedom)) * error
+    p = 2 * float(stats.t.sf(abs(difference) / error, freedom))
+    return Difference(difference, difference - reach, difference + reach, p)
+
+
+def rank_p(a: Sequence[float], b: Sequence[float]) -> float:
+    """Two-sided p of the Mann-Whitney test, which needs only the order: infinity stands for "never"."""
+    tied = len({*a, *b}) < len(a) + len(b) and min(len(a), len(b)) > 1
+    resample = stats.PermutationMethod(n_resamples=RANK_RESAMPLES, rng=0)
+    return float(stats.mannwhitneyu(a, b, method=resample if tied else "auto").pvalue)
+
+
+def one_sided_p(values: Sequence[float], target: float) -> float | None:
+    """p of Student's test against a mean of `target` or more: small when the mean is surely below. None for one value.
+
+    The speedrun's rule: a record needs p < .01 at 3.28.
+    """
+    n, mean, sd, *_ = summarize(values)
+    if sd is None:
+        return None
+    if sd == 0:
+        return 0.0 if mean < target else 1.0
+    return float(stats.t.cdf((mean - target) * math.sqrt(n) / sd, n - 1))
+
+
+def z_margin(values: Sequence[float], target: float) -> float:
+    """(target - mean) sqrt(n): under a known deviation sigma between seeds, this is sigma times the z statistic."""
+    return (target - summarize(values).mean) * math.sqrt(len(values))
+
+
+def z_p(margin: float, sigma: float = SIGMA) -> float:
+    """One-sided p of a `z_margin` under the normal law with deviation `sigma` known."""
+    return float(stats.norm.sf(margin / sigma))
+
+
+def power_of_rule(delta: float, n: int, *, sigma: float = SIGMA, margin: float = MARGIN) -> float:
+    """Probability that a method whose true mean is target - delta reaches `margin` with n seeds: z_margin is normal
+    with mean delta sqrt(n) and deviation sigma."""
+    return float(stats.norm.cdf((delta * math.sqrt(n) - margin) / sigma))
+
+
+def power_of_t(effect: float, n: int, alpha: float = 0.05) -> float:
+    """Power of the two-sided t-test with n seeds a side, for a difference of `effect` standard deviations."""
+    freedom, shift = 2 * n - 2, min(abs(effect), MOST_EFFECT) * math.sqrt(n / 2)
+    critical = stats.t.isf(alpha / 2, freedom)
+    wrong_side = np.nan_to_num(stats.nct.cdf(-critical, freedom, shift))  # nan where it is too small to be computed
+    return float(stats.nct.sf(critical, freedom, shift) + wrong_side)
+
+
+def seeds_needed(difference: float, sd: float, *, alpha: float = 0.05, power: float = 0.8) -> int | None:
+    """The fewest seeds a side, at least 2, that show a true difference at p < alpha with this power; `sd` is that
+    within a side. None where no finite number does: the difference is 0 (or over a billion seeds)."""
+    if difference == 0:
+        return None
+    if sd == 0:
+        return 2
+    effect, enough = difference / sd, 2
+    while not _reaches(effect, enough, alpha, power):
+        enough *= 2
+        if enough > MOST_SEEDS:
+            return None
+    short = max(1, enough // 2)  # bisection: `short` seeds are too few, `enough` are not
+    while enough - short > 1:
+        middle = (short + enough) // 2
+        short, enough = (short, middle) if _reaches(effect, middle, alpha, power) else (middle, enough)
+    return enough
+
+
+def _reaches(effect: float, n: int, alpha: float, power: float) -> bool:
+    return power_of_t(effect, n, alpha) >= power
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Holm's correction (1979) for testing all of these at once: the i-th smallest p times (m - i + 1), made monotone
+    and cut at 1, in the given order."""
+    order = sorted(range(len(ps)), key=ps.__getitem__)
+    corrected, largest = [0.0] * len(ps), 0.0
+    for place, index in enumerate(order):
+        largest = max(largest, min(1.0, ps[index] * (len(ps) - place)))
+        corrected[index] = largest
+    return corrected
