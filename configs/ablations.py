@@ -1,9 +1,14 @@
-"""The ablation table: one row, one experiment. Rows go through the same parser as the command line."""
+"""The ablation table: one row, one experiment. Rows go through the same parser as the command line.
 
+TECHNIQUES says how each technique is switched off; `each_off` makes the rows that leave one out of a run.
+"""
+
+from collections.abc import Callable
 from typing import NamedTuple
 
-from configs.cli import parse_row
-from configs.schema import Run
+from configs.cli import nearest, parse_row
+from configs.presets import PRESETS
+from configs.schema import RULE_READS, Run
 
 
 class Row(NamedTuple):
@@ -32,6 +37,77 @@ ROWS = (
     Row("gelu", "tiny", "--model.activation gelu"),
     Row("random_init_projections", "tiny", "--model.no_zero_init_projections"),
 )
+
+
+class Technique(NamedTuple):
+    """A technique: its name, whether a run uses it, and the flags that switch it off."""
+
+    name: str
+    is_on: Callable[[Run], bool]
+    off: str
+
+
+def _averages(run: Run) -> bool:
+    return run.optim.matrix.rule == "steepest" and run.optim.matrix.averaging != "none"
+
+
+TECHNIQUES = (
+    Technique("qk_norm", lambda run: run.model.qk_norm, "--model.no_qk_norm"),
+    Technique("smear", lambda run: run.model.smear, "--model.no_smear"),
+    Technique("x0_skip", lambda run: run.model.x0_skip, "--model.no_x0_skip"),
+    Technique("value_embeds", lambda run: run.model.value_embeds > 0, "--model.value_embeds 0"),
+    Technique("bigram", lambda run: run.model.bigram_buckets > 0, "--model.bigram_buckets 0"),
+    Technique("softcap", lambda run: run.model.softcap != "none", "--model.softcap none"),
+    Technique("zero_init_projections", lambda run: run.model.zero_init_projections, "--model.no_zero_init_projections"),
+    Technique("rotary", lambda run: run.model.position in ("rotary", "half_rotary"), "--model.position learned"),
+    Technique("relu2", lambda run: run.model.activation == "relu2", "--model.activation gelu"),
+    Technique("norm_embedding", lambda run: run.model.norm_embedding, "--model.no_norm_embedding"),
+    Technique("attention_scale", lambda run: run.model.attention_scale is not None, "--model.attention_scale None"),
+    Technique("norm_gains", lambda run: run.model.norm_gains, "--model.no_norm_gains"),
+    Technique("biases", lambda run: run.model.biases, "--model.no_biases"),
+    Technique("tied_head", lambda run: run.model.tied_head, "--model.no_tied_head"),
+    Technique("window", lambda run: run.model.window_tokens is not None,
+              "--model.window_tokens None --model.full_attention_every 0 --schedule.window_tokens 1"),
+    Technique("document_mask", lambda run: run.model.document_mask, "--model.no_document_mask --model.attention auto"),
+    Technique("nesterov", lambda run: _averages(run) and run.optim.matrix.nesterov, "--optim.matrix.no_nesterov"),
+    Technique("momentum", _averages, "--optim.matrix.averaging none"),
+    Technique("momentum_curve", lambda run: _averages(run) and run.schedule.momentum is not None,
+              "--schedule.momentum None"),
+    Technique("weight_decay", lambda run: run.optim.matrix.weight_decay > 0, "--optim.matrix.weight_decay 0"),
+    Technique("batch_growth", lambda run: run.schedule.batch_tokens != "1", "--schedule.batch_tokens 1"),
+    Technique("sequence_growth", lambda run: run.schedule.sequence_tokens != "1", "--schedule.sequence_tokens 1"),
+    Technique("lr_cooldown", lambda run: run.schedule.lr != "1", "--schedule.lr 1"),
+)
+
+# The preset that tunes AdamW for a preset's matrices, where it is not called PRESET_adamw.
+ADAMW_TWINS = {"bench_cpu": "bytes_adamw", "bench_cpu_prose": "bytes_adamw", "bench_gpu": "track3_adamw"}
+
+
+def each_off(run: Run) -> list[Row]:
+    """A row `no_NAME` on the run's preset for every technique that the run uses, each leaving out that one alone.
+
+    Muon counts where the preset has a twin that says what AdamW's settings would be.
+    """
+    rows = [Row(f"no_{one.name}", run.preset, one.off) for one in TECHNIQUES if one.is_on(run)]
+    twin = PRESETS.get(ADAMW_TWINS.get(run.preset, f"{run.preset}_adamw"))
+    if run.optim.matrix.rule == "steepest" and twin:
+        rows.append(Row("no_muon", run.preset, _matrices_as(twin(), run)))
+    return rows
+
+
+def _matrices_as(twin: Run, run: Run) -> str:
+    """The flags that give the run's matrices the twin's rule, with all that the rule reads."""
+    theirs, ours = twin.optim.matrix, run.optim.matrix
+    differing = [name for name in sorted(RULE_READS[theirs.rule]) if getattr(theirs, name) != getattr(ours, name)]
+    return " ".join(f"--optim.matrix.{name} {getattr(theirs, name)}" for name in differing)
+
+
+def find_row(name: str) -> Row:
+    """The row of that name. Raises ValueError with the nearest one."""
+    rows = {row.name: row for row in ROWS}
+    if name not in rows:
+        raise ValueError(f"unknown ablation {name!r}{nearest(name, list(rows))}")
+    return rows[name]
 
 
 def row_named(name: str) -> Run:

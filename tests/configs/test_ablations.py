@@ -2,8 +2,11 @@
 
 import pytest
 
-from configs.ablations import ROWS, row_named
+from configs.ablations import ROWS, TECHNIQUES, each_off, find_row, row_named
+from configs.cli import parse_row
 from configs.presets import PRESETS
+from configs.schema import RULE_READS
+from data.runs import config_to_dict, flatten
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -18,3 +21,66 @@ def test_names_are_unique():
 def test_an_unknown_row_is_named():
     with pytest.raises(ValueError, match="unknown ablation 'nothing'; rows: quintic"):
         row_named("nothing")
+
+
+def test_a_misspelt_row_gets_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'no_smear'"):
+        find_row("nosmear")
+
+
+# ---- leaving one out ----
+
+MODEL_SWITCHES = {"qk_norm", "smear", "x0_skip", "zero_init_projections", "norm_embedding", "norm_gains", "biases",
+                  "tied_head", "document_mask"}
+CHANGES = {f"no_{name}": {f"model.{name}"} for name in MODEL_SWITCHES} | {
+    "no_value_embeds": {"model.value_embeds"}, "no_bigram": {"model.bigram_buckets"}, "no_softcap": {"model.softcap"},
+    "no_rotary": {"model.position"}, "no_relu2": {"model.activation"}, "no_attention_scale": {"model.attention_scale"},
+    "no_window": {"model.window_tokens", "model.full_attention_every", "schedule.window_tokens"},
+    "no_nesterov": {"optim.matrix.nesterov"}, "no_momentum": {"optim.matrix.averaging"},
+    "no_momentum_curve": {"schedule.momentum"}, "no_weight_decay": {"optim.matrix.weight_decay"},
+    "no_batch_growth": {"schedule.batch_tokens"}, "no_sequence_growth": {"schedule.sequence_tokens"},
+    "no_lr_cooldown": {"schedule.lr"}}
+EVERYTHING = ("--model.x0_skip --model.softcap tanh --model.norm_gains --model.biases --model.tied_head "
+              "--model.attention_scale 0.1 --model.window_tokens 64 --model.full_attention_every 2 --model.document_mask "
+              "--schedule.window_tokens 0.5 --schedule.sequence_tokens 0.5 --optim.matrix.weight_decay 0.1")
+
+
+def changed(run, other):
+    """Dotted names of the fields in which two runs differ."""
+    one, two = (flatten(config_to_dict(each)) for each in (run, other))
+    return {name for name in one if one[name] != two[name]}
+
+
+@pytest.mark.parametrize("preset", [*PRESETS, "everything"])
+def test_each_row_leaves_out_its_technique_alone(preset):
+    preset, flags = ("tiny", EVERYTHING.split()) if preset == "everything" else (preset, [])
+    run = parse_row(preset, flags)
+    for row in each_off(run):
+        changes = changed(run, parse_row(row.base, [*flags, *row.flags.split()]))
+        if row.name == "no_muon":
+            assert {"optim.matrix.rule", "optim.matrix.lr"} <= changes
+            assert all(name.startswith("optim.matrix.") for name in changes)
+        else:
+            assert changes == CHANGES[row.name]
+
+
+def test_every_technique_can_be_left_out():
+    rows = [row.name for row in each_off(parse_row("tiny", EVERYTHING.split()))]
+    assert rows == [f"no_{one.name}" for one in TECHNIQUES] + ["no_muon"]
+
+
+def test_what_is_off_is_not_left_out():
+    off = " ".join(one.off for one in TECHNIQUES if "momentum" not in one.name and one.name != "nesterov")
+    left = each_off(parse_row("tiny_adamw", off.split()))
+    assert left == []
+
+
+def test_without_muon_the_matrices_are_the_twins():
+    row = next(row for row in each_off(PRESETS["track3"]()) if row.name == "no_muon")
+    matrix, twin = parse_row("track3", row.flags.split()).optim.matrix, PRESETS["track3_adamw"]().optim.matrix
+    assert all(getattr(matrix, name) == getattr(twin, name) for name in RULE_READS["adam"])
+
+
+def test_momentum_falls_back_to_the_groups_own():
+    row = next(row for row in each_off(PRESETS["tiny"]()) if row.name == "no_momentum_curve")
+    assert parse_row("tiny", row.flags.split()).schedule.momentum is None

@@ -1,0 +1,168 @@
+"""What does each technique give? Rows of an ablation table, or points of a space, over seeds, in one sweep.
+
+    python -m scripts.ablate no_smear no_bigram
+    python -m scripts.ablate --each-off tiny --seeds 5
+    python -m scripts.ablate --base bytes --grid optim.matrix.lr=0.01,0.02,0.04 --seeds 2
+    python -m scripts.ablate --base bytes --random 20 --range optim.matrix.lr=0.003:0.1:log -- --train.steps 120
+
+Rows stand in configs/ablations.py; flags after `--` go to every run. A sweep that was cut continues when the same command
+is given again.
+"""
+
+import itertools
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import tyro
+
+from configs.ablations import each_off, find_row
+from configs.cli import fail, nearest, parse_row
+from configs.presets import PRESETS
+from data.runs import write_json
+from scripts.lab.effects import choose_metric, effects, effects_json, effects_table, settings_table
+from scripts.lab.spaces import draw, flags_of, parse_grid, parse_range
+from scripts.lab.sweep import Trial, run_sweep
+
+WIDTH = 140  # of a table that goes into a file or a pipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ablate:
+    """What to vary, over how many seeds, and where."""
+
+    rows: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Rows of configs/ablations.py, each held against its base preset."""
+    each_off: str = ""
+    """A preset: leave out each of its techniques in turn."""
+    grid: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """NAME=V,V,...: every combination of these, on --base."""
+    random: int = 0
+    """So many points drawn from the ranges, on --base."""
+    range: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """NAME=LOW:HIGH:SCALE, SCALE linear, log or one_minus."""
+    quasi: bool = False
+    """Draw by a scrambled Halton sequence, more even than chance."""
+    base: str = "tiny"
+    """The preset that grids and draws vary."""
+    sweep_seed: int = 1
+    """Seed of the draws."""
+    seeds: int = 3
+    """Runs of each experiment."""
+    first_seed: int = 1
+    """Seeds first_seed, first_seed + 1, ..."""
+    jobs: int = 1
+    """Runs at once."""
+    nproc: int = 1
+    """Processes (GPUs) of a run."""
+    dir: Path | None = None
+    """Where the runs go; None: runs/ablate-..., named after what is varied."""
+    retry_failed: bool = False
+    """Run again what failed before."""
+
+
+class Experiment(NamedTuple):
+    """What one row of the table runs, and the experiment that it is held against (None: none)."""
+
+    name: str
+    preset: str
+    flags: tuple[str, ...]
+    base: str | None
+    settings: dict[str, object]
+
+
+def experiments(args: Ablate, common: Sequence[str]) -> list[Experiment]:
+    """All experiments that the arguments name, baselines first. Raises ValueError for none, or for two kinds at once."""
+    kinds = {"ROW": args.rows, "--each-off": args.each_off, "--grid": args.grid, "--random": args.random}
+    given = [name for name, value in kinds.items() if value]
+    if len(given) != 1:
+        raise ValueError(f"say what to vary by one of {', '.join(kinds)}; got {' and '.join(given) or 'none'}")
+    if args.range and not args.random:
+        raise ValueError("--range needs --random N, the number of points to draw from it")
+    if args.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
+    for preset in filter(None, [args.each_off, args.base]):
+        if preset not in PRESETS:
+            raise ValueError(f"unknown preset {preset!r}{nearest(preset, list(PRESETS))}")
+    return points(args, common) if args.grid or args.random else leave_outs(args, common)
+
+
+def leave_outs(args: Ablate, common: Sequence[str]) -> list[Experiment]:
+    """The rows, with their base presets before them, each base once."""
+    if args.each_off:
+        rows = each_off(parse_row(args.each_off, common))
+    else:
+        rows = [find_row(name) for name in dict.fromkeys(args.rows)]
+    bases = [Experiment(base, base, tuple(common), None, {}) for base in dict.fromkeys(row.base for row in rows)]
+    return bases + [Experiment(row.name, row.base, (*common, *row.flags.split()), row.base, {}) for row in rows]
+
+
+def points(args: Ablate, common: Sequence[str]) -> list[Experiment]:
+    """The combinations of the grids, or the draws from the ranges."""
+    if args.grid:
+        axes = dict(parse_grid(text) for text in args.grid)
+        settings = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+        names = [point_name(one) for one in settings]
+    else:
+        ranges = [parse_range(text) for text in args.range]
+        if not ranges:
+            raise ValueError("--random needs --range NAME=LOW:HIGH:SCALE, once for every setting to draw")
+        settings = draw(ranges, args.random, seed=args.sweep_seed, quasi=args.quasi)
+        names = [f"draw{number:03}" for number in range(1, args.random + 1)]
+    return [Experiment(name, args.base, (*common, *flags_of(one)), None, one)
+            for name, one in zip(names, settings, strict=True)]
+
+
+def point_name(settings: dict[str, str]) -> str:
+    """A folder's name for a point: `matrix.lr=0.02_head.lr=0.01`."""
+    text = "_".join(f"{name.partition('.')[2] or name}={value}" for name, value in settings.items())
+    return re.sub(r"[^\w.=+-]+", "_", text)
+
+
+def trials(found: Sequence[Experiment], *, first_seed: int, seeds: int) -> list[Trial]:
+    """Seed by seed over all experiments, so that a slow spell of the machine hits all alike."""
+    return [Trial(f"{one.name}-seed{seed}", one.name, one.preset, one.flags, seed)
+            for seed in range(first_seed, first_seed + seeds) for one in found]
+
+
+def default_dir(args: Ablate) -> Path:
+    """runs/ablate-rows, runs/ablate-PRESET, runs/ablate-PRESET-grid or runs/ablate-PRESET-random."""
+    if args.grid or args.random:
+        return Path("runs") / f"ablate-{args.base}-{'grid' if args.grid else 'random'}"
+    return Path("runs") / f"ablate-{args.each_off or 'rows'}"
+
+
+def main(args: Ablate, common: Sequence[str]) -> None:
+    """Run the sweep, print its table and write ablation.json. Raises ValueError for what cannot be run."""
+    from rich.console import Console
+
+    found, dir = experiments(args, common), args.dir or default_dir(args)
+    outcomes = run_sweep(trials(found, first_seed=args.first_seed, seeds=args.seeds), dir=dir, jobs=args.jobs,
+                         nproc=args.nproc, retry_failed=args.retry_failed)
+    metric = choose_metric(outcomes)
+    settings = {one.name: one.settings for one in found if one.settings}
+    bases = {one.name: one.base for one in found if one.base or one.settings}
+    rows = effects(outcomes, bases, metric)
+    table = settings_table(rows, settings, metric) if settings else effects_table(rows, metric)
+    Console(width=None if sys.stdout.isatty() else WIDTH, markup=False).print(table)
+    base = ", ".join(dict.fromkeys(one.preset for one in found))
+    write_json(dir / "ablation.json", effects_json(rows, metric, base))
+    print(f"numbers: {dir / 'ablation.json'}")
+
+
+def split_common(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Our own arguments, and the flags after `--` that go to every run."""
+    words = list(argv)
+    cut = words.index("--") if "--" in words else len(words)
+    return words[:cut], words[cut + 1:]
+
+
+if __name__ == "__main__":
+    own, common_flags = split_common(sys.argv[1:])
+    try:
+        main(tyro.cli(Ablate, description=__doc__, args=own, use_underscores=True), common_flags)
+    except ValueError as error:
+        fail(str(error))
