@@ -1,0 +1,169 @@
+"""The leaderboard, from records alone: who was tuned how, which trial won, and what fresh seeds say of it.
+
+An experiment is named ENTRY-STEPSsteps-trialNN, its run with TUNING_SEED is the trial, its runs with other seeds are the
+judgement. The winner of a budget of k trials is the best of the first k, so a small budget is a prefix of a large one.
+"""
+
+import math
+import re
+import shlex
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from configs.entries import ENTRIES, REFERENCE, Entry, entry_named
+from configs.presets import PRESETS
+from scripts.lab.spaces import draw, flags_of, parse_range
+from scripts.lab.statistics import Difference, Summary, holm, summarize, welch, z_margin
+from scripts.lab.sweep import Trial
+
+TUNING_SEED = 1000
+DRAW_SEED = 1
+RULE_MARGIN = 3.09  # of sigma: (target - mean) sqrt(n) must reach it, p < .001 under the normal law, as track 3's rule
+NAME = re.compile(r"(?P<entry>\w+)-(?P<steps>\d+)steps-trial(?P<trial>\d+)$")
+
+
+class Place(NamedTuple):
+    """One line of a task's leaderboard: an entry, tuned with a budget, judged on fresh seeds."""
+
+    entry: str
+    steps: int
+    budget: int
+    trial: int
+    settings: dict[str, float]
+    loss: Summary
+    """Final validation loss in nats over the fresh seeds."""
+    seconds: float
+    versus: Difference | None
+    """Loss minus the reference's; None for the reference itself."""
+    p_holm: float | None
+    factor: float | None
+    """Steps in which the reference reaches this loss, over the steps taken: above 1 is faster than the reference."""
+
+
+def settings_of(entry: Entry, trial: int) -> dict[str, float]:
+    """The values that the entry's trial number `trial` (from 0) draws from its space."""
+    return draw([parse_range(text) for text in entry.space], trial + 1, seed=DRAW_SEED, quasi=True)[trial]
+
+
+def make_trial(entry: Entry, preset: str, *, steps: int, trial: int, seed: int) -> Trial:
+    """The run of an entry's trial at a number of steps and a seed."""
+    experiment = f"{entry.name}-{steps}steps-trial{trial:02}"
+    flags = (*shlex.split(entry.flags), *flags_of(settings_of(entry, trial)), "--train.steps", str(steps))
+    return Trial(f"{experiment}-seed{seed}", experiment, preset, flags, seed)
+
+
+def parse_name(experiment: str) -> tuple[str, int, int] | None:
+    """(entry, steps, trial) of an experiment's name; None where it is no entry's."""
+    found = NAME.match(experiment)
+    return (found["entry"], int(found["steps"]), int(found["trial"])) if found else None
+
+
+def loss_of(record: dict[str, Any]) -> float:
+    """The final validation loss in nats; infinite where the run broke down."""
+    loss = record["summary"]["val_loss_nats"]
+    return math.inf if loss is None else loss
+
+
+def winner(records: Sequence[dict], entry: str, *, steps: int, budget: int) -> int | None:
+    """The number of the best of the first `budget` trials; None while not all of them have been run."""
+    losses = {}
+    for record in records:
+        if (name := parse_name(record["experiment"])) and name[:2] == (entry, steps):
+            if record["summary"]["seed"] == TUNING_SEED and name[2] < budget:
+                losses[name[2]] = loss_of(record)
+    return min(losses, key=losses.__getitem__) if len(losses) == budget else None
+
+
+def judged(records: Sequence[dict], experiment: str) -> list[dict]:
+    """The records of an experiment's fresh seeds."""
+    return [r for r in records if r["experiment"] == experiment and r["summary"]["seed"] != TUNING_SEED]
+
+
+def places(records: Sequence[dict], *, steps: int, budget: int) -> list[Place]:
+    """The leaderboard of one task at one length and budget, best first; entries without fresh seeds are left out."""
+    found = {}
+    for entry in ENTRIES:
+        trial = winner(records, entry.name, steps=steps, budget=budget)
+        runs = [] if trial is None else judged(records, f"{entry.name}-{steps}steps-trial{trial:02}")
+        if runs:
+            found[entry.name] = (trial, runs)
+    curve = reference_curve(records, budget=budget)
+    reference = [loss_of(r) for r in found[REFERENCE][1]] if REFERENCE in found else []
+    rows = []
+    for name, (trial, runs) in found.items():
+        losses = [loss_of(r) for r in runs]
+        versus = welch(losses, reference) if reference and name != REFERENCE else None
+        rows.append(Place(name, steps, budget, trial, settings_of(entry_named(name), trial), summarize(losses),
+                          sum(r["summary"]["train_seconds"] for r in runs) / len(runs), versus, None,
+                          steps_of_reference(curve, sum(losses) / len(losses), steps)))
+    return sorted(_corrected(rows), key=lambda place: place.loss.mean)
+
+
+def _corrected(rows: list[Place]) -> list[Place]:
+    """The same, with Holm's correction over all comparisons of the table."""
+    tested = [row for row in rows if row.versus is not None and row.versus.p is not None]
+    corrected = dict(zip((row.entry for row in tested), holm([row.versus.p for row in tested]), strict=True))
+    return [row._replace(p_holm=corrected.get(row.entry)) for row in rows]
+
+
+def reference_curve(records: Sequence[dict], *, budget: int) -> list[tuple[int, float]]:
+    """(steps, mean final loss) of the tuned reference at every length that it was judged at, each its own schedule."""
+    lengths = sorted({name[1] for r in records if (name := parse_name(r["experiment"])) and name[0] == REFERENCE})
+    curve = []
+    for steps in lengths:
+        trial = winner(records, REFERENCE, steps=steps, budget=budget)
+        runs = [] if trial is None else judged(records, f"{REFERENCE}-{steps}steps-trial{trial:02}")
+        if runs:
+            curve.append((steps, summarize([loss_of(r) for r in runs]).mean))
+    return curve
+
+
+def steps_of_reference(curve: Sequence[tuple[int, float]], loss: float, steps: int) -> float | None:
+    """Steps that the reference needs for `loss`, over `steps`; its loss is linear in log steps between and beyond the
+    two measured lengths nearest to `steps`. None with fewer than two lengths, or where its loss does not fall."""
+    if len(curve) < 2 or not math.isfinite(loss):
+        return None
+    (t1, l1), (t2, l2) = sorted(sorted(curve, key=lambda point: abs(math.log(point[0] / steps)))[:2])
+    if l1 <= l2:
+        return None
+    return math.exp(math.log(t1) + (l1 - loss) / (l1 - l2) * math.log(t2 / t1)) / steps
+
+
+def profile(boards: Sequence[Sequence[Place]], taus: Sequence[float]) -> dict[str, list[float]]:
+    """Performance profile (Dolan & More 2002): for each entry the share of tasks where its factor is within tau of the
+    best one's; entries missing on a task are not within any tau of it."""
+    shares = {}
+    for name in dict.fromkeys(place.entry for board in boards for place in board):
+        ratios = [best / own for board in boards
+                  if (best := max((p.factor or 0.0 for p in board), default=0.0))
+                  and (own := next((p.factor for p in board if p.entry == name), None))]
+        shares[name] = [sum(ratio <= tau for ratio in ratios) / len(boards) for tau in taus]
+    return shares
+
+
+def steps_to_target(records: Sequence[dict], entry: str, *, target: float, sigma: float) -> int | None:
+    """The fewest steps at which one of the entry's experiments passes the rule; None where none does."""
+    passed = []
+    for experiment in {r["experiment"] for r in records}:
+        name = parse_name(experiment)
+        if name and name[0] == entry:
+            losses = [loss_of(r) for r in judged(records, experiment)]
+            if len(losses) > 1 and z_margin(losses, target) >= RULE_MARGIN * sigma:
+                passed.append(name[1])
+    return min(passed, default=None)
+
+
+def changed_draws(records: Sequence[dict]) -> list[str]:
+    """Experiments whose configuration is not what their entry's trial draws: each is named with the setting."""
+    wrong = []
+    for record in records:
+        if name := parse_name(record["experiment"]):
+            for field, value in settings_of(entry_named(name[0]), name[2]).items():
+                if not math.isclose(record["config"][field], value, rel_tol=1e-9):
+                    wrong.append(f"{record['name']}: {field} is {record['config'][field]}, drawn was {value}")
+    return wrong
+
+
+def base_steps(preset: str) -> int:
+    """The task's own number of steps: horizon 1."""
+    return PRESETS[preset]().train.steps

@@ -1,0 +1,184 @@
+"""Records: one JSON line per run that a table rests on, what each must satisfy, and tables made from them alone."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from configs.presets import PRESETS
+from configs.schema import Run
+from data.runs import SUMMARY_KEYS, config_from_dict, config_hash, config_to_dict, flatten, write_text
+from scripts.lab.folders import RunFolder
+from scripts.lab.statistics import summarize
+
+FORMAT = 1
+ENVIRONMENT = ("python", "torch", "cuda", "platform", "cpu", "cores", "gpus", "torch_threads", "git")
+VALIDATION = {"step": "step", "tokens": "tokens", "train_seconds": "train_seconds", "loss_nats": "val/loss_nats",
+              "bits_per_byte": "val/bits_per_byte"}
+
+BENCHMARKS = ("bench_cpu", "bench_cpu_prose", "bench_gpu", "track3")
+"""Presets of the optimization benchmark: fixed model, data and batch; one forward-backward a step."""
+FREE = ("preset", "optim.", "schedule.lr", "schedule.momentum", "schedule.weight_decay", "train.steps", "train.micro_tokens",
+        "train.val_every_steps", "train.final_val_every_steps", "train.warmup_steps", "run.", "log.")
+"""What an entry of the benchmark may choose: settings by name, or by the beginning of their names."""
+
+
+def record_of(run: RunFolder) -> dict[str, Any]:
+    """The record of a run that has ended. Raises ValueError for one that has not."""
+    if run.summary is None:
+        raise ValueError(f"{run.path} has no summary.json: that run has not ended")
+    validations = [{ours: line.get(theirs) for ours, theirs in VALIDATION.items()}
+                   for line in run.metrics if line.get("val/loss_nats") is not None]
+    return {"format": FORMAT, "name": run.name, "experiment": run.experiment, "preset": run.config["preset"],
+            "config": {name: value for name, value in run.config.items() if name not in ("run.name", "run.dir")},
+            "summary": {name: run.summary.get(name) for name in SUMMARY_KEYS},
+            "environment": {name: run.environment.get(name) for name in ENVIRONMENT}, "validations": validations}
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a file. Raises ValueError naming the file, or the line that is no record."""
+    if not path.is_file():
+        raise ValueError(f"there is no {path}")
+    records = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}, is not JSON: {error}") from None
+        missing = {"format", "name", "experiment", "preset", "config", "summary", "environment", "validations"} - set(record)
+        if missing or record["format"] != FORMAT:
+            raise ValueError(f"{path}, line {number}, is no record of format {FORMAT}: lacks {sorted(missing) or 'it'}")
+        records.append(record)
+    return records
+
+
+def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> int:
+    """Add the records that the file does not hold yet, all or nothing; how many were added.
+
+    A run is the same where its configuration, seed included, and its name are. Raises ValueError where the file holds
+    another run of one's name.
+    """
+    known = {record["name"]: record for record in (read_records(path) if path.is_file() else [])}
+    held = len(known)
+    for record in records:
+        old = known.setdefault(record["name"], record)
+        if old["summary"]["config_hash"] != record["summary"]["config_hash"]:
+            raise ValueError(f"{path} holds another run named {record['name']}; rename one of them")
+    if len(known) > held:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in known.values()))
+    return len(known) - held
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of data.runs.flatten: {"optim.lr": 1} becomes {"optim": {"lr": 1}}."""
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        *groups, field = name.split(".")
+        inner = nested
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[field] = value
+    return nested
+
+
+def configuration(record: Mapping[str, Any]) -> Run:
+    """The run that a record describes. Raises ValueError for settings that the schema refuses."""
+    return config_from_dict(unflatten(record["config"]))
+
+
+def changed_settings(record: Mapping[str, Any]) -> list[str]:
+    """What a benchmark's record changed of that which is fixed there; nothing for other presets."""
+    if record["preset"] not in BENCHMARKS:
+        return []
+    fixed = flatten(config_to_dict(PRESETS[record["preset"]]()))
+    mine = flatten(config_to_dict(configuration(record)))
+    return [f"{name} is {mine[name]!r}, fixed at {value!r}" for name, value in fixed.items()
+            if mine[name] != value and not name.startswith(FREE)]
+
+
+def faults(record: Mapping[str, Any]) -> list[str]:
+    """All that is wrong with one record; nothing if it holds together."""
+    try:
+        run = configuration(record)
+    except ValueError as error:
+        return [str(error)]
+    found, summary, validations = changed_settings(record), record["summary"], record["validations"]
+    if config_hash(run) != summary["config_hash"]:
+        found.append(f"config_hash is {summary['config_hash']}, its settings give {config_hash(run)}")
+    if run.preset != record["preset"] or run.run.seed != summary["seed"]:
+        found.append(f"preset and seed are {record['preset']} and {summary['seed']}, its settings say {run.preset} and "
+                     f"{run.run.seed}")
+    if not validations or validations[-1]["step"] != summary["steps"]:
+        return [*found, f"the last validation is not at the last step, {summary['steps']}"]
+    if validations[-1]["loss_nats"] != summary["val_loss_nats"]:
+        found.append(f"val_loss_nats is {summary['val_loss_nats']}, the last validation {validations[-1]['loss_nats']}")
+    for key in ("step", "tokens", "train_seconds"):
+        values = [line[key] for line in validations]
+        if any(late <= early for early, late in zip(values, values[1:], strict=False)):
+            found.append(f"{key} does not rise from validation to validation")
+    if not all(math.isfinite(line["loss_nats"]) for line in validations):
+        found.append("a loss is not finite")
+    return found + (benchmark_faults(run, summary) if record["preset"] in BENCHMARKS else [])
+
+
+def benchmark_faults(run: Run, summary: Mapping[str, Any]) -> list[str]:
+    """What the optimization benchmark asks beyond: one batch a step, to the end of the run's own schedule; the model."""
+    found = []
+    if summary["steps"] != run.train.steps:
+        found.append(f"ended at step {summary['steps']}, its schedule at {run.train.steps}")
+    if summary["tokens"] != summary["steps"] * run.train.batch_tokens:
+        found.append(f"{summary['tokens']} tokens are not {summary['steps']} steps of {run.train.batch_tokens}")
+    wanted = count_parameters(run)
+    if wanted is not None and summary["parameters"] != wanted:
+        found.append(f"{summary['parameters']} parameters, the model has {wanted}")
+    return found
+
+
+def count_parameters(run: Run) -> int | None:
+    """Parameters of the run's model, where its vocabulary is known without its text: bytes and GPT-2."""
+    import torch
+
+    from model import GPT
+    vocab = {"bytes": 257, "gpt2": 50_257}.get(run.data.tokenizer)
+    if vocab is None:
+        return None
+    with torch.device("meta"):
+        model = GPT(run.model, vocab_size=vocab, max_tokens=run.data.sequence_tokens, document_start=None, on_cuda=False,
+                    dtype=torch.float32)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def shared_faults(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is wrong between records: runs given twice, and runs of one preset that were not judged on the same data."""
+    found, seen, data = [], set(), {}
+    for record in records:
+        if record["name"] in seen:
+            found.append(f"{record['name']} is there twice")
+        seen.add(record["name"])
+        first = data.setdefault(record["preset"], record)
+        if first["summary"]["data_hash"] != record["summary"]["data_hash"]:
+            found.append(f"{record['name']} has data {record['summary']['data_hash']}, {first['name']} "
+                         f"{first['summary']['data_hash']}")
+    return found
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """One line of Markdown for each experiment and number of steps: n, loss, interval, seconds, device."""
+    groups: dict[tuple, list[Mapping[str, Any]]] = {}
+    for record in records:
+        groups.setdefault((record["preset"], record["experiment"], record["summary"]["steps"]), []).append(record)
+    lines = ["| preset | experiment | steps | n | loss (nats) | sd | 95 % | bits per byte | seconds | device |",
+             "|---|---|---|---|---|---|---|---|---|---|"]
+    for (preset, experiment, steps), members in groups.items():
+        loss = summarize([math.inf if r["summary"]["val_loss_nats"] is None else r["summary"]["val_loss_nats"]
+                          for r in members])
+        bits = [r["summary"]["val_bits_per_byte"] for r in members]
+        seconds = sum(r["summary"]["train_seconds"] for r in members) / len(members)
+        devices = ", ".join(dict.fromkeys(str(r["summary"]["device"]) for r in members))
+        spread = ("", "") if loss.sd is None else (f"{loss.sd:.4f}", f"{loss.low:.4f} to {loss.high:.4f}")
+        cells = (preset, experiment, steps, loss.n, f"{loss.mean:.4f}", *spread,
+                 "" if None in bits else f"{sum(bits) / len(bits):.4f}", f"{seconds:.1f}", devices)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,135 @@
+"""The leaderboard from fabricated records: budgets are prefixes, fresh seeds judge, factors and profiles by formula."""
+
+import math
+
+import pytest
+
+from configs.entries import ENTRIES, REFERENCE, entry_named
+from configs.presets import PRESETS
+from data.runs import config_to_dict, flatten
+from scripts.lab.board import page, profile_page, target_of
+from scripts.lab.leaderboard import (
+    RULE_MARGIN,
+    TUNING_SEED,
+    changed_draws,
+    loss_of,
+    make_trial,
+    parse_name,
+    places,
+    profile,
+    reference_curve,
+    settings_of,
+    steps_of_reference,
+    steps_to_target,
+    winner,
+)
+
+BASE = flatten(config_to_dict(PRESETS["bench_cpu"]()))
+
+
+def record(entry: str, loss: float | None, *, steps: int = 240, trial: int = 0, seed: int = TUNING_SEED) -> dict:
+    experiment = f"{entry}-{steps}steps-trial{trial:02}"
+    return {"name": f"{experiment}-seed{seed}", "experiment": experiment, "preset": "bench_cpu",
+            "config": BASE | settings_of(entry_named(entry), trial),
+            "summary": {"val_loss_nats": loss, "train_seconds": 10.0, "seed": seed}}
+
+
+def tuned(entry: str, losses: list[float], *, steps: int = 240) -> list[dict]:
+    return [record(entry, loss, steps=steps, trial=trial) for trial, loss in enumerate(losses)]
+
+
+def fresh(entry: str, losses: list[float], *, trial: int, steps: int = 240) -> list[dict]:
+    return [record(entry, loss, steps=steps, trial=trial, seed=seed) for seed, loss in enumerate(losses, start=1)]
+
+
+MUON = (tuned("muon", [1.6, 1.5, 1.7, 1.8, 1.9, 1.4])
+        + fresh("muon", [1.50, 1.52], trial=1) + fresh("muon", [1.4, 1.4], trial=5))
+ADAM = tuned("adamw", [1.8, 1.7, 1.6, 1.9, 2.0]) + fresh("adamw", [1.61, 1.63, 1.62], trial=2)
+
+
+def test_every_entry_parses_and_changes_what_it_says():
+    from configs.cli import parse_row
+    for entry in ENTRIES:
+        trial = make_trial(entry, "bench_cpu", steps=100, trial=3, seed=7)
+        run = parse_row(trial.preset, [*trial.flags, "--run.seed", "7"])
+        flat = flatten(config_to_dict(run))
+        assert {name: flat[name] for name in settings_of(entry, 3)} == pytest.approx(settings_of(entry, 3))
+        assert parse_name(trial.experiment) == (entry.name, 100, 3) and run.train.steps == 100
+
+
+def test_a_small_budget_is_a_prefix_of_a_large_one():
+    assert winner(MUON, "muon", steps=240, budget=5) == 1
+    assert winner(MUON, "muon", steps=240, budget=6) == 5
+    assert winner(MUON, "muon", steps=240, budget=7) is None  # not all of them were run
+    assert winner(MUON, "muon", steps=480, budget=5) is None
+
+
+def test_a_broken_run_loses():
+    assert winner(tuned("muon", [None, 1.9, 2.0]), "muon", steps=240, budget=3) == 1
+    assert loss_of(record("muon", None)) == math.inf
+
+
+def test_places_rank_fresh_seeds_and_leave_the_tuning_seed_out():
+    board = places(MUON + ADAM, steps=240, budget=5)
+    assert [place.entry for place in board] == ["muon", "adamw"]
+    assert board[0].loss.mean == pytest.approx(1.51) and board[0].versus is None and board[0].loss.n == 2
+    assert board[1].versus.difference == pytest.approx(0.11) and board[1].trial == 2
+    assert board[1].p_holm == pytest.approx(board[1].versus.p)  # one comparison needs no correction
+    assert board[1].settings == settings_of(entry_named("adamw"), 2)
+
+
+def test_the_factor_is_the_references_steps_over_ones_own():
+    """The reference at 1.5 after 240 and 1.3 after 960 steps: half the way in log steps is 480."""
+    curve = [(240, 1.5), (960, 1.3)]
+    assert steps_of_reference(curve, 1.4, 240) == pytest.approx(2)
+    assert steps_of_reference(curve, 1.5, 240) == pytest.approx(1)
+    assert steps_of_reference(curve, 1.6, 240) == pytest.approx(0.5)
+    assert steps_of_reference(curve, 1.3, 960) == pytest.approx(1)
+    assert steps_of_reference(curve[:1], 1.4, 240) is None
+    assert steps_of_reference([(240, 1.3), (960, 1.5)], 1.4, 240) is None
+    assert steps_of_reference(curve, math.inf, 240) is None
+
+
+def test_the_references_curve_is_made_of_whole_schedules():
+    records = MUON + tuned("muon", [1.3] * 5, steps=960) + fresh("muon", [1.2, 1.4], trial=0, steps=960)
+    assert reference_curve(records, budget=5) == [(240, pytest.approx(1.51)), (960, pytest.approx(1.3))]
+
+
+def test_the_profile_counts_tasks_within_tau_of_the_best():
+    def board(**factors):
+        place = places(MUON, steps=240, budget=5)[0]
+        return [place._replace(entry=name, factor=factor) for name, factor in factors.items()]
+    shares = profile([board(muon=1.0, adamw=0.5), board(muon=1.0, adamw=1.25)], (1.0, 1.25, 2.0))
+    assert shares == {"muon": [0.5, 1.0, 1.0], "adamw": [0.5, 0.5, 1.0]}
+
+
+def test_steps_to_target_needs_the_rule_and_two_seeds():
+    sigma, target = 0.01, 1.53
+    short = fresh("muon", [1.50, 1.52], trial=1, steps=200)
+    assert (target - 1.51) * 2**0.5 < RULE_MARGIN * sigma
+    assert steps_to_target(short, "muon", target=target, sigma=sigma) is None
+    assert steps_to_target(short, "muon", target=target + 0.01, sigma=sigma) == 200
+    assert steps_to_target(short[:1], "muon", target=9, sigma=sigma) is None
+
+
+def test_the_target_is_one_that_the_reference_reaches():
+    losses = [1.50, 1.52, 1.51, 1.49]
+    target = target_of(losses)
+    assert (target - sum(losses) / 4) * 2 >= RULE_MARGIN * 0.0129
+    assert target == pytest.approx(round(target / 0.005) * 0.005) and target < 1.535
+
+
+def test_settings_that_nobody_drew_are_found():
+    honest, wrong = record("muon", 1.5), record("muon", 1.5, trial=1)
+    wrong["config"]["optim.matrix.lr"] *= 1.5
+    assert changed_draws([honest]) == [] and "optim.matrix.lr" in changed_draws([honest, wrong])[0]
+
+
+def test_the_page_holds_every_board():
+    records = MUON + ADAM + tuned("muon", [1.3] * 5, steps=960) + fresh("muon", [1.2, 1.21], trial=0, steps=960)
+    text = page("bench_cpu", records)
+    assert "## 240 steps, 5 trials" in text and "## 960 steps, 5 trials" in text and "| adamw | 1.6200 |" in text
+    assert f"({len(records)} runs)" in text and "nats a step" in text and "| 16 |" in text
+    shares = profile_page({"bench_cpu": records, "bench_cpu_prose": MUON + ADAM})
+    assert "bench_cpu at 240 steps; bench_cpu_prose at 240 steps;" in shares and "at 960" not in shares
+    assert REFERENCE in shares and profile_page({"bench_cpu": records}) == ""

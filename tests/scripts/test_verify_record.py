@@ -1,0 +1,57 @@
+"""verify_record on files: recomputed tables, faults and exit status; and this repository's own records."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts.verify_record import Verify, main, target_line
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RECORDS = sorted((ROOT / "records").glob("*.jsonl"))
+
+
+def line(name: str, loss: float, seed: int) -> str:
+    return json.dumps({"format": 1, "name": name, "experiment": "a", "preset": "tiny", "config": {}, "environment": {},
+                       "summary": {"val_loss_nats": loss, "seed": seed}, "validations": []})
+
+
+@pytest.mark.parametrize("file", RECORDS, ids=lambda path: path.stem)
+def test_our_own_records_hold_together(file):
+    assert main(Verify(files=(file,))) == 0
+
+
+@pytest.mark.skipif(not RECORDS, reason="no records yet")
+def test_a_table_that_says_something_else_is_found_and_made_anew(tmp_path, capsys):
+    file = tmp_path / RECORDS[0].name
+    file.write_text("\n".join(RECORDS[0].read_text().splitlines()[:3]) + "\n")
+    assert main(Verify(files=(file,))) == 1 and "--write makes it anew" in capsys.readouterr().out
+    assert main(Verify(files=(file,), write=True)) == 0 and main(Verify(files=(file,))) == 0
+    table = file.with_suffix(".md")
+    table.write_text(table.read_text().replace("3 runs", "30 runs"))
+    assert main(Verify(files=(file,))) == 1
+
+
+def test_a_target_is_tested_by_both_rules(tmp_path):
+    """Published: eight runs, mean 3.27708, margin .00827."""
+    losses = [3.27543, 3.27615, 3.27651, 3.27726, 3.27770, 3.27775, 3.27787, 3.27794]
+    file = tmp_path / "x.jsonl"
+    file.write_text("".join(line(f"a{i}", loss, i) + "\n" for i, loss in enumerate(losses)))
+    said = target_line(file, 3.28)
+    assert "mean 3.27708 (n = 8)" in said and "0.00827 reaches 0.004" in said and "passes p < .01" in said
+    assert "misses" in target_line(file, 3.2775)
+
+
+def test_the_exit_status(tmp_path):
+    """1 for faults, 2 for a file that is not there."""
+    file = tmp_path / "x.jsonl"
+    file.write_text(line("a", 1.0, 1) + "\n")
+
+    def run(path: Path) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-m", "scripts.verify_record", str(path)], cwd=ROOT, capture_output=True,
+                              text=True)
+    assert run(file).returncode == 1
+    missing = run(tmp_path / "y.jsonl")
+    assert missing.returncode == 2 and missing.stderr.startswith("error: there is no")
