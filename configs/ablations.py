@@ -19,6 +19,14 @@ class Row(NamedTuple):
     flags: str
 
 
+# Scion (Pethick et al. 2025, arXiv 2502.07529): a norm for every role and Adam for none.
+SCION = ("--optim.embed.rule steepest --optim.embed.norm row --optim.head.rule steepest --optim.head.norm sign "
+         "--optim.gate.rule steepest --optim.gate.norm sign --optim.gate.lr 0.01 "
+         "--optim.scalar.rule steepest --optim.scalar.norm sign --optim.scalar.lr 0.01")
+# The radii of its balls are 1 / weight_decay: an iterate that starts inside stays inside (eta = lr weight_decay <= 1).
+SCION_BALLS = ("--optim.matrix.weight_decay 0.05 --optim.embed.weight_decay 0.2 --optim.head.weight_decay 0.5 "
+               "--optim.gate.weight_decay 0.5 --optim.scalar.weight_decay 0.5")
+
 ROWS = (
     Row("quintic", "bytes", "--optim.matrix.ns quintic"),
     Row("svd", "bytes", "--optim.matrix.ns svd"),
@@ -36,6 +44,18 @@ ROWS = (
     Row("no_bigram", "tiny", "--model.bigram_buckets 0"),
     Row("gelu", "tiny", "--model.activation gelu"),
     Row("random_init_projections", "tiny", "--model.no_zero_init_projections"),
+    Row("equilibrate", "bytes", "--optim.matrix.equilibrate"),
+    Row("averages", "bytes", "--optim.matrix.averages 3 --optim.matrix.momentum 0.95"),
+    Row("normuon", "bytes", "--optim.matrix.rule normuon"),
+    Row("normuon_longer", "bytes", "--optim.matrix.rule normuon --optim.matrix.normalise longer"),
+    Row("muon2", "bytes", "--optim.matrix.rule muon2"),
+    Row("muown", "bytes", "--optim.matrix.rule muown --optim.matrix.norm spectral --optim.matrix.unit match_adam "
+                          "--optim.matrix.beta1 0.9 --optim.matrix.momentum 0.8 --optim.matrix.lr 0.008"),
+    Row("dion", "bytes", "--optim.matrix.rule dion --optim.matrix.rank_frac 0.5 --optim.matrix.lr 0.05"),
+    Row("dion2", "bytes", "--optim.matrix.rule dion2 --optim.matrix.rank_frac 0.5 --optim.matrix.lr 0.06"),
+    Row("scion", "bytes", f"{SCION} --optim.embed.lr 0.03 --optim.head.lr 0.004"),
+    Row("scion_constrained", "bytes", f"{SCION} {SCION_BALLS} --optim.matrix.lr 0.04 --optim.embed.lr 0.03 "
+                                      "--optim.head.lr 0.005"),
 )
 
 

@@ -11,14 +11,21 @@ from typing import Literal
 from configs.curve import parse_curve
 
 Curve = str  # the notation of configs/curve.py
-RuleName = Literal["steepest", "adam"]
+RuleName = Literal["steepest", "adam", "normuon", "muon2", "muown", "dion", "dion2"]
 NormName = Literal["spectral", "rms_operator", "row", "column", "sign", "frobenius"]
 
 # The fields of a Group that each rule reads, beside those that every rule reads.
 EVERY_RULE_READS = frozenset({"rule", "lr", "weight_decay", "decay", "constraint", "rounding", "state_dtype"})
+AVERAGE_READS = frozenset({"momentum", "averaging", "nesterov", "averages", "momentum_fast"})
+STEEPEST_READS = EVERY_RULE_READS | AVERAGE_READS | {"norm", "unit", "ns", "ns_steps", "equilibrate"}
 RULE_READS: dict[str, frozenset[str]] = {
-    "steepest": EVERY_RULE_READS | {"momentum", "averaging", "nesterov", "norm", "unit", "ns", "ns_steps"},
+    "steepest": STEEPEST_READS,
     "adam": EVERY_RULE_READS | {"beta1", "beta2", "eps"},
+    "normuon": STEEPEST_READS | {"beta2", "eps", "normalise"},
+    "muon2": STEEPEST_READS | {"beta2", "eps"},
+    "muown": STEEPEST_READS | {"beta1", "beta2", "eps"},
+    "dion": EVERY_RULE_READS | {"momentum", "rank_frac"},
+    "dion2": EVERY_RULE_READS | {"momentum", "rank_frac", "ns", "ns_steps"},
 }
 
 
@@ -198,7 +205,8 @@ class Group:
     """How the tensors of one role are trained. Which fields act depends on the rule: see RULE_READS."""
 
     rule: RuleName = "adam"
-    """steepest: momentum, then the norm's dual (Muon, Signum, Scion's LMOs, normalised SGD); adam: Adam(W)."""
+    """steepest: momentum, then the norm's dual (Muon, Signum, Scion's LMOs, normalised SGD); adam: Adam(W); for the others
+    see their files in optim/rules."""
     lr: float = 0.01
     """Step length in units of the rule's norm, before the lr curve."""
     weight_decay: float = 0.0
@@ -219,15 +227,26 @@ class Group:
     """m <- mu m + (1 - mu) g, m <- mu m + g, or m <- g."""
     nesterov: bool = True
     """Step along the average's next value as the present gradient foresees it."""
+    averages: int = 1
+    """Step along the mean of so many running averages, their ages 1 / (1 - mu) log-spaced; averaging ema alone."""
+    momentum_fast: float = 0.5
+    """Coefficient of the youngest of several averages; `momentum` is the oldest's."""
     norm: NormName = "rms_operator"
     """The norm of steepest descent."""
     unit: Literal["plain", "at_least_one", "match_adam"] = "plain"
     """Length of the matrix norms' step: the norm's own; spectral x max(1, m/n)^.5 (Jordan); spectral x .2 max(m, n)^.5
     (Moonlight, Liu et al. 2025, arXiv 2502.16982)."""
-    ns: Literal["quintic", "polar_express", "convergent", "svd"] = "polar_express"
+    ns: Literal["quintic", "polar_express", "convergent", "dion", "svd"] = "polar_express"
     """How matrices are orthogonalised: coefficient table, or the exact SVD."""
     ns_steps: int = 5
     """Newton-Schulz iterations."""
+    equilibrate: bool = False
+    """Rows of the averaged gradient scaled to one length before they are orthogonalised (nanochat's MuonEq)."""
+    normalise: Literal["rows", "longer"] = "rows"
+    """NorMuon's second moments: of rows (Li et al. 2025, arXiv 2510.05491), or of the slices across the longer side
+    (speedrun)."""
+    rank_frac: float = 0.25
+    """Dion: rank of a step, dion2: rows of a step, each as a share of the matrix's shorter side."""
     beta1: float = 0.8
     """Adam's average of the gradient."""
     beta2: float = 0.95
@@ -237,25 +256,32 @@ class Group:
 
     def __post_init__(self) -> None:
         _refuse_below(self, 0, "lr", "weight_decay", "eps")
-        _refuse_below(self, 1, "ns_steps")
-        for name in ("momentum", "beta1", "beta2"):
+        _refuse_below(self, 1, "ns_steps", "averages")
+        for name in ("momentum", "momentum_fast", "beta1", "beta2"):
             value = getattr(self, name)
             refuse(not 0 <= value < 1, f"{name} must lie in [0, 1), got {value}")
         refuse(self.unit != "plain" and self.norm != "spectral",
                f"unit {self.unit} belongs to norm spectral, got norm {self.norm}")
+        refuse(not 0 < self.rank_frac <= 1, f"rank_frac must lie in (0, 1], got {self.rank_frac}")
+        refuse(self.averages > 1 and self.averaging != "ema",
+               f"averages {self.averages} belong to averaging ema, got {self.averaging}")
+        refuse(self.equilibrate and self.norm not in ("spectral", "rms_operator"),
+               f"equilibrate belongs to norm spectral or rms_operator, got norm {self.norm}")
 
 
 def acting_fields(group: Group) -> frozenset[str]:
     """The fields of a group that its rule, norm and averaging let act."""
     acting = set(RULE_READS[group.rule])
-    if group.norm not in ("spectral", "rms_operator"):
-        acting -= {"unit", "ns", "ns_steps"}
+    if "norm" in acting and group.norm not in ("spectral", "rms_operator"):
+        acting -= {"unit", "ns", "ns_steps", "equilibrate"}
     if group.norm == "rms_operator":
         acting -= {"unit"}
     if group.ns == "svd":
         acting -= {"ns_steps"}
-    if group.averaging == "none":
-        acting -= {"momentum", "nesterov"}
+    if "averaging" in acting and group.averaging == "none":
+        acting -= AVERAGE_READS - {"averaging"}
+    if group.averages == 1:
+        acting -= {"momentum_fast"}
     return frozenset(acting)
 
 
@@ -295,7 +321,7 @@ class Schedule:
     weight_decay: Curve = "1"
     """Multiplies every group's weight decay, beside the lr that it is coupled to."""
     momentum: Curve | None = None
-    """Momentum of the groups with rule steepest; None: each group's own."""
+    """Momentum of the groups whose rule has one; None: each group's own."""
     batch_tokens: Curve = "1"
     """Multiplies train.batch_tokens; rounded to whole sequences."""
     sequence_tokens: Curve = "1"

@@ -35,7 +35,11 @@ TABLES = {
         ((8.156555, -22.483293, 15.878770), (4.042930, -2.808917, 0.500018), (3.891668, -2.772484, 0.506065),
          (3.285754, -2.368129, 0.464490), (2.346541, -1.709783, 0.423236)),
         1.02, (0.85, 1.15), "Amsel et al. 2025, arXiv 2505.16932"),
-    "convergent": Table(((2.0, -1.5, 0.5),), 1.0, (0.0, 1.01), "p(1) = 1, p'(1) = 0: converges, slowly"),
+    "convergent": Table(((2.0, -1.5, 0.5),), 1.0, (0.095, 1.002), "p(1) = 1, p'(1) = 0: converges, slowly"),
+    "dion": Table(
+        ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046),
+         (2.8366, -3.0525, 1.2012)),
+        1.0, (0.977, 1.146), "Microsoft's dion"),
 }
 
 
@@ -47,7 +51,7 @@ def orthogonalize(G_Kmn: Tensor, table: str = "polar_express", *, steps: int = 5
     """
     if table == "svd":
         return orthogonalize_svd(G_Kmn)
-    if G_Kmn.device.type == "cpu" and G_Kmn.ndim == 3 and G_Kmn[0].numel() >= LARGE_MATRIX_ELEMENTS:
+    if G_Kmn.device.type == "cpu" and G_Kmn.ndim == 3 and len(G_Kmn) > 0 and G_Kmn[0].numel() >= LARGE_MATRIX_ELEMENTS:
         return torch.stack([orthogonalize(G_mn, table, steps=steps) for G_mn in G_Kmn])
     tall = G_Kmn.size(-2) > G_Kmn.size(-1)
     X = G_Kmn.mT if tall else G_Kmn

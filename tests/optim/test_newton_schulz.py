@@ -43,6 +43,9 @@ def test_coefficients_are_the_published_ones():
     assert TABLES["polar_express"].triples == (
         (8.156555, -22.483293, 15.878770), (4.042930, -2.808917, 0.500018), (3.891668, -2.772484, 0.506065),
         (3.285754, -2.368129, 0.464490), (2.346541, -1.709783, 0.423236))
+    assert TABLES["dion"].triples == (
+        (4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046),
+        (2.8366, -3.0525, 1.2012))
 
 
 def test_the_last_triple_repeats():
@@ -60,7 +63,7 @@ def test_scalar_band_is_true(table):
     assert low <= y.min() and y.max() <= high
 
 
-@pytest.mark.parametrize("table", ["quintic", "polar_express"])
+@pytest.mark.parametrize("table", TABLES)
 def test_scalar_band_is_tight(table):
     x = torch.logspace(math.log10(3e-3), 0, 100_001, dtype=torch.float64) / TABLES[table].safety
     low, high = TABLES[table].band

@@ -220,7 +220,7 @@ def test_nesterov_matters():
     assert (with_it - without).norm() > 0.05 * (with_it - start).norm()
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ["steepest", "adam"])
 def test_memories_start_at_zero_with_the_parameters_first_dimension(rule):
     param = gaussian(6, 4, 3).mT.bfloat16()
     for tensor in RULES[rule].build(Group(rule=rule)).init_state(param).values():

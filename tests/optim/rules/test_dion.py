@@ -1,0 +1,178 @@
+"""Dion and Dion2 against their formulas, their limits, and what they leave for later."""
+
+import pytest
+import torch
+
+from configs.schema import Group
+from optim.rules import RULES
+from tests.optim.rules.oracle import SHAPES, assert_moved_alike, directions, gaussian, gradients, hyper, polar, train
+
+
+def dion(**changes: object) -> Group:
+    return Group(**dict(rule="dion", lr=0.02, momentum=0.9) | changes)
+
+
+def dion2(**changes: object) -> Group:
+    return Group(**dict(rule="dion2", lr=0.02, momentum=0.9, ns="svd") | changes)
+
+
+def dion_twin(start, grads, right, *, lr, mu, wd):
+    """Float64, one matrix after another, wide ones transposed as a whole; Gram-Schmidt instead of Householder."""
+    found = []
+    for k in range(start.size(0)):
+        W, Q = start[k].double(), right[k].double()
+        turn = W.size(0) < W.size(1)
+        M = torch.zeros_like(W.T if turn else W)
+        for grad in grads:
+            M = M + (grad[k].double().T if turn else grad[k].double())
+            columns = []
+            for column in (M @ Q).T:
+                for _ in range(2):
+                    column = column - sum(((p @ column) * p for p in columns), torch.zeros_like(column))
+                columns.append(column / column.norm())
+            P = torch.stack(columns, 1)
+            R = M.T @ P
+            M = M - (1 - mu) * P @ R.T
+            Q = R / R.norm(dim=0)
+            D = (W.size(0) / W.size(1)) ** 0.5 * (Q @ P.T if turn else P @ Q.T)
+            W = (1 - lr * wd) * W - lr * D
+        found.append(W)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("share", [0.2, 1.0])
+def test_dion_is_its_formula(shape, share):
+    start, grads = gaussian(*shape, seed=99, scale=0.1), gradients(*shape, steps=20)
+    group = dion(rank_frac=share, weight_decay=0.3)
+    right = RULES["dion"].build(group).init_state(start)["right"]
+    wanted = dion_twin(start, grads, right, lr=0.02, mu=0.9, wd=0.3)
+    tolerance = 3e-5 if share == 1 and shape[1] == shape[2] else 4e-6  # the last column is all that is left: ill-conditioned
+    assert_moved_alike(train(group, start, grads), wanted, start, tolerance=tolerance)
+
+
+def test_every_matrix_starts_from_the_same_subspace():
+    """Whichever rank owns it: Q depends on the shape alone, and its rank is the share of the shorter side, rounded up."""
+    rule = RULES["dion"].build(dion(rank_frac=0.3))
+    whole, part = (rule.init_state(torch.zeros(K, 10, 24))["right"] for K in (5, 2))
+    assert whole.shape == (5, 10, 3) and torch.equal(whole[3:], part) and torch.equal(whole[0], whole[1])
+    assert rule.init_state(torch.zeros(0, 10, 24))["right"].shape == (0, 10, 3)
+
+
+def falling(m, n):
+    """A matrix with singular values 1, 1/2, 1/4, ..., and its factors."""
+    U, V = (torch.linalg.qr(gaussian(side, side, seed=side)).Q for side in (m, n))
+    rank = min(m, n)
+    return (U[:, :rank] * 0.5 ** torch.arange(rank)) @ V[:, :rank].T, U, V
+
+
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12), (9, 9)])
+def test_dion_becomes_the_polar_factor_of_rank_r(shape):
+    """A gradient that stays (mu 1, nothing taken away): the power iteration turns P Q^T into U_r V_r^T."""
+    G, U, V = falling(*shape)
+    grads = [G[None]] + [torch.zeros_like(G)[None]] * 40
+    rank = -(-min(shape) // 2)
+    wanted = (U[:, :rank] @ V[:, :rank].T) * (shape[0] / shape[1]) ** 0.5
+    torch.testing.assert_close(directions(dion(rank_frac=0.5), grads, mu=1.0)[-1][0], wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_a_step_leaves_out_stays(shape):
+    """M + g - M' is (1 - mu) times the projection of M + g on what the step moved along."""
+    group = dion(rank_frac=0.25)
+    rule, W, tall = RULES["dion"].build(group), torch.zeros(shape), shape[1] >= shape[2]
+    state = rule.init_state(W)
+    rank = state["right"].size(-1)
+    for t, grad in enumerate(gradients(*shape, steps=6)):
+        total = state["residual"].double() + grad.double()
+        U, _, Vh = torch.linalg.svd(rule.direction(W, grad, state, hyper(0.1, momentum=0.9, count=t + 1)).double())
+        U, V = U[..., :rank], Vh.mT[..., :rank]
+        taken = (total - state["residual"].double()) / (1 - 0.9)
+        torch.testing.assert_close(taken, U @ U.mT @ total if tall else total @ V @ V.mT, rtol=0, atol=1e-3)
+
+
+def test_nothing_is_lost_in_the_end():
+    """One gradient, then none: after enough steps of rank one every direction has had its turn, and M is empty."""
+    grads = [gaussian(1, 6, 4)] + [torch.zeros(1, 6, 4)] * 60
+    for group in (dion(rank_frac=0.25), dion2(rank_frac=0.25)):
+        rule, W = RULES[group.rule].build(group), torch.zeros(1, 6, 4)
+        state = rule.init_state(W)
+        for grad in grads:
+            rule.direction(W, grad, state, hyper(0.1, momentum=0.0))
+        assert state["residual"].norm() < 1e-3 * grads[0].norm()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_dion_sees_no_scale(scale):
+    grads = [grad * scale for grad in gradients(2, 8, 6, steps=5)]
+    plain = gradients(2, 8, 6, steps=5)
+    for found, wanted in zip(directions(dion(), grads), directions(dion(), plain), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+
+
+def test_a_gradient_of_lower_rank_gives_a_step_of_that_rank():
+    """Columns of R that hold rounding alone are no direction, and Q keeps its columns there."""
+    grads = [gaussian(1, 10, 1, seed=1) @ gaussian(1, 1, 6, seed=2)] * 4
+    group = dion(rank_frac=0.5)
+    for D in directions(group, grads):
+        values = torch.linalg.svdvals(D[0])
+        assert values[0] == pytest.approx((10 / 6) ** 0.5, rel=1e-5) and values[1] < 1e-4
+    rule, W = RULES["dion"].build(group), torch.zeros(1, 10, 6)
+    state = rule.init_state(W)
+    right = state["right"].clone()
+    assert not rule.direction(W, torch.zeros_like(W), state, hyper(0.1)).any() and torch.equal(state["right"], right)
+
+
+# ---- Dion2 ---------------------------------------------------------------------------------------
+
+
+def dion2_twin(start, grads, *, lr, mu, wd, share):
+    """Float64, index by index."""
+    found = []
+    for k in range(start.size(0)):
+        W, M = start[k].double(), torch.zeros_like(start[k]).double()
+        m, n = W.shape
+        for grad in grads:
+            M = M + grad[k].double()
+            lengths = [float(part.abs().sum()) for part in (M if m <= n else M.T)]
+            chosen = sorted(range(len(lengths)), key=lambda i: -lengths[i])[:-(-min(m, n) * share // 1).__int__()]
+            at = (chosen, slice(None)) if m <= n else (slice(None), chosen)
+            D = torch.zeros_like(M)
+            D[at] = polar(M[at]) * (m / n) ** 0.5
+            M[at] = mu * M[at]
+            W = (1 - lr * wd) * W - lr * D
+        found.append(W)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("share", [0.25, 0.4, 1.0])
+def test_dion2_is_its_formula(shape, share):
+    start, grads = gaussian(*shape, seed=99, scale=0.1), gradients(*shape, steps=20)
+    wanted = dion2_twin(start, grads, lr=0.02, mu=0.9, wd=0.3, share=share)
+    found = train(dion2(rank_frac=share, weight_decay=0.3), start, grads)
+    assert_moved_alike(found, wanted, start, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_all_rows_at_once_is_muon_with_a_heavy_ball(shape):
+    start, grads = gaussian(*shape, seed=99), gradients(*shape, steps=20)
+    muon = Group(rule="steepest", lr=0.02, momentum=0.9, averaging="heavy_ball", nesterov=False, ns="svd")
+    found = train(dion2(rank_frac=1.0), start, grads)
+    assert_moved_alike(found, train(muon, start, grads), start, tolerance=1e-5)
+
+
+def test_rows_wait_for_their_turn():
+    """Of rows of one size a share moves in every step, and with nothing kept of what moved, all in turn."""
+    G, moved = gaussian(1, 8, 12), torch.zeros(8)
+    for D in directions(dion2(rank_frac=0.25), [G / G.abs().sum(-1, keepdim=True)] * 4, mu=0.0):
+        rows = (D[0] != 0).any(-1)
+        assert rows.sum() == 2
+        moved += rows
+    assert (moved == 1).all()
+
+
+@pytest.mark.parametrize("share", [0.0, -0.5, 1.5, float("nan")])
+def test_a_share_lies_between_nothing_and_all(share):
+    with pytest.raises(ValueError, match=f"rank_frac must lie in .0, 1., got {share}"):
+        Group(rank_frac=share)

@@ -1,0 +1,76 @@
+"""Muown against its formula, with gains and directions kept apart, and its geometry."""
+
+import pytest
+import torch
+
+from configs.schema import Group
+from optim.rules.muown import ZERO_ROW_GAIN
+from tests.optim.rules.oracle import SHAPES, assert_moved_alike, gaussian, gradients, polar, train
+
+
+def muown(**changes: object) -> Group:
+    base = dict(rule="muown", lr=0.02, norm="spectral", unit="match_adam", ns="svd", beta1=0.9, beta2=0.95, momentum=0.8,
+                averaging="heavy_ball")
+    return Group(**base | changes)
+
+
+def twin(start, grads, *, lr, mu, betas=(0.9, 0.95), eps=1e-10):
+    """Float64: g and v are the parameters, W = g v / |v| is what they give, and autograd differentiates through it."""
+    found = []
+    for k in range(start.size(0)):
+        W = start[k].double()
+        length = W.norm(dim=1, keepdim=True)
+        g = torch.where(length > 0, length, ZERO_ROW_GAIN)
+        v, rho = W.clone(), g.clone()
+        memory, mean, square = torch.zeros_like(v), torch.zeros_like(g), torch.zeros_like(g)
+        for t, grad in enumerate(grads):
+            with torch.enable_grad():
+                g_leaf, v_leaf = g.clone().requires_grad_(), v.clone().requires_grad_()
+                size = v_leaf.norm(dim=1, keepdim=True).where(v.norm(dim=1, keepdim=True) > 0, rho)
+                grad_g, grad_v = torch.autograd.grad((g_leaf * v_leaf / size * grad[k].double()).sum(), (g_leaf, v_leaf))
+            memory = mu * memory + grad_v
+            v = v - lr * 0.2 * max(v.shape) ** 0.5 * polar(grad_v + mu * memory)
+            mean = betas[0] * mean + (1 - betas[0]) * grad_g
+            square = betas[1] * square + (1 - betas[1]) * grad_g**2
+            hats = mean / (1 - betas[0] ** (t + 1)), square / (1 - betas[1] ** (t + 1))
+            g = g - lr * hats[0] / (hats[1].sqrt() + eps)
+            v = rho * v / v.norm(dim=1, keepdim=True)
+            W = g * v / rho
+        found.append(W)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale", [1.0, 0.01])
+def test_muown_is_its_formula(shape, scale):
+    """Also where gains are so small that they change their sign on the way."""
+    start, grads = gaussian(*shape, seed=99, scale=scale), gradients(*shape, steps=20)
+    assert_moved_alike(train(muown(), start, grads), twin(start, grads, lr=0.02, mu=0.8), start, tolerance=2e-4)
+
+
+def test_rows_that_start_at_zero_begin_at_the_usual_length():
+    start, grads = torch.zeros(1, 12, 20), gradients(1, 12, 20, steps=20)
+    wanted = twin(start, grads, lr=0.02, mu=0.8)
+    assert_moved_alike(train(muown(), start, grads), wanted, start, tolerance=2e-4)
+    first = train(muown(), start, grads[:1])
+    assert ((first.norm(dim=-1) - ZERO_ROW_GAIN).abs() <= 0.0201).all()
+
+
+def test_a_gradient_along_the_weights_changes_lengths_alone():
+    start = gaussian(1, 6, 9)
+    found = train(muown(ns="quintic"), start, [start * 3] * 3)
+    torch.testing.assert_close(found / found.norm(dim=-1, keepdim=True), start / start.norm(dim=-1, keepdim=True),
+                               rtol=0, atol=0.05)
+    assert (found.norm(dim=-1) < start.norm(dim=-1)).all()
+
+
+def test_decay_shortens_rows():
+    """W <- (1 - lr wd) W stays in force: the gain is read off the weights."""
+    start = gaussian(1, 6, 9)
+    found = train(muown(weight_decay=5.0, lr=0.1), start, [torch.zeros(1, 6, 9)] * 3)
+    torch.testing.assert_close(found, start * 0.5**3, rtol=1e-5, atol=1e-6)
+
+
+def test_lr_zero_moves_nothing():
+    start = gaussian(1, 6, 9)
+    assert torch.equal(train(muown(lr=0.0), start, gradients(1, 6, 9, steps=3)), start)

@@ -1,0 +1,88 @@
+"""NorMuon against its formula, a public implementation and its limits."""
+
+import pytest
+import torch
+
+from configs.schema import Group
+from tests.optim.rules.oracle import (
+    SHAPES,
+    assert_moved_alike,
+    directions,
+    gaussian,
+    gradients,
+    nesterov_means,
+    polar,
+    train,
+)
+
+
+def normuon(**changes: object) -> Group:
+    base = dict(rule="normuon", lr=0.02, norm="spectral", ns="svd", beta2=0.9, momentum=0.8)
+    return Group(**base | changes)
+
+
+def twin(start, grads, *, lr, mu, beta2, wd=0.0, dim=-1):
+    """Float64, one matrix after another."""
+    found = []
+    for k in range(start.size(0)):
+        W, v = start[k].double(), 0
+        for average in nesterov_means([g[k] for g in grads], mu):
+            U = polar(average)
+            v = beta2 * v + (1 - beta2) * U.square().mean(dim, keepdim=True)
+            D = U / v.sqrt()
+            W = (1 - lr * wd) * W - lr * D * U.norm() / D.norm()
+        found.append(W)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("along", ["rows", "longer"])
+def test_normuon_is_its_formula(shape, along):
+    start, grads = gaussian(*shape, seed=99, scale=0.1), gradients(*shape, steps=20)
+    dim = -2 if along == "longer" and shape[1] < shape[2] else -1
+    wanted = twin(start, grads, lr=0.02, mu=0.8, beta2=0.9, wd=0.3, dim=dim)
+    assert_moved_alike(train(normuon(normalise=along, weight_decay=0.3), start, grads), wanted, start, tolerance=3e-6)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+@pytest.mark.parametrize(("unit", "scale"), [("at_least_one", "preserve_norm"), ("match_adam", "match_rms")])
+def test_normuon_is_pytorch_optimizers(shape, unit, scale):
+    """Of the public code, and of the paper. It orthogonalises in bfloat16, and so differs by some percent."""
+    public = pytest.importorskip("pytorch_optimizer")
+    start, grads = gaussian(*shape, seed=99), gradients(*shape, steps=20)
+    param = torch.nn.Parameter(start.clone())
+    optimizer = public.NorMuon([dict(params=[param], use_muon=True)], lr=0.02, beta2=0.9, momentum=0.8, update_scale=scale,
+                               ns_coeffs=[(2.0, -1.5, 0.5)], ns_steps=12)
+    for grad in grads:
+        param.grad = grad.clone()
+        optimizer.step()
+    group = normuon(ns="convergent", ns_steps=12, unit=unit)
+    found = train(group, start[None], [g[None] for g in grads])[0]
+    assert_moved_alike(found, param.detach(), start, tolerance=0.02)
+
+
+def test_the_size_of_the_step_is_muons():
+    for shape in SHAPES:
+        for D in directions(normuon(unit="at_least_one"), gradients(*shape, steps=3)):
+            wanted = max(1, shape[1] / shape[2]) ** 0.5 * min(shape[1:]) ** 0.5
+            torch.testing.assert_close(D.norm(dim=(-2, -1)), torch.full((2,), wanted), rtol=1e-5, atol=0)
+
+
+def test_rows_become_equally_long_without_memory():
+    D = directions(normuon(beta2=0.0), gradients(2, 20, 12, steps=1))[0]
+    torch.testing.assert_close(D.norm(dim=-1), torch.full((2, 20), (12 / 20) ** 0.5), rtol=1e-5, atol=0)
+
+
+def test_wide_matrices_need_the_longer_side():
+    """The rows of a wide polar factor have length one already: with `rows` it is Muon; with `longer` it is not."""
+    G = gradients(2, 12, 20, steps=1)
+    torch.testing.assert_close(directions(normuon(averaging="none"), G)[0].double(), polar(G[0]), rtol=0, atol=1e-5)
+    assert (directions(normuon(averaging="none", normalise="longer"), G)[0] - polar(G[0])).norm() > 0.3
+
+
+def test_rows_that_are_always_zero_stay_zero():
+    grads = gradients(1, 8, 6, steps=4)
+    for grad in grads:
+        grad[:, 2] = 0
+    for D in directions(normuon(ns="quintic"), grads):
+        assert D.isfinite().all() and not D[:, 2].any() and D[:, 3].any()
