@@ -12,12 +12,18 @@ from configs.curve import parse_curve
 
 Curve = str  # the notation of configs/curve.py
 RuleName = Literal["steepest", "adam", "normuon", "muon2", "muown", "dion", "dion2"]
-NormName = Literal["spectral", "rms_operator", "row", "column", "sign", "frobenius"]
+NormName = Literal["spectral", "rms_operator", "schatten", "row", "column", "sign", "frobenius"]
+
+# The norms that have a unit beside their plain one.
+UNIT_NORMS: dict[str, tuple[NormName, ...]] = {
+    "at_least_one": ("spectral",), "match_adam": ("spectral",), "fan_in": ("row", "column", "sign"),
+    "rms": ("frobenius", "schatten"),
+}
 
 # The fields of a Group that each rule reads, beside those that every rule reads.
 EVERY_RULE_READS = frozenset({"rule", "lr", "weight_decay", "decay", "constraint", "rounding", "state_dtype"})
 AVERAGE_READS = frozenset({"momentum", "averaging", "nesterov", "averages", "momentum_fast"})
-STEEPEST_READS = EVERY_RULE_READS | AVERAGE_READS | {"norm", "unit", "ns", "ns_steps", "equilibrate"}
+STEEPEST_READS = EVERY_RULE_READS | AVERAGE_READS | {"norm", "unit", "schatten_p", "ns", "ns_steps", "equilibrate"}
 RULE_READS: dict[str, frozenset[str]] = {
     "steepest": STEEPEST_READS,
     "adam": EVERY_RULE_READS | {"beta1", "beta2", "eps"},
@@ -233,9 +239,12 @@ class Group:
     """Coefficient of the youngest of several averages; `momentum` is the oldest's."""
     norm: NormName = "rms_operator"
     """The norm of steepest descent."""
-    unit: Literal["plain", "at_least_one", "match_adam"] = "plain"
-    """Length of the matrix norms' step: the norm's own; spectral x max(1, m/n)^.5 (Jordan); spectral x .2 max(m, n)^.5
-    (Moonlight, Liu et al. 2025, arXiv 2502.16982)."""
+    unit: Literal["plain", "at_least_one", "match_adam", "fan_in", "rms"] = "plain"
+    """Length of a step of size 1: the norm's own; spectral x max(1, m/n)^.5 (Jordan); spectral x .2 max(m, n)^.5
+    (Moonlight, Liu et al. 2025, arXiv 2502.16982); row, column or sign / inputs (Scion, Pethick et al. 2025,
+    arXiv 2502.07529); frobenius at RMS 1, schatten as long as rms_operator."""
+    schatten_p: float = 4.0
+    """norm schatten: 1 is nuclear, 2 normalised SGD, and towards infinity Muon; by SVD."""
     ns: Literal["quintic", "polar_express", "convergent", "dion", "svd"] = "polar_express"
     """How matrices are orthogonalised: coefficient table, or the exact SVD."""
     ns_steps: int = 5
@@ -260,8 +269,10 @@ class Group:
         for name in ("momentum", "momentum_fast", "beta1", "beta2"):
             value = getattr(self, name)
             refuse(not 0 <= value < 1, f"{name} must lie in [0, 1), got {value}")
-        refuse(self.unit != "plain" and self.norm != "spectral",
-               f"unit {self.unit} belongs to norm spectral, got norm {self.norm}")
+        having = UNIT_NORMS.get(self.unit, (self.norm,))
+        refuse(self.norm not in having, f"unit {self.unit} belongs to norm {' or '.join(having)}, got norm {self.norm}")
+        refuse(not 1 <= self.schatten_p < math.inf,
+               f"schatten_p must be at least 1 and finite (norm spectral is its limit), got {self.schatten_p}")
         refuse(not 0 < self.rank_frac <= 1, f"rank_frac must lie in (0, 1], got {self.rank_frac}")
         refuse(self.averages > 1 and self.averaging != "ema",
                f"averages {self.averages} belong to averaging ema, got {self.averaging}")
@@ -273,9 +284,11 @@ def acting_fields(group: Group) -> frozenset[str]:
     """The fields of a group that its rule, norm and averaging let act."""
     acting = set(RULE_READS[group.rule])
     if "norm" in acting and group.norm not in ("spectral", "rms_operator"):
-        acting -= {"unit", "ns", "ns_steps", "equilibrate"}
+        acting -= {"ns", "ns_steps", "equilibrate"}
     if group.norm == "rms_operator":
         acting -= {"unit"}
+    if group.norm != "schatten":
+        acting -= {"schatten_p"}
     if group.ns == "svd":
         acting -= {"ns_steps"}
     if "averaging" in acting and group.averaging == "none":

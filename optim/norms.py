@@ -4,8 +4,12 @@ For a norm ||.||:  dual(G) is the A with ||A|| = 1 that maximises <G, A>;  proje
 ball;  size(W) is ||W||;  init(shape) is a random point of size 1. Matrices are stacked, (K, m, n) with m = out and
 n = in; sizes have shape (K,). `scope` says how much of the tensor one dual needs: single elements, whole rows, or whole
 matrices; the sharded optimizer cuts there and nowhere finer. (Bernstein & Newhouse 2024, arXiv 2409.20325.)
+
+A unit multiplies dual and ball by a length that depends on the shape alone: the field's learning-rate corrections. A
+vector is a matrix of one row; its RMS norm is `Row`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -13,6 +17,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import Group
+from optim.lp import lp_dual, lp_project, lp_size
 from optim.newton_schulz import orthogonalize
 
 Scope = Literal["element", "row", "matrix"]
@@ -141,26 +146,102 @@ class Sign:
 
 
 @dataclass(frozen=True, slots=True)
-class Frobenius:
-    """Euclidean norm of all entries; the dual is the normalised gradient."""
+class FanIn:
+    """A norm per input: ||W|| = n ||W||_norm, so that steps and balls of a layer W x shrink as it gets more inputs.
 
-    scope: Scope = "matrix"
+    Inputs are then measured by their mean, not their sum: `Sign` becomes the norm mean |x| -> max |y| and `Column`
+    mean |x| -> RMS; `Row`, RMS -> max |y|. Scion's last layers (Pethick et al. 2025, arXiv 2502.07529).
+    """
+
+    norm: Norm
+
+    @property
+    def scope(self) -> Scope:
+        """The norm's; but a row at least, as n must be known."""
+        return "row" if self.norm.scope == "element" else self.norm.scope
 
     def dual(self, G_Kmn: Tensor) -> Tensor:
-        """G / ||G||_F."""
-        return _unit(G_Kmn, (-2, -1))
+        """The norm's, over n."""
+        return self.norm.dual(G_Kmn) / G_Kmn.size(-1)
 
     def project(self, W_Kmn: Tensor) -> Tensor:
-        """W scaled back to norm 1 where it is longer."""
-        return W_Kmn / W_Kmn.norm(dim=(-2, -1), keepdim=True).clamp_min(1)
+        """Onto the norm's ball of radius 1/n."""
+        return self.norm.project(W_Kmn * W_Kmn.size(-1)) / W_Kmn.size(-1)
 
     def size(self, W_Kmn: Tensor) -> Tensor:
-        """||W||_F."""
-        return W_Kmn.norm(dim=(-2, -1))
+        """n ||W||_norm."""
+        return self.norm.size(W_Kmn) * W_Kmn.size(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Frobenius:
+    """Euclidean norm of all entries (`plain`), or their root mean square (`rms`); the dual is the normalised gradient."""
+
+    unit: Literal["plain", "rms"] = "plain"
+    scope: Scope = "matrix"
+
+    def scale(self, m: int, n: int) -> float:
+        """Euclidean norm of a tensor of size 1."""
+        return {"plain": 1.0, "rms": (m * n) ** 0.5}[self.unit]
+
+    def dual(self, G_Kmn: Tensor) -> Tensor:
+        """scale G / ||G||_F."""
+        return _unit(G_Kmn, (-2, -1)).mul_(self.scale(*G_Kmn.shape[-2:]))
+
+    def project(self, W_Kmn: Tensor) -> Tensor:
+        """W scaled back to size 1 where it is longer."""
+        return W_Kmn / self.size(W_Kmn).clamp_min(1)[:, None, None]
+
+    def size(self, W_Kmn: Tensor) -> Tensor:
+        """||W||_F / scale."""
+        return W_Kmn.norm(dim=(-2, -1)) / self.scale(*W_Kmn.shape[-2:])
+
+
+@dataclass(frozen=True, slots=True)
+class Schatten:
+    """The l_p norm of the singular values: nuclear at p = 1, Frobenius at 2, spectral at infinity; by SVD, in float64.
+
+    The dual U diag((s / ||s||_q)^(q - 1)) V^T, 1/p + 1/q = 1, flattens the spectrum of G the more, the larger p: not at
+    all at 2 (normalised SGD), wholly at infinity (Muon). Unit `rms` takes the power mean of the singular values in place
+    of their sum, each in the RMS -> RMS unit: a flat spectrum has the same size for every p, `rms_operator`'s.
+    """
+
+    p: float
+    unit: Literal["plain", "rms"] = "plain"
+    scope: Scope = "matrix"
+
+    def scale(self, m: int, n: int) -> float:
+        """l_p norm of the singular values of a tensor of size 1."""
+        return {"plain": 1.0, "rms": (m / n) ** 0.5 * min(m, n) ** (1 / self.p)}[self.unit]
+
+    def dual(self, G_Kmn: Tensor) -> Tensor:
+        """scale U diag(dual of the singular values) V^T."""
+        return _on_spectrum(lambda s: lp_dual(s, self.p) * self.scale(*G_Kmn.shape[-2:]), G_Kmn)
+
+    def project(self, W_Kmn: Tensor) -> Tensor:
+        """Singular values projected onto the l_p ball of radius `scale`."""
+        scale = self.scale(*W_Kmn.shape[-2:])
+        return _on_spectrum(lambda s: lp_project(s / scale, self.p) * scale, W_Kmn)
+
+    def size(self, W_Kmn: Tensor) -> Tensor:
+        """||singular values||_p / scale."""
+        size = lp_size(torch.linalg.svdvals(W_Kmn.double()), self.p).squeeze(-1)
+        return (size / self.scale(*W_Kmn.shape[-2:])).to(W_Kmn.dtype)
+
+
+def _on_spectrum(change: Callable[[Tensor], Tensor], W_Kmn: Tensor) -> Tensor:
+    """U diag(change(s)) V^T for W = U diag(s) V^T."""
+    U, s, Vh = torch.linalg.svd(W_Kmn.double(), full_matrices=False)
+    return ((U * change(s).unsqueeze(-2)) @ Vh).to(W_Kmn.dtype)
 
 
 def build_norm(group: Group) -> Norm:
-    """The norm that a group's configuration names."""
+    """The norm that a group's configuration names, in its unit."""
     if group.norm in ("spectral", "rms_operator"):
         return Spectral("rms" if group.norm == "rms_operator" else group.unit, group.ns, group.ns_steps)
-    return {"row": Row, "column": Column, "sign": Sign, "frobenius": Frobenius}[group.norm]()
+    if group.norm == "schatten":
+        return Schatten(group.schatten_p, group.unit)
+    if group.norm == "frobenius":
+        return Frobenius(group.unit)
+    norm = {"row": Row, "column": Column, "sign": Sign}[group.norm]()
+    return FanIn(norm) if group.unit == "fan_in" else norm

@@ -69,7 +69,7 @@ def test_table_leaves_out_what_the_rule_does_not_read(rule, idle):
 
 
 @pytest.mark.parametrize(("group", "idle"), [
-    (Group(rule="steepest", norm="sign"), {"unit", "ns", "ns_steps"}),
+    (Group(rule="steepest", norm="sign"), {"schatten_p", "ns", "ns_steps"}),
     (Group(rule="steepest", norm="rms_operator"), {"unit"}),
     (Group(rule="steepest", norm="spectral", ns="svd"), {"ns_steps"}),
     (Group(rule="steepest", averaging="none"), {"momentum", "nesterov"}),

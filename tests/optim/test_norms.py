@@ -1,18 +1,22 @@
 """Norms: duality, projection and size of each against closed forms and against random feasible points."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from configs.schema import Group
-from optim.norms import Column, Frobenius, Row, Sign, Spectral, build_norm, init
+from configs.schema import Group, acting_fields
+from optim.norms import Column, FanIn, Frobenius, Row, Schatten, Sign, Spectral, build_norm, init
 
 UNITS = ("plain", "rms", "at_least_one", "match_adam")
 NORMS = {
     **{f"spectral_{unit}": Spectral(unit, "svd") for unit in UNITS},
-    "row": Row(), "column": Column(), "sign": Sign(), "frobenius": Frobenius(),
+    "row": Row(), "column": Column(), "sign": Sign(), "frobenius": Frobenius(), "frobenius_rms": Frobenius("rms"),
+    "row_fan_in": FanIn(Row()), "column_fan_in": FanIn(Column()), "sign_fan_in": FanIn(Sign()),
+    **{f"schatten_{p}": Schatten(p) for p in (1, 1.5, 4, math.inf)}, "schatten_3_rms": Schatten(3, "rms"),
 }
 every_norm = pytest.mark.parametrize("name", NORMS)
 sides = st.integers(1, 7)
@@ -26,32 +30,47 @@ def gaussian(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def scale(name: str, m: int, n: int) -> float:
-    """Spectral norm of a spectral step, restated."""
+    """Plain norm of a step, restated."""
     wider = max(m, n)
-    return {"plain": 1, "rms": (m / n) ** 0.5, "at_least_one": (m / n) ** 0.5 if m > n else 1,
-            "match_adam": 0.2 * wider**0.5}[name.removeprefix("spectral_")]
+    return {"spectral_rms": (m / n) ** 0.5, "spectral_at_least_one": (m / n) ** 0.5 if m > n else 1,
+            "spectral_match_adam": 0.2 * wider**0.5, "row_fan_in": 1 / n, "column_fan_in": 1 / n, "sign_fan_in": 1 / n,
+            "frobenius_rms": (m * n) ** 0.5, "schatten_3_rms": (m / n) ** 0.5 * min(m, n) ** (1 / 3)}.get(name, 1)
+
+
+def exponent(name: str) -> float:
+    """The p of a Schatten norm."""
+    return float(name.split("_")[1])
+
+
+def power_norm(s: Tensor, p: float) -> Tensor:
+    return s.amax(-1) if p == math.inf else s.pow(p).sum(-1).pow(1 / p)
 
 
 def primal(name: str, W: Tensor) -> Tensor:
     """||W|| by its definition, (K,)."""
     m, n = W.shape[-2:]
-    if name.startswith("spectral"):
-        return torch.linalg.matrix_norm(W, 2) / scale(name, m, n)
-    return {"row": lambda: torch.linalg.vector_norm(W, dim=2).amax(1) / n**0.5,
+    return {"spectral": lambda: torch.linalg.matrix_norm(W, 2),
+            "schatten": lambda: power_norm(torch.linalg.svdvals(W), exponent(name)),
+            "row": lambda: torch.linalg.vector_norm(W, dim=2).amax(1) / n**0.5,
             "column": lambda: torch.linalg.vector_norm(W, dim=1).amax(1) / m**0.5,
             "sign": lambda: W.flatten(1).abs().amax(1),
-            "frobenius": lambda: torch.linalg.matrix_norm(W)}[name]()
+            "frobenius": lambda: torch.linalg.matrix_norm(W)}[name.split("_")[0]]() / scale(name, m, n)
+
+
+def conjugate(p: float) -> float:
+    """1/p + 1/q = 1."""
+    return {1: math.inf, math.inf: 1}.get(p) or p / (p - 1)
 
 
 def dual_norm(name: str, G: Tensor) -> Tensor:
     """max <G, A> over ||A|| <= 1, in closed form, (K,)."""
     m, n = G.shape[-2:]
-    if name.startswith("spectral"):
-        return torch.linalg.svdvals(G).sum(-1) * scale(name, m, n)
-    return {"row": lambda: torch.linalg.vector_norm(G, dim=2).sum(1) * n**0.5,
+    return {"spectral": lambda: torch.linalg.svdvals(G).sum(-1),
+            "schatten": lambda: power_norm(torch.linalg.svdvals(G), conjugate(exponent(name))),
+            "row": lambda: torch.linalg.vector_norm(G, dim=2).sum(1) * n**0.5,
             "column": lambda: torch.linalg.vector_norm(G, dim=1).sum(1) * m**0.5,
             "sign": lambda: G.flatten(1).abs().sum(1),
-            "frobenius": lambda: torch.linalg.matrix_norm(G)}[name]()
+            "frobenius": lambda: torch.linalg.matrix_norm(G)}[name.split("_")[0]]() * scale(name, m, n)
 
 
 def inner(A: Tensor, B: Tensor) -> Tensor:
@@ -87,6 +106,37 @@ def test_nothing_feasible_beats_the_dual(name, shape, seed):
     best = inner(G, NORMS[name].dual(G))
     for other in range(8):
         assert (inner(G, feasible(name, shape, seed + other)) <= best * (1 + 1e-9)).all()
+
+
+@every_norm
+@quick
+@given(shape=stacks, seed=seeds)
+def test_dual_of_a_matrix_of_low_rank(name, shape, seed):
+    """A product of thin factors, as the gradient of few tokens is: still feasible, and still the best."""
+    K, m, n = shape
+    G = gaussian((K, m, 2), seed) @ gaussian((K, 2, n), seed + 1)
+    A = NORMS[name].dual(G)
+    assert A.isfinite().all() and (primal(name, A) <= 1 + 1e-9).all()
+    torch.testing.assert_close(inner(G, A), dual_norm(name, G), rtol=1e-9, atol=0)
+
+
+@every_norm
+@quick
+@given(shape=stacks, seed=seeds, sharpness=st.sampled_from([0.1, 1.0, 30.0]))
+def test_steepest_descent_minimises_the_majorant(name, shape, seed, sharpness):
+    """min over D of <G, D> + (sharpness / 2) ||D||^2 is -||G||*^2 / (2 sharpness), at D = -(||G||* / sharpness) dual(G)."""
+    G = gaussian(shape, seed)
+    length = dual_norm(name, G)
+
+    def majorant(D: Tensor) -> Tensor:
+        return inner(G, D) + sharpness / 2 * primal(name, D) ** 2
+
+    least = -length**2 / (2 * sharpness)
+    step = -(length / sharpness)[:, None, None] * NORMS[name].dual(G)
+    torch.testing.assert_close(majorant(step), least, rtol=1e-9, atol=0)
+    for other in range(4):
+        near = step + 0.1 * primal(name, step)[:, None, None] * feasible(name, shape, seed + other)
+        assert (majorant(near) >= least * (1 + 1e-9)).all()
 
 
 @every_norm
@@ -148,14 +198,14 @@ def test_a_small_row_moves_as_far_as_a_large_one():
 @quick
 @given(shape=stacks, seed=seeds, factor=st.sampled_from([0.1, 1.0, 5.0]))
 def test_projection_is_feasible_idempotent_and_nearest(name, shape, seed, factor):
-    """Nearest: the angle between W - P and A - P is obtuse for all feasible A (that characterises the projection)."""
+    """Nearest: <W - P, A - P> <= 0 for all feasible A, which characterises the projection; over them <W - P, A> is at most
+    the dual norm of W - P.
+    """
     norm, W = NORMS[name], factor * gaussian(shape, seed)
     P = norm.project(W)
     assert (primal(name, P) <= 1 + 1e-9).all()
     torch.testing.assert_close(norm.project(P), P, rtol=0, atol=1e-9)
-    for other in range(8):
-        A = feasible(name, shape, seed + other)
-        assert (inner(W - P, A - P) <= 1e-9).all()
+    assert (dual_norm(name, W - P) <= inner(W - P, P) + 1e-7 * (1 + inner(W, W))).all()
 
 
 @every_norm
@@ -200,7 +250,7 @@ def test_update_sizes_per_convention(m, n, unit, spectral, rms):
 @pytest.mark.parametrize("shape", [(8, 32), (32, 8)])
 def test_update_rms_of_a_spectral_dual(unit, shape):
     A = Spectral(unit, "svd").dual(gaussian((1, *shape), 0))
-    assert A.square().mean().sqrt().item() == pytest.approx(scale(unit, *shape) / 32**0.5, rel=1e-9)
+    assert A.square().mean().sqrt().item() == pytest.approx(scale(f"spectral_{unit}", *shape) / 32**0.5, rel=1e-9)
 
 
 def test_newton_schulz_duals_stay_in_their_band():
@@ -214,12 +264,97 @@ def test_build_norm_reads_the_group():
     assert build_norm(Group(norm="rms_operator", ns="quintic", ns_steps=3)) == Spectral("rms", "quintic", 3)
     assert build_norm(Group(norm="spectral", ns="svd", unit="match_adam")) == Spectral("match_adam", "svd", 5)
     assert build_norm(Group(norm="spectral")) == Spectral("plain", "polar_express", 5)
-    kinds = {"row": Row, "column": Column, "sign": Sign, "frobenius": Frobenius}
-    for name, kind in kinds.items():
-        assert isinstance(build_norm(Group(norm=name)), kind)
+    assert build_norm(Group(norm="frobenius", unit="rms")) == Frobenius("rms")
+    assert build_norm(Group(norm="schatten", schatten_p=1.5)) == Schatten(1.5)
+    assert build_norm(Group(norm="schatten", unit="rms")) == Schatten(4, "rms")
+    for name, norm in {"row": Row(), "column": Column(), "sign": Sign()}.items():
+        assert build_norm(Group(norm=name)) == norm and build_norm(Group(norm=name, unit="fan_in")) == FanIn(norm)
+    assert build_norm(Group(norm="frobenius")) == Frobenius()
 
 
-@pytest.mark.parametrize("name", ["row", "column", "sign", "frobenius", "spectral_rms"])
+@pytest.mark.parametrize(("fields", "message"), [
+    (dict(norm="row", unit="rms"), "unit rms belongs to norm frobenius or schatten, got norm row"),
+    (dict(norm="spectral", unit="fan_in"), "unit fan_in belongs to norm row or column or sign, got norm spectral"),
+    (dict(norm="schatten", schatten_p=0.5), "schatten_p must be at least 1 .*got 0.5"),
+    (dict(norm="schatten", schatten_p=math.inf), "norm spectral is its limit.*got inf"),
+])
+def test_impossible_units_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Group(**fields)
+
+
+def test_fields_that_act_follow_the_norm():
+    def acting(norm: str) -> set[str]:
+        return acting_fields(Group(rule="steepest", norm=norm)) & {"unit", "schatten_p", "ns", "ns_steps", "equilibrate"}
+
+    assert acting("spectral") == {"unit", "ns", "ns_steps", "equilibrate"}
+    assert acting("rms_operator") == {"ns", "ns_steps", "equilibrate"}
+    assert acting("schatten") == {"unit", "schatten_p"}
+    assert acting("row") == acting("column") == acting("sign") == acting("frobenius") == {"unit"}
+
+
+# ---- Schatten norms, and norms per input -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7), (2, 7, 5), (2, 6, 6)])
+def test_schatten_runs_from_normalised_sgd_to_muon(shape):
+    G = gaussian(shape, 4)
+    torch.testing.assert_close(Schatten(2).dual(G), Frobenius().dual(G), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(Schatten(math.inf).dual(G), Spectral("plain", "svd").dual(G), rtol=1e-9, atol=1e-12)
+    rms = Schatten(math.inf, "rms").dual(G)
+    torch.testing.assert_close(rms, Spectral("rms", "svd").dual(G), rtol=1e-9, atol=1e-12)
+    far = (Schatten(1e4, "rms").dual(G) - rms).norm() / rms.norm()
+    assert 0 < far < 1e-3
+
+
+def test_the_larger_p_the_flatter_the_step():
+    G = gaussian((1, 6, 9), 4)
+    spread = []
+    for p in (1.2, 2, 4, 16, math.inf):
+        values = torch.linalg.svdvals(Schatten(p).dual(G))[0]
+        spread.append((values[-1] / values[0]).item())
+    assert spread == sorted(spread) and spread[-1] == pytest.approx(1) and spread[0] < 0.01
+
+
+def test_nuclear_steps_have_rank_one():
+    U, S, Vh = torch.linalg.svd(gaussian((2, 6, 4), 4), full_matrices=False)
+    torch.testing.assert_close(Schatten(1).dual((U * S[:, None]) @ Vh), U[..., :1] @ Vh[:, :1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("p", [1, 1.5, 2, 7, math.inf])
+@pytest.mark.parametrize("shape", [(2, 5, 7), (2, 7, 5)])
+def test_flat_spectra_are_as_large_for_every_p(p, shape):
+    """In unit rms."""
+    flat = Spectral("rms", "svd").dual(gaussian(shape, 4))
+    torch.testing.assert_close(Schatten(p, "rms").size(flat), torch.ones(2, dtype=torch.float64), rtol=1e-9, atol=0)
+    torch.testing.assert_close(Schatten(p, "rms").project(flat), flat, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("norm", "size_in", "size_out"), [
+    (Sign(), lambda x: x.abs().mean(0), lambda y: y.abs().amax(0)),
+    (Column(), lambda x: x.abs().mean(0), lambda y: y.square().mean(0).sqrt()),
+    (Row(), lambda x: x.square().mean(0).sqrt(), lambda y: y.abs().amax(0)),
+])
+def test_fan_in_norms_are_operator_norms(norm, size_in, size_out):
+    """||W x|| <= ||W|| ||x||, with equality at a one-hot x, or (Row) at one of W's own rows."""
+    W = gaussian((1, 5, 8), 6)
+    size = FanIn(norm).size(W)
+    x = torch.cat([gaussian((8, 200), 7), torch.eye(8, dtype=torch.float64), W[0].mT], dim=1)
+    gains = size_out(W[0] @ x) / size_in(x)
+    assert gains.max().item() == pytest.approx(size.item(), rel=1e-9)
+
+
+def test_a_vector_is_a_row_at_rms_one():
+    """A bank of vectors reaches a norm as rows (1, K, n), or as matrices of one row (K, 1, n)."""
+    v = gaussian((3, 1, 6), 5)
+    step = Row().dual(v)
+    torch.testing.assert_close(step.square().mean((1, 2)), torch.ones(3, dtype=torch.float64), rtol=1e-12, atol=0)
+    assert torch.equal(step.flatten(0, 1)[None], Row().dual(v.flatten(0, 1)[None]))
+    torch.testing.assert_close(Frobenius("rms").dual(v), step, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["row", "column", "sign", "frobenius_rms", "spectral_rms", "schatten_4", "row_fan_in",
+                                  "column_fan_in", "sign_fan_in"])
 def test_scope_is_no_finer_than_the_dual_allows(name):
     """The dual of the cut tensor is the cut of the dual."""
     norm, G = NORMS[name], gaussian((4, 6, 5), 2)

@@ -1,0 +1,73 @@
+"""Prodigy: Adam that finds its own learning rate, an estimate d of the distance from the start to a solution."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from configs.schema import Group
+from optim.norms import Norm, Sign
+from optim.rules.base import Hyper, Rule, zeros_like_bank
+from optim.step import Step
+
+TINY = torch.finfo(torch.float32).tiny
+LARGE = 1e37  # sums beyond it are not to be trusted in float32
+
+
+@dataclass(frozen=True, slots=True)
+class Prodigy(Rule):
+    """D = d m / (sqrt(v) + d' eps), with m, v Adam's moments of d g, not debiased, and d' = max(d, numerator / ||s||_1):
+
+    numerator <- b3 numerator + (d/d0) d lr <g, W0 - W>,  s <- b3 s + (d/d0) d lr g,  b3 = sqrt(b2), summed over the group.
+    Mishchenko & Defazio 2023, arXiv 2306.06101, algorithm 4. lr is a factor on what it finds: leave it at 1, or schedule
+    its end; weight decay acts as (1 - d lr wd) W.
+    """
+
+    beta1: float
+    beta2: float
+    eps: float
+    start: float
+    norm: Norm = Sign()
+
+    @classmethod
+    def build(cls, group: Group) -> "Prodigy":
+        """The rule that a group's configuration describes."""
+        return cls(group.beta1, group.beta2, group.eps, group.distance_start)
+
+    def init_state(self, param: Tensor) -> dict[str, Tensor]:
+        """Adam's moments; s; and the weights at the start. float32: d^2 g^2 is small."""
+        wide = param.float()
+        return {key: zeros_like_bank(wide) for key in ("mean", "square", "s")} | {"origin": wide.clone()}
+
+    def init_shared(self) -> dict[str, Tensor]:
+        """d after and before the present step, and the numerator."""
+        return {"d": torch.tensor(self.start), "d_before": torch.tensor(self.start), "numerator": torch.zeros(())}
+
+    def sums(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
+        """<g, W0 - W> and ||s||_1, with g taken into s."""
+        grad, s, d = grad.float(), state["s"], hyper.shared["d"]
+        s.mul_(self.beta2**0.5).add_(grad * (d / self.start * d * hyper.lr)).clamp_(-LARGE, LARGE)
+        return torch.stack([(grad * (state["origin"] - param)).sum(), s.abs().sum()])
+
+    def absorb(self, sums: Tensor, hyper: Hyper) -> None:
+        """d never shrinks; a step without gradients, or with ones too large to sum, leaves it as it is."""
+        d, numerator = hyper.shared["d"], hyper.shared["numerator"]
+        hyper.shared["d_before"].copy_(d)
+        trusted = (sums.abs() < LARGE).all()
+        inner = torch.where(trusted, sums[0], 0)
+        numerator.mul_(self.beta2**0.5).add_(d / self.start * d * hyper.lr * inner)
+        found = numerator / sums[1].clamp_min(TINY)
+        d.copy_(torch.where(trusted & (sums[1] > 0), torch.maximum(d, found), d))
+
+    def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
+        """d m / (sqrt(v) + d' eps), float32, of any shape."""
+        d, mean, square = hyper.shared["d_before"], state["mean"], state["square"]
+        scaled = grad.float() * d
+        mean.lerp_(scaled, 1 - self.beta1)
+        square.lerp_(scaled.square(), 1 - self.beta2).clamp_(max=LARGE)
+        return mean * d / (square.sqrt() + hyper.shared["d"] * self.eps).clamp_min(TINY)
+
+    def update(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper, *, step: Step) -> None:
+        """The whole step, in place; weight decay is in units of d."""
+        direction = self.direction(param, grad, state, hyper)
+        step.apply(param, direction, state, hyper._replace(weight_decay=hyper.weight_decay * hyper.shared["d_before"]))

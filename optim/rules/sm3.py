@@ -1,0 +1,47 @@
+"""SM3: Adagrad whose memory is a number per row and a number per column."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from configs.schema import Group
+from optim.norms import Norm, Sign
+from optim.rules.average import Average
+from optim.rules.base import Hyper, Rule
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True, slots=True)
+class SM3(Rule):
+    """nu_ij = min(r_i, c_j) + g_ij^2, D = average of g / sqrt(nu), r_i <- max_j nu_ij, c_j <- max_i nu_ij; 0 / 0 is 0.
+
+    nu bounds the sum of all g_ij^2 so far from above, so that steps shrink like Adagrad's. SM3-II of Anil et al. 2019,
+    arXiv 1901.11150, with a matrix's rows and columns as the sets; a vector is Adagrad. The memories are the square roots,
+    float32, which neither over- nor underflow.
+    """
+
+    average: Average
+    norm: Norm = Sign()
+    scope: str = "matrix"
+
+    @classmethod
+    def build(cls, group: Group) -> "SM3":
+        """The rule that a group's configuration describes."""
+        return cls(Average.build(group))
+
+    def init_state(self, param: Tensor) -> dict[str, Tensor]:
+        """sqrt(r) (K, m, 1), sqrt(c) (K, 1, n), and the average of the steps."""
+        stack, rows, columns = param.shape
+        roots = {"row": param.new_zeros(stack, rows, 1, dtype=torch.float32),
+                 "column": param.new_zeros(stack, 1, columns, dtype=torch.float32)}
+        return roots | self.average.init_state(param)
+
+    def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
+        """The average of g / sqrt(nu): float32 (K, m, n)."""
+        grad = grad.float()
+        root = torch.minimum(state["row"], state["column"]).hypot(grad)
+        state["row"].copy_(root.amax(-1, keepdim=True))
+        state["column"].copy_(root.amax(-2, keepdim=True))
+        return self.average.next(grad / root.clamp_min(TINY), state, hyper.momentum)

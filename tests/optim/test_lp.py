@@ -1,0 +1,61 @@
+"""The l_p norms of vectors against closed forms: simplex by sorting, scaling, clipping, and the multiplier's equation."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from optim.lp import lp_dual, lp_project, lp_size
+
+vectors = st.lists(st.floats(0, 5), min_size=1, max_size=6).map(lambda xs: torch.tensor([xs], dtype=torch.float64))
+quick = settings(max_examples=12, deadline=None, derandomize=True)
+
+
+def onto_simplex(s: Tensor) -> Tensor:
+    """The nearest x >= 0 with sum at most 1, by sorting (Duchi et al. 2008, figure 1)."""
+    if s.sum() <= 1:
+        return s
+    falling = s.flatten().sort(descending=True).values
+    excess = (falling.cumsum(0) - 1) / torch.arange(1, s.numel() + 1)
+    return (s - excess[falling > excess][-1]).clamp_min(0)
+
+
+@quick
+@given(s=vectors)
+def test_projection_at_one_two_and_infinity(s):
+    for p, wanted in ((1, onto_simplex(s)), (2, s / s.norm().clamp_min(1)), (math.inf, s.clamp_max(1))):
+        torch.testing.assert_close(lp_project(s, p), wanted, rtol=0, atol=1e-12)
+
+
+@quick
+@given(s=vectors, p=st.sampled_from([1.1, 1.5, 3.0, 10.0, 100.0]))
+def test_projection_in_between_solves_its_equation(s, p):
+    """Outside the ball s - x is a multiple of x^(p - 1), and x has size 1."""
+    x = lp_project(s, p)
+    if lp_size(s, p) <= 1:
+        assert torch.equal(x, s)
+        return
+    assert lp_size(x, p).item() == pytest.approx(1, abs=1e-12)
+    t = (s - x).max() / x.max() ** (p - 1)  # both are largest where s is
+    wanted = ((s - x) / t).clamp_min(0).pow(1 / (p - 1)) if p < 2 else s - t * x.pow(p - 1)  # well-conditioned both
+    torch.testing.assert_close(x, wanted, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("p", [1, 1.5, 4, 60, math.inf])
+def test_size_survives_extreme_scales(p):
+    s = torch.tensor([[3.0, 2.0, 1.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    for factor in (1e-250, 1e250):
+        torch.testing.assert_close(lp_size(s * factor, p), lp_size(s, p) * factor, rtol=1e-12, atol=0)
+        torch.testing.assert_close(lp_dual(s * factor, p), lp_dual(s, p), rtol=1e-12, atol=0)
+    assert lp_size(s, 2)[0].item() == pytest.approx(14**0.5) and lp_size(s, 1)[0].item() == pytest.approx(6)
+
+
+@pytest.mark.parametrize(("p", "wanted"), [
+    (1, [0.5, 0.5, 0.0, 0.0]), (math.inf, [1.0, 1.0, 1.0, 0.0]), (2, [2 / 3, 2 / 3, 1 / 3, 0.0]),
+])
+def test_dual_shares_among_equals_and_leaves_zeros(p, wanted):
+    s = torch.tensor([[4.0, 4.0, 2.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(lp_dual(s, p), torch.tensor([wanted], dtype=torch.float64))
