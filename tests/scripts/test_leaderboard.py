@@ -1,0 +1,73 @@
+"""The leaderboard's command: everyone gets the same trials, winners run fresh seeds, all of it is recorded once."""
+
+import json
+
+import pytest
+
+from configs.cli import parse_row
+from data.runs import SUMMARY_KEYS, config_hash, config_to_dict
+from scripts import leaderboard
+from scripts.lab.folders import read_run
+from scripts.lab.leaderboard import TUNING_SEED
+from scripts.lab.records import read_records
+from scripts.lab.sweep import Outcome
+
+
+@pytest.fixture
+def ran(tmp_path, monkeypatch):
+    """Runs that take no time: the loss is 1 + the trial's matrix lr. Returns the names, in order."""
+    names = []
+
+    def fake_sweep(trials, *, dir, jobs):
+        outcomes = []
+        for trial in trials:
+            names.append(trial.name)
+            flags = [*trial.flags, "--run.seed", str(trial.seed), "--log.experiment", trial.experiment]
+            run = parse_row(trial.preset, flags)
+            folder = tmp_path / "runs" / trial.name
+            folder.mkdir(parents=True, exist_ok=True)
+            loss = 1 + run.optim.matrix.lr
+            summary = dict.fromkeys(SUMMARY_KEYS) | {"val_loss_nats": loss, "seed": trial.seed, "train_seconds": 1.0,
+                                                     "steps": run.train.steps, "config_hash": config_hash(run)}
+            (folder / "config.json").write_text(json.dumps(config_to_dict(run)))
+            (folder / "summary.json").write_text(json.dumps(summary))
+            (folder / "metrics.jsonl").write_text(json.dumps({"step": run.train.steps, "val/loss_nats": loss}) + "\n")
+            outcomes.append(Outcome(trial, "finished", read_run(folder), ""))
+        return outcomes
+
+    monkeypatch.setattr(leaderboard, "run_sweep", fake_sweep)
+    monkeypatch.setattr(leaderboard, "RECORDS", tmp_path / "records")
+    return names
+
+
+def test_tune_then_judge_then_record(ran, tmp_path):
+    args = leaderboard.Arguments("bench_cpu", entries=("adamw", "muon"), trials=3, budgets=(2, 3, 9), seeds=2)
+    leaderboard.main(args)
+    tuning = [name for name in ran if name.endswith(f"seed{TUNING_SEED}")]
+    assert [name.split("-")[0] for name in tuning] == ["adamw", "muon"] * 3
+    records = read_records(tmp_path / "records" / "bench_cpu.jsonl")
+    best = {}
+    for record in records:
+        entry, trial = record["experiment"].split("-240steps-")
+        if record["summary"]["seed"] == TUNING_SEED:
+            best.setdefault(entry, {})[trial] = record["summary"]["val_loss_nats"]
+    winners = {f"{entry}-240steps-{min(list(found)[:k], key=found.get)}" for entry, found in best.items() for k in (2, 3)}
+    judged = {record["experiment"] for record in records if record["summary"]["seed"] != TUNING_SEED}
+    assert judged == winners and {record["summary"]["seed"] for record in records} == {1, 2, TUNING_SEED}
+    leaderboard.main(args)
+    assert read_records(tmp_path / "records" / "bench_cpu.jsonl") == records
+
+
+def test_horizons_are_longer_schedules(ran):
+    leaderboard.main(leaderboard.Arguments("bench_cpu", entries=("muon",), horizons=(0.5, 4), trials=1, budgets=(1,),
+                                           seeds=1))
+    assert [name.split("-")[1] for name in ran] == ["120steps"] * 2 + ["960steps"] * 2
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    (leaderboard.Arguments("bytes"), "'bytes' is no benchmark"),
+    (leaderboard.Arguments("bench_cpu", entries=("moun",)), "did you mean 'muon'"),
+])
+def test_mistakes_are_named(args, message):
+    with pytest.raises(ValueError, match=message):
+        leaderboard.main(args)
