@@ -37,12 +37,15 @@ class RunFolder:
         return self.config.get("log.experiment") or re.sub(r"[-_]?seed\d+$", "", self.name)
 
     @property
-    def setting(self) -> str:
-        """16 hexadecimal digits over all settings that the losses depend on but the seed: equal for runs of one
-        experiment."""
-        kept = {name: value for name, value in self.config.items()
+    def settings(self) -> dict[str, Any]:
+        """All settings that the losses depend on but the seed, by dotted names."""
+        return {name: value for name, value in self.config.items()
                 if name not in HASH_IGNORES | {"run.seed", "run.target_loss_nats"} and not name.startswith("log.")}
-        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def setting(self) -> str:
+        """16 hexadecimal digits over `settings`: equal for runs of one experiment."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
