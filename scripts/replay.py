@@ -2,6 +2,8 @@
 
     python -m scripts.replay runs/NAME
 
+Relative paths of data files mean what they meant to the run: start this where that was started.
+
 Exit status 0: the same, bit for bit; 1: different; 2: it cannot be run.
 """
 
@@ -72,7 +74,7 @@ def run_again(run: RunFolder, place: Path) -> Path:
     environment = {**os.environ, "PYTHONPATH": str(place / "code")}
     environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}  # sums depend on how they are divided
     done = subprocess.run([sys.executable, *launcher, str(place / "drive.py"), str(place / "config.json")],
-                          cwd=place / "code", env=environment, capture_output=True, text=True)
+                          env=environment, capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}").splitlines()
         raise ValueError(f"the recorded code did not run: {said[-1]}")

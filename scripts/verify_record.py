@@ -19,7 +19,7 @@ from data.runs import write_text
 from scripts.lab import board
 from scripts.lab.folders import find_runs
 from scripts.lab.leaderboard import changed_draws, parse_name
-from scripts.lab.records import append_records, faults, read_records, record_of, shared_faults, table
+from scripts.lab.records import BENCHMARKS, append_records, faults, holes, read_records, record_of, shared_faults, table
 from scripts.lab.statistics import MARGIN, one_sided_p, summarize, z_margin
 
 PROFILE = "profile.md"
@@ -61,13 +61,20 @@ def verify(file: Path, *, write: bool) -> list[str]:
     """All that is wrong with a file of records and its table."""
     records = read_records(file)
     found = [f"{record['name']}: {fault}" for record in records for fault in faults(record)]
-    found += shared_faults(records) + changed_draws(records)
-    return found + check_page(file.with_suffix(".md"), page(file, records), write=write)
+    found += shared_faults(records)
+    if file.stem in BENCHMARKS:
+        found += [f"{record['name']}: preset is {record['preset']}; this file holds {file.stem} alone"
+                  for record in records if record["preset"] != file.stem]
+    if any(holes(record) for record in records):
+        return found  # no table can be made to compare with
+    return found + changed_draws(records) + check_page(file.with_suffix(".md"), page(file, records), write=write)
 
 
 def verify_profile(folder: Path, *, write: bool) -> list[str]:
     """Whether the performance profile over all benchmarks of a folder is that of its records."""
     files = {path.stem: read_records(path) for path in sorted(folder.glob("bench_*.jsonl"))}
+    if damaged := [stem for stem, records in files.items() if any(holes(record) for record in records)]:
+        return [f"{folder / PROFILE} cannot be made: there are damaged records in {', '.join(damaged)}"]
     text = board.profile_page(files)
     return check_page(folder / PROFILE, text, write=write) if text else []
 

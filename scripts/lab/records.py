@@ -16,6 +16,10 @@ FORMAT = 1
 ENVIRONMENT = ("python", "torch", "cuda", "platform", "cpu", "cores", "gpus", "torch_threads", "git")
 VALIDATION = {"step": "step", "tokens": "tokens", "train_seconds": "train_seconds", "loss_nats": "val/loss_nats",
               "bits_per_byte": "val/bits_per_byte"}
+NUMBERS = ("steps", "tokens", "train_seconds", "val_loss_nats", "best_val_loss_nats", "seed", "parameters")
+HASHES = ("config_hash", "code_hash", "data_hash")
+LAST = {"val_loss_nats": "loss_nats", "val_bits_per_byte": "bits_per_byte", "tokens": "tokens"}
+CLOSING_SECONDS = 1.0  # what the timed loop may take to end after its last validation
 
 BENCHMARKS = ("bench_cpu", "bench_cpu_prose", "bench_gpu", "track3")
 """Presets of the optimization benchmark: fixed model, data and batch; one forward-backward a step."""
@@ -46,7 +50,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}, is not JSON: {error}") from None
-        missing = {"format", "name", "experiment", "preset", "config", "summary", "environment", "validations"} - set(record)
+        keys = set(record) if isinstance(record, dict) else set()
+        missing = {"format", "name", "experiment", "preset", "config", "summary", "environment", "validations"} - keys
         if missing or record["format"] != FORMAT:
             raise ValueError(f"{path}, line {number}, is no record of format {FORMAT}: lacks {sorted(missing) or 'it'}")
         records.append(record)
@@ -98,29 +103,56 @@ def changed_settings(record: Mapping[str, Any]) -> list[str]:
             if mine[name] != value and not name.startswith(FREE)]
 
 
+def holes(record: Mapping[str, Any]) -> list[str]:
+    """Entries that are missing or of another kind than a record's; nothing where all that is judged is there."""
+    summary, validations = record["summary"], record["validations"]
+    found = [f"summary has no number {name}" for name in NUMBERS if not _is_number(summary.get(name))]
+    found += [f"summary has no {name}" for name in HASHES if not isinstance(summary.get(name), str)]
+    found += ["no validations"] if not validations else []
+    return found + [f"validation {index} has no number {name}" for index, line in enumerate(validations)
+                    for name in VALIDATION if not _is_number(line.get(name)) and name != "bits_per_byte"]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def faults(record: Mapping[str, Any]) -> list[str]:
     """All that is wrong with one record; nothing if it holds together."""
     try:
         run = configuration(record)
     except ValueError as error:
         return [str(error)]
-    found, summary, validations = changed_settings(record), record["summary"], record["validations"]
+    if found := holes(record):
+        return found
+    found, summary = changed_settings(record), record["summary"]
     if config_hash(run) != summary["config_hash"]:
         found.append(f"config_hash is {summary['config_hash']}, its settings give {config_hash(run)}")
     if run.preset != record["preset"] or run.run.seed != summary["seed"]:
         found.append(f"preset and seed are {record['preset']} and {summary['seed']}, its settings say {run.preset} and "
                      f"{run.run.seed}")
-    if not validations or validations[-1]["step"] != summary["steps"]:
-        return [*found, f"the last validation is not at the last step, {summary['steps']}"]
-    if validations[-1]["loss_nats"] != summary["val_loss_nats"]:
-        found.append(f"val_loss_nats is {summary['val_loss_nats']}, the last validation {validations[-1]['loss_nats']}")
+    found += curve_faults(record["validations"], summary)
+    return found + (benchmark_faults(run, summary) if record["preset"] in BENCHMARKS else [])
+
+
+def curve_faults(validations: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> list[str]:
+    """Where the summary says other than the validations, or these do not run forwards to the last step."""
+    last = validations[-1]
+    if last["step"] != summary["steps"]:
+        return [f"the last validation is not at the last step, {summary['steps']}"]
+    found = [f"{name} is {summary.get(name)}, the last validation {last.get(key)}"
+             for name, key in LAST.items() if summary.get(name) != last.get(key)]
+    if summary["best_val_loss_nats"] != (best := min(line["loss_nats"] for line in validations)):
+        found.append(f"best_val_loss_nats is {summary['best_val_loss_nats']}, the validations say {best}")
+    if not last["train_seconds"] <= summary["train_seconds"] <= last["train_seconds"] + CLOSING_SECONDS:
+        found.append(f"train_seconds is {summary['train_seconds']}, the last validation {last['train_seconds']}")
     for key in ("step", "tokens", "train_seconds"):
         values = [line[key] for line in validations]
         if any(late <= early for early, late in zip(values, values[1:], strict=False)):
             found.append(f"{key} does not rise from validation to validation")
     if not all(math.isfinite(line["loss_nats"]) for line in validations):
         found.append("a loss is not finite")
-    return found + (benchmark_faults(run, summary) if record["preset"] in BENCHMARKS else [])
+    return found
 
 
 def benchmark_faults(run: Run, summary: Mapping[str, Any]) -> list[str]:
@@ -151,16 +183,23 @@ def count_parameters(run: Run) -> int | None:
 
 
 def shared_faults(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What is wrong between records: runs given twice, and runs of one preset that were not judged on the same data."""
-    found, seen, data = [], set(), {}
+    """What is wrong between records: runs given twice, and runs of one preset that were not judged on the same data.
+
+    A run of the same settings and seed with the very same losses is no second sample, whatever its name.
+    """
+    found, seen, data, curves = [], set(), {}, {}
     for record in records:
+        losses = tuple(line.get("loss_nats") for line in record["validations"])
+        twin = curves.setdefault((record["summary"].get("config_hash"), losses), record["name"])
+        if twin != record["name"]:
+            found.append(f"{record['name']} is {twin} under another name: same settings, seed and losses")
         if record["name"] in seen:
             found.append(f"{record['name']} is there twice")
         seen.add(record["name"])
         first = data.setdefault(record["preset"], record)
-        if first["summary"]["data_hash"] != record["summary"]["data_hash"]:
-            found.append(f"{record['name']} has data {record['summary']['data_hash']}, {first['name']} "
-                         f"{first['summary']['data_hash']}")
+        mine, theirs = (one["summary"].get("data_hash") for one in (record, first))
+        if mine != theirs:
+            found.append(f"{record['name']} has data {mine}, {first['name']} {theirs}")
     return found
 
 

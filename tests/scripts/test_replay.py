@@ -1,5 +1,6 @@
 """Replay: a run repeated from its own folder alone, in another place, is the same bit for bit; a tampered one is not."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -9,18 +10,21 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 QUICK = ["bytes", "--train.steps", "4", "--train.val_every_steps", "2", "--log.every_steps", "1", "--data.val_bytes", "2048",
-         "--log.wandb", "disabled", "--log.sample_tokens", "0"]
+         "--log.wandb", "disabled", "--log.sample_tokens", "0", "--data.source", "text", "--data.train_files", "words.txt"]
 
 
 def replay(folder: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "scripts.replay", str(folder)], cwd=ROOT, capture_output=True, text=True)
+    """Started beside words.txt, where the run was started."""
+    return subprocess.run([sys.executable, "-m", "scripts.replay", str(folder)], cwd=folder.parent, capture_output=True,
+                          text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("runs")
+    (place / "words.txt").write_text(" ".join(str(number**3) for number in range(20_000)))
     subprocess.run([sys.executable, str(ROOT / "train_gpt.py"), *QUICK, "--run.dir", str(place), "--run.name", "first"],
-                   check=True, capture_output=True)
+                   check=True, capture_output=True, cwd=place)
     return place / "first"
 
 
@@ -29,6 +33,7 @@ def folder(first, tmp_path) -> Path:
     """A copy in another place, without its checkpoint."""
     copy = shutil.copytree(first, tmp_path / "moved")
     (copy / "checkpoint.safetensors").unlink()
+    shutil.copy(first.parent / "words.txt", tmp_path)
     return copy
 
 

@@ -34,6 +34,16 @@ def test_a_table_that_says_something_else_is_found_and_made_anew(tmp_path, capsy
     assert main(Verify(files=(file,))) == 1
 
 
+@pytest.mark.skipif(not RECORDS, reason="no records yet")
+def test_damaged_and_strange_records_are_faults_not_crashes(tmp_path, capsys):
+    file = tmp_path / "bench_cpu.jsonl"
+    record = json.loads((ROOT / "records" / "bench_cpu.jsonl").read_text().splitlines()[0])
+    file.write_text(json.dumps(record | {"preset": "bytes"}) + "\n")
+    assert main(Verify(files=(file,))) > 0 and "preset is bytes; this file holds bench_cpu alone" in capsys.readouterr().out
+    file.write_text(json.dumps(record | {"summary": {}}) + "\n")
+    assert main(Verify(files=(file,))) > 0 and "summary has no number val_loss_nats" in capsys.readouterr().out
+
+
 def test_a_target_is_tested_by_both_rules(tmp_path):
     """Published: eight runs, mean 3.27708, margin .00827."""
     losses = [3.27543, 3.27615, 3.27651, 3.27726, 3.27770, 3.27775, 3.27787, 3.27794]

@@ -31,7 +31,8 @@ def make_folder(folder, *, seed=1, preset="bench_cpu", losses=(2.0, 1.6, 1.5)):
     lines = [{"step": step, "tokens": step * 768, "train_seconds": step / 20, "val/loss_nats": loss,
               "val/bits_per_byte": loss} for step, loss in zip((80, 160, STEPS), losses, strict=True)]
     summary = dict.fromkeys(SUMMARY_KEYS) | {
-        "val_loss_nats": losses[-1], "val_bits_per_byte": losses[-1], "steps": STEPS, "tokens": STEPS * 768, "seed": seed,
+        "val_loss_nats": losses[-1], "val_bits_per_byte": losses[-1], "best_val_loss_nats": min(losses), "seed": seed,
+        "steps": STEPS, "tokens": STEPS * 768,
         "train_seconds": 12.0, "parameters": count_parameters(run), "config_hash": config_hash(run), "code_hash": "c",
         "data_hash": "d", "device": "cpu", "world_size": 1}
     folder.mkdir(parents=True)
@@ -83,10 +84,20 @@ def tampered(record: dict, *path: object, value: object) -> dict:
     (("config", "optim.matrix.rate"), 1, "has no field 'rate'"),
     (("preset",), "bytes", "preset"),
     (("summary", "val_loss_nats"), 1.4, "val_loss_nats is 1.4"),
+    (("summary", "val_bits_per_byte"), 1.4, "val_bits_per_byte is 1.4"),
+    (("summary", "best_val_loss_nats"), 1.4, "best_val_loss_nats is 1.4"),
+    (("summary", "train_seconds"), 5.0, "train_seconds is 5.0"),
+    (("summary", "train_seconds"), 50.0, "train_seconds is 50.0"),
+    (("summary", "train_seconds"), None, "no number train_seconds"),
+    (("summary", "data_hash"), None, "summary has no data_hash"),
     (("summary", "steps"), 239, "not at the last step"),
     (("summary", "tokens"), 2 * STEPS * 768, "steps of 768"),
     (("summary", "parameters"), 10**6, "the model has"),
     (("validations", 1, "loss_nats"), float("inf"), "not finite"),
+    (("validations", 1, "loss_nats"), None, "validation 1 has no number loss_nats"),
+    (("validations", 1), {}, "validation 1 has no number step"),
+    (("validations",), [], "no validations"),
+    (("validations", 2, "tokens"), 10**9, "the last validation 1000000000"),
     (("validations", 1, "step"), 80, "step does not rise"),
     (("validations", 1, "train_seconds"), 99.0, "train_seconds does not rise"),
 ])
@@ -110,10 +121,17 @@ def test_a_schedule_that_was_cut_short_is_no_result(record):
 
 
 def test_runs_are_judged_on_the_same_data(record):
-    other = tampered(record, "name", value="other")
+    other = tampered(tampered(record, "name", value="other"), "summary", "config_hash", value="of another seed")
     assert shared_faults([record, other]) == []
     other["summary"] = other["summary"] | {"data_hash": "e"}
     assert "has data e" in shared_faults([record, other])[0] and "twice" in shared_faults([record, record])[0]
+
+
+def test_a_run_counts_once_whatever_its_name(record):
+    """The same settings, seed and losses twice are one sample; with another loss, as on another machine, they are two."""
+    copied = tampered(record, "name", value="muon-seed2")
+    assert shared_faults([record, copied]) == ["muon-seed2 is muon-seed1 under another name: same settings, seed and losses"]
+    assert shared_faults([record, tampered(copied, "validations", 0, "loss_nats", value=2.01)]) == []
 
 
 def test_unflatten_undoes_flatten():
@@ -130,7 +148,8 @@ def test_files_grow_by_new_runs_only(tmp_path, record):
     assert read_records(file) == [record, second]
 
 
-@pytest.mark.parametrize(("text", "message"), [("{}", "line 1, is no record"), ("{", "line 1, is not JSON")])
+@pytest.mark.parametrize(("text", "message"), [
+    ("{}", "line 1, is no record"), ("5", "line 1, is no record"), ("{", "line 1, is not JSON")])
 def test_damaged_files_are_named(tmp_path, text, message):
     (tmp_path / "x.jsonl").write_text(text + "\n")
     with pytest.raises(ValueError, match=message):
