@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import math
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -36,9 +37,11 @@ from data.runs import config_to_dict, flatten, open_run_folder
 from data.sources import Source, open_source
 from model import GPT
 from optim.comm import Comm, local_rank
+from optim.finite import NonFiniteError
 from optim.groups import build_groups, group_table
 from optim.schedule import Schedule, Values
 from optim.sharded import ShardedOptimizer
+from optim.weight_average import WeightAverage
 
 CACHE = Path(__file__).resolve().parent / ".cache"
 CHECKPOINT = "checkpoint.safetensors"
@@ -48,7 +51,7 @@ GPU_SIGNAL_POLL_STEPS = 16  # agreeing on a signal waits for the device; on CPUs
 
 
 class DivergedError(RuntimeError):
-    """The loss is not a finite number."""
+    """The loss or a gradient is not finite."""
 
 
 # ---- Time and signals --------------------------------------------------------------------------------------------------
@@ -110,7 +113,8 @@ class Trainer:
         groups = build_groups(dict(self.model.named_parameters()), self.model.roles(), run.optim)
         self.group_table = group_table(groups)
         self.compiled = run.run.compile == "on" or (run.run.compile == "auto" and self.device.type == "cuda")
-        self.optimizer = ShardedOptimizer(groups, self.comm, compile_updates=self.compiled)
+        self.optimizer = ShardedOptimizer(groups, self.comm, compile_updates=self.compiled,
+                                          average=WeightAverage.build(run.train))
         if self.compiled:
             self.model.compile(dynamic=False)
         self.progress = Progress()
@@ -175,10 +179,11 @@ class Trainer:
     def validate(self) -> Score:
         """The referee's score of the present weights."""
         values = self.schedule.values(max(0, self.progress.step - 1))
-        return evaluate(lambda x, y: self.model(x, y, window=values.window_tokens), self.source,
-                        sequence_tokens=self.run.data.val_sequence_tokens or values.sequence_tokens,
-                        micro_tokens=self.run.train.micro_tokens, rank=self.comm.rank, world_size=self.comm.world_size,
-                        device=self.device, sum_over_ranks=lambda x: self.comm.sum(x)[0])
+        with self.optimizer.averaged_weights():
+            return evaluate(lambda x, y: self.model(x, y, window=values.window_tokens), self.source,
+                            sequence_tokens=self.run.data.val_sequence_tokens or values.sequence_tokens,
+                            micro_tokens=self.run.train.micro_tokens, rank=self.comm.rank, world_size=self.comm.world_size,
+                            device=self.device, sum_over_ranks=lambda x: self.comm.sum(x)[0])
 
     def warm_up(self) -> None:
         """Run every shape of the schedule on random tokens, so that all is compiled, then undo it."""
@@ -295,7 +300,8 @@ def train(trainer: Trainer, reporter: Reporter) -> bool:
     clock.start()
     while not is_finished(run, progress):
         validates = is_validation_step(run, progress.step + 1)
-        nats = trainer.step(batches, remember=validates and run.log.diagnostics)
+        with advised(trainer, reporter.folder):
+            nats = trainer.step(batches, remember=validates and run.log.diagnostics)
         reporter.advance()
         if progress.step % run.log.every_steps == 0 or validates:
             record_train_loss(trainer, reporter, nats)
@@ -306,9 +312,13 @@ def train(trainer: Trainer, reporter: Reporter) -> bool:
             reporter.validation(score, trainer.optimizer.measure(trainer.schedule.values(progress.step - 1)))
             refuse_non_finite(trainer, score.nats_per_token, reporter.folder)
             clock.start()
-        interrupted = progress.step % poll == 0 and trainer.comm.max(float(interruption.received))[0] > 0
         every = run.run.checkpoint_every_steps
-        if is_finished(run, progress) or interrupted or (every and progress.step % every == 0):
+        saves = is_finished(run, progress) or (every and progress.step % every == 0)
+        if progress.step % poll == 0 or saves:
+            with advised(trainer, reporter.folder):
+                trainer.optimizer.refuse_non_finite()
+        interrupted = progress.step % poll == 0 and trainer.comm.max(float(interruption.received))[0] > 0
+        if saves or interrupted:
             clock.stop()
             refuse_non_finite(trainer, trainer.comm.sum(nats.item())[0], reporter.folder)
             checkpoint(trainer, reporter)
@@ -332,11 +342,21 @@ def record_train_loss(trainer: Trainer, reporter: Reporter, nats: Tensor) -> Non
 
 def refuse_non_finite(trainer: Trainer, loss: float, folder: Path) -> None:
     """Raise DivergedError, with advice, where the loss is NaN or infinite."""
-    if not math.isfinite(loss):
+    with advised(trainer, folder):
+        if not math.isfinite(loss):
+            raise NonFiniteError(f"loss is {loss} at step {trainer.progress.step}")
+
+
+@contextmanager
+def advised(trainer: Trainer, folder: Path) -> Iterator[None]:
+    """Turn NonFiniteError into DivergedError, with advice."""
+    try:
+        yield
+    except NonFiniteError as error:
         saved = folder / CHECKPOINT
         good = f"the last good checkpoint is {saved}" if saved.exists() else "no checkpoint was written yet"
-        raise DivergedError(f"loss is {loss} at step {trainer.progress.step}; {good}. Lower --optim.matrix.lr or the lr of "
-                            "the embeddings, or start from lr 0 (--schedule.lr '0=0 5%=1 ...')")
+        raise DivergedError(f"{error}; {good}. Lower --optim.matrix.lr or the lr of "
+                            "the embeddings, or start from lr 0 (--schedule.lr '0=0 5%=1 ...')") from error
 
 
 def checkpoint(trainer: Trainer, reporter: Reporter) -> None:
@@ -348,8 +368,10 @@ def checkpoint(trainer: Trainer, reporter: Reporter) -> None:
 
 def finish(trainer: Trainer, reporter: Reporter, began: float) -> None:
     """Write summary.json, print it, and sample a continuation of the validation text."""
+    with trainer.optimizer.averaged_weights():  # on all ranks, though one samples
+        text = sample(trainer) if reporter.active else None
     reporter.finish(
-        sample=sample(trainer) if reporter.active else None, wall_seconds=time.time() - began,
+        sample=text, wall_seconds=time.time() - began,
         peak_memory_bytes=peak_memory_bytes(trainer.device), parameters=sum(p.numel() for p in trainer.model.parameters()),
         data_hash=trainer.source.data_hash, device=device_name(trainer.device), world_size=trainer.comm.world_size)
 

@@ -53,6 +53,14 @@ ROWS = (
                           "--optim.matrix.beta1 0.9 --optim.matrix.momentum 0.8 --optim.matrix.lr 0.008"),
     Row("dion", "bytes", "--optim.matrix.rule dion --optim.matrix.rank_frac 0.5 --optim.matrix.lr 0.05"),
     Row("dion2", "bytes", "--optim.matrix.rule dion2 --optim.matrix.rank_frac 0.5 --optim.matrix.lr 0.06"),
+    Row("sm3", "bytes", "--optim.matrix.rule sm3 --optim.matrix.lr 0.01"),
+    Row("prodigy", "bytes", "--optim.matrix.rule prodigy --optim.matrix.lr 1 --optim.matrix.distance_start 1e-4"),
+    Row("agd", "bytes", "--optim.matrix.rule agd --optim.matrix.lr 1"),
+    Row("swan", "bytes", "--optim.matrix.rule swan --optim.matrix.lr 0.004"),
+    Row("adamh", "bytes", "--optim.matrix.rule adam --optim.matrix.constraint hyperball --optim.matrix.lr 0.003 "
+                          "--model.no_zero_init_projections"),
+    Row("spectral_clip", "bytes", "--optim.matrix.clip 0.05 --optim.matrix.clip_norm spectral"),
+    Row("weight_average", "bytes", "--train.weight_average 0.95 --train.weight_average_start 0.5"),
     Row("scion", "bytes", f"{SCION} --optim.embed.lr 0.03 --optim.head.lr 0.004"),
     Row("scion_constrained", "bytes", f"{SCION} {SCION_BALLS} --optim.matrix.lr 0.04 --optim.embed.lr 0.03 "
                                       "--optim.head.lr 0.005"),

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from configs.curve import parse_curve
+from configs.newton_schulz import check_ns
 
 Curve = str  # the notation of configs/curve.py
-RuleName = Literal["steepest", "adam", "normuon", "muon2", "muown", "dion", "dion2"]
+RuleName = Literal["steepest", "adam", "normuon", "muon2", "muown", "dion", "dion2",
+                   "sm3", "prodigy", "agd", "swan", "shampoo", "soap", "soap_muon"]
 NormName = Literal["spectral", "rms_operator", "schatten", "row", "column", "sign", "frobenius"]
 
 # The norms that have a unit beside their plain one.
@@ -21,7 +23,8 @@ UNIT_NORMS: dict[str, tuple[NormName, ...]] = {
 }
 
 # The fields of a Group that each rule reads, beside those that every rule reads.
-EVERY_RULE_READS = frozenset({"rule", "lr", "weight_decay", "decay", "constraint", "rounding", "state_dtype"})
+EVERY_RULE_READS = frozenset({"rule", "lr", "weight_decay", "decay", "constraint", "rounding", "state_dtype",
+                              "clip", "clip_norm", "graft"})
 AVERAGE_READS = frozenset({"momentum", "averaging", "nesterov", "averages", "momentum_fast"})
 STEEPEST_READS = EVERY_RULE_READS | AVERAGE_READS | {"norm", "unit", "schatten_p", "ns", "ns_steps", "equilibrate"}
 RULE_READS: dict[str, frozenset[str]] = {
@@ -32,6 +35,13 @@ RULE_READS: dict[str, frozenset[str]] = {
     "muown": STEEPEST_READS | {"beta1", "beta2", "eps"},
     "dion": EVERY_RULE_READS | {"momentum", "rank_frac"},
     "dion2": EVERY_RULE_READS | {"momentum", "rank_frac", "ns", "ns_steps"},
+    "sm3": EVERY_RULE_READS | AVERAGE_READS,
+    "prodigy": EVERY_RULE_READS | {"beta1", "beta2", "eps", "distance_start"},
+    "agd": EVERY_RULE_READS,
+    "swan": EVERY_RULE_READS | {"whiten_steps"},
+    "shampoo": EVERY_RULE_READS | AVERAGE_READS | {"gram_beta", "every_steps", "eps", "sides", "exponent", "root"},
+    "soap": EVERY_RULE_READS | {"beta1", "beta2", "eps", "gram_beta", "every_steps"},
+    "soap_muon": STEEPEST_READS | {"beta2", "eps", "gram_beta", "every_steps"},
 }
 
 
@@ -227,6 +237,14 @@ class Group:
     rounding drops kept beside them."""
     state_dtype: Literal["same", "float32"] = "same"
     """Memories of bfloat16 weights in bfloat16 too, or in float32."""
+    graft: Literal["", "steepest", "adam", "normuon", "muon2", "dion", "dion2", "sm3", "swan", "shampoo", "soap",
+                   "soap_muon"] = ""
+    """Another rule, whose direction's Frobenius length each tensor's step takes, graft#rule (Agarwal et al. 2020,
+    arXiv 2002.11803); it reads the same fields."""
+    clip: float = 0.0
+    """Before all else each tensor's gradient is projected onto the ball of this radius in clip_norm; 0: it is not."""
+    clip_norm: NormName = "frobenius"
+    """The ball's norm: frobenius scales the gradient, sign clips its entries, row its rows, spectral its singular values."""
     momentum: float = 0.95
     """Coefficient of the gradient average, unless scheduled."""
     averaging: Literal["ema", "heavy_ball", "none"] = "ema"
@@ -245,10 +263,11 @@ class Group:
     arXiv 2502.07529); frobenius at RMS 1, schatten as long as rms_operator."""
     schatten_p: float = 4.0
     """norm schatten: 1 is nuclear, 2 normalised SGD, and towards infinity Muon; by SVD."""
-    ns: Literal["quintic", "polar_express", "convergent", "dion", "svd"] = "polar_express"
-    """How matrices are orthogonalised: coefficient table, or the exact SVD."""
+    ns: str = "polar_express"
+    """How matrices are orthogonalised: quintic, polar_express, convergent, dion or radii (tables of coefficients), an inline
+    table 'a,b,c;a,b,c;...' (configs/newton_schulz.py), or svd: exactly."""
     ns_steps: int = 5
-    """Newton-Schulz iterations."""
+    """Newton-Schulz iterations; a table's last triple repeats."""
     equilibrate: bool = False
     """Rows of the averaged gradient scaled to one length before they are orthogonalised (nanochat's MuonEq)."""
     normalise: Literal["rows", "longer"] = "rows"
@@ -262,10 +281,32 @@ class Group:
     """Adam's average of its square."""
     eps: float = 1e-10
     """Adam's floor under the root mean square gradient."""
+    gram_beta: float = 0.95
+    """Average of the gradients' Gram matrices; 1: their sum (Gupta et al. 2018, arXiv 1802.09568)."""
+    every_steps: int = 1
+    """Roots (Shampoo) or bases (SOAP) are refreshed every so many updates."""
+    sides: Literal["both", "left", "right", "smaller"] = "both"
+    """Which Gram matrices Shampoo takes: of rows (left), of columns (right)."""
+    exponent: float | None = None
+    """Shampoo's power of each; None: -1/4 for two, -1/2 for one."""
+    root: Literal["eigh", "newton"] = "eigh"
+    """Shampoo's roots: by eigenvectors, or by the coupled Newton iteration (exponents -1/p)."""
+    distance_start: float = 1e-6
+    """Prodigy's first estimate d0 of the distance to a solution; its steps start as small as lr d0."""
+    whiten_steps: int = 10
+    """SWAN's Newton-Schulz iterations: of a 256 x 768 Gaussian's singular values 5 leave .66 to 1, 10 all at 1."""
 
     def __post_init__(self) -> None:
-        _refuse_below(self, 0, "lr", "weight_decay", "eps")
-        _refuse_below(self, 1, "ns_steps", "averages")
+        _refuse_below(self, 0, "lr", "weight_decay", "eps", "clip")
+        _refuse_below(self, 1, "ns_steps", "averages", "whiten_steps", "every_steps")
+        refuse(not 0 <= self.gram_beta <= 1, f"gram_beta must lie in [0, 1], got {self.gram_beta}")
+        refuse(self.exponent is not None and not -1 <= self.exponent < 0,
+               f"exponent must lie in [-1, 0), got {self.exponent}")
+        check_ns(self.ns)
+        refuse(self.graft == self.rule, f"graft must be another rule than {self.rule}")
+        refuse(bool(self.graft) and self.rule in ("prodigy", "agd", "muown"),
+               f"rule {self.rule} sets its own length: it cannot be grafted")
+        refuse(not 0 < self.distance_start < math.inf, f"distance_start must be positive, got {self.distance_start}")
         for name in ("momentum", "momentum_fast", "beta1", "beta2"):
             value = getattr(self, name)
             refuse(not 0 <= value < 1, f"{name} must lie in [0, 1), got {value}")
@@ -282,7 +323,7 @@ class Group:
 
 def acting_fields(group: Group) -> frozenset[str]:
     """The fields of a group that its rule, norm and averaging let act."""
-    acting = set(RULE_READS[group.rule])
+    acting = set(RULE_READS[group.rule]) | (RULE_READS[group.graft] if group.graft else set())
     if "norm" in acting and group.norm not in ("spectral", "rms_operator"):
         acting -= {"ns", "ns_steps", "equilibrate"}
     if group.norm == "rms_operator":
@@ -291,6 +332,8 @@ def acting_fields(group: Group) -> frozenset[str]:
         acting -= {"schatten_p"}
     if group.ns == "svd":
         acting -= {"ns_steps"}
+    if not group.clip:
+        acting -= {"clip_norm"}
     if "averaging" in acting and group.averaging == "none":
         acting -= AVERAGE_READS - {"averaging"}
     if group.averages == 1:
@@ -370,10 +413,21 @@ class Train:
     """In the last 10 % of the run, validate every so many steps; 0: as before."""
     warmup_steps: int = 2
     """Untimed steps before the run, undone afterwards, where code is compiled."""
+    weight_average: float = 0.0
+    """Validate an average of the weights, avg <- beta avg + (1 - beta) W after each step (Polyak & Juditsky 1992), not the
+    last weights; 0: off. Training goes on from the last ones."""
+    weight_average_start: float = 0.0
+    """Share of the steps after which it begins, at the weights of that time."""
+    weight_average_blend: float = 1.0
+    """Validate blend avg + (1 - blend) W."""
 
     def __post_init__(self) -> None:
         _refuse_below(self, 1, "steps", "batch_tokens", "micro_tokens")
         _refuse_below(self, 0, "val_every_steps", "final_val_every_steps", "warmup_steps")
+        refuse(not 0 <= self.weight_average < 1, f"weight_average must lie in [0, 1), got {self.weight_average}")
+        for name in ("weight_average_start", "weight_average_blend"):
+            value = getattr(self, name)
+            refuse(not 0 <= value <= 1, f"{name} must lie in [0, 1], got {value}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,9 @@ from dataclasses import dataclass, fields
 from torch import Tensor
 
 from configs.schema import EVERY_RULE_READS, Group, Optim, acting_fields
-from optim.rules import RULES, Rule
+from optim.clip import Clip
+from optim.norms import Scope
+from optim.rules import Rule, build_rule
 from optim.step import Step
 
 
@@ -19,6 +21,17 @@ class ParamGroup:
     rule: Rule
     step: Step
     params: dict[str, Tensor]
+
+    @property
+    def clip(self) -> Clip | None:
+        """The ball that its gradients are projected onto, if any."""
+        return Clip.build(self.config)
+
+    @property
+    def scope(self) -> Scope:
+        """How finely its tensors may be cut: the coarsest of what rule, constraint and clipping need."""
+        needs = {self.rule.scope, self.step.scope, self.clip.scope if self.clip else "element"}
+        return next(scope for scope in ("matrix", "row", "element") if scope in needs)
 
     @property
     def elements(self) -> int:
@@ -42,7 +55,7 @@ def build_groups(params: Mapping[str, Tensor], roles: Mapping[str, str], optim: 
         members = {name: param for name, param in params.items() if roles[name] == role}
         if members:
             config = getattr(optim, role)
-            groups.append(ParamGroup(role, config, RULES[config.rule].build(config), Step.build(config), members))
+            groups.append(ParamGroup(role, config, build_rule(config), Step.build(config), members))
     return groups
 
 

@@ -7,86 +7,45 @@ update the owned slice, launch the all-gather; wait for all. Banks of few elemen
 Rules that need sums over their group first (`Rule.sums`) get them between the two halves.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from optim.bank import Bank, alike, lead_view
 from optim.comm import Comm
+from optim.finite import AT_ONCE, Watch
 from optim.groups import ParamGroup
 from optim.measures import Measures, Moments, moments_of, summarise
 from optim.rules import Hyper, Rule
 from optim.schedule import Values
 from optim.step import Step
+from optim.weight_average import WeightAverage
 
 SMALL_BANK_ELEMENTS = 16_384  # below this an all-reduce costs less than a scatter and a gather
-
-
-@dataclass(slots=True)
-class Bank:
-    """K tensors of one shape, stacked: `weights` and `grads` are (lead, ...), lead padded for the world size."""
-
-    group: ParamGroup
-    names: list[str]
-    shape: torch.Size
-    weights: Tensor
-    grads: Tensor
-    own: slice
-    sharded: bool
-    state: dict[str, Tensor] = field(default_factory=dict)
-    """Of the owned slice, in the form of the rule: the first dimension is K; for rows and elements the second is cut."""
-
-    def stacked(self, lead: Tensor) -> Tensor:
-        """A whole-bank tensor (lead, ...) without its padding, as one part per parameter: (K, *part_shape)."""
-        units = self._units()
-        parts = lead[:len(self.names) * units]
-        return parts.reshape(len(self.names), *self.part_shape(lead))
-
-    def part_shape(self, lead: Tensor) -> tuple[int, ...]:
-        """What one parameter has of a bank tensor (lead, ...): its own shape, if it is a number per element."""
-        units, rest = self._units(), lead.shape[1:]
-        if units * rest.numel() == self.shape.numel():
-            return tuple(self.shape)
-        return tuple(rest) if self.group.rule.scope == "matrix" else (units, *rest)
-
-    def _units(self) -> int:
-        """First-dimension entries of one parameter: matrices, rows or elements."""
-        scope = self.group.rule.scope
-        return {"matrix": 1, "row": self.shape[:-1].numel(), "element": self.shape.numel()}[scope]
-
-    def as_matrices(self, lead: Tensor) -> Tensor:
-        """Any slice of the bank as stacked matrices (k, m, n), the form that norms and rules expect."""
-        return lead if lead.ndim == 3 else lead.reshape(1, -1, lead.size(-1) if lead.ndim == 2 else 1)
-
-    def lead(self, state: Tensor) -> Tensor:
-        """A state tensor with the dimension first that ranks divide among them."""
-        return state if self.group.rule.scope == "matrix" else state.flatten(0, 1)
-
-
-def _lead_view(stack: Tensor, scope: str) -> Tensor:
-    """(K, *shape) with the dimension that may be cut first: elements (N,), rows (R, n) or matrices (K, m, n)."""
-    if scope == "element":
-        return stack.reshape(-1)
-    matrices = stack.reshape(stack.size(0), -1, stack.size(-1) if stack.ndim > 1 else 1)
-    return matrices.flatten(0, 1) if scope == "row" else matrices
 
 
 class ShardedOptimizer:
     """Owns weights, gradients and state of all groups; the only writer of the model's parameters after construction."""
 
-    def __init__(self, groups: list[ParamGroup], comm: Comm, *, compile_updates: bool = False) -> None:
+    def __init__(self, groups: list[ParamGroup], comm: Comm, *, compile_updates: bool = False,
+                 average: WeightAverage | None = None) -> None:
         """Moves every parameter's storage into a bank and broadcasts rank 0's weights."""
         self.comm = comm
+        self.average = average
         self._before: list[Tensor] | None = None
-        self.shared = {group.role: group.rule.init_shared() for group in groups}
-        self.banks = [self._make_bank(group, names) for group in groups for names in _alike(group)]
+        self.shared = {group.role: {key: tensor.to(comm.device) for key, tensor in group.rule.init_shared().items()}
+                       for group in groups}
+        self.banks = [self._make_bank(group, names) for group in groups for names in alike(group)]
+        self.watch = Watch(self.banks, comm)
         if compile_updates:
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # one graph a bank
         self._update = torch.compile(_update, dynamic=False) if compile_updates else _update
 
     def _make_bank(self, group: ParamGroup, names: list[str]) -> Bank:
         params = [group.params[name] for name in names]
-        flat = _lead_view(torch.stack([p.detach() for p in params]), group.rule.scope)
+        flat = lead_view(torch.stack([p.detach() for p in params]), group.scope)
         sharded = self.comm.world_size > 1 and flat.numel() >= SMALL_BANK_ELEMENTS
         padding = -flat.size(0) % self.comm.world_size if sharded else 0
         weights = torch.cat([flat, flat.new_zeros(padding, *flat.shape[1:])]) if padding else flat.clone()
@@ -98,6 +57,8 @@ class ShardedOptimizer:
         memory = bank.as_matrices(weights[own])
         bank.state = group.step.init_state(memory)
         bank.state |= group.rule.init_state(memory.float() if group.config.state_dtype == "float32" else memory)
+        if self.average:
+            self.average.init(bank)
         return bank
 
     def zero_grad(self) -> None:
@@ -109,21 +70,56 @@ class ShardedOptimizer:
     def step(self, values: Values, count: int, *, remember: bool = False) -> None:
         """One update from the gradients' sum over ranks; `count` is 1 at the first. The gradients are spent afterwards.
 
-        With `remember`, the weights before it are kept for `measure`.
+        With `remember`, the weights before it are kept for `measure`. A gradient that is not finite touches no weight: it
+        raises NonFiniteError here, or on CUDA, where that would wait for the device, at the next `refuse_non_finite`.
         """
         launched = [self.comm.reduce_scatter(b.grads) if b.sharded else (b.grads, self.comm.all_reduce(b.grads))
                     for b in self.banks]
         hypers = {bank.group.role: self._hyper(bank.group, values, count) for bank in self.banks}
+        self._receive_early(launched, hypers, count)
         self._exchange_sums(launched, hypers)
         gathers = []
         self._before = [bank.weights[bank.own].clone() for bank in self.banks] if remember else None
-        for bank, (grad, work) in zip(self.banks, launched, strict=True):
-            work.wait()
+        for index, (bank, (grad, _)) in enumerate(zip(self.banks, launched, strict=True)):
+            self._receive(index, launched, count)
             self._update_bank(bank, bank.weights[bank.own], grad, hypers[bank.group.role])
+            if self.average:
+                self.average.update(bank, count)
             gathers.append(self.comm.all_gather(bank.weights) if bank.sharded else None)
         for gather in gathers:
             if gather is not None:
                 gather.wait()
+
+    def _receive_early(self, launched: list, hypers: dict[str, Hyper], count: int) -> None:
+        """Wait for the gradients that must be there before any update: all where they are refused at once, else those of
+        groups with sums."""
+        at_once = self.comm.device.type in AT_ONCE
+        for index, bank in enumerate(self.banks):
+            if at_once or hypers[bank.group.role].shared:
+                self._receive(index, launched, count)
+        if at_once:
+            self.refuse_non_finite()
+
+    def _receive(self, index: int, launched: list, count: int) -> None:
+        """Wait for a bank's gradients, once, and watch them."""
+        grad, work = launched[index]
+        if work is not None:
+            work.wait()
+            self.watch.see(index, grad, count)
+            launched[index] = grad, None
+
+    def refuse_non_finite(self) -> None:
+        """Raise NonFiniteError if any gradient so far was not finite. A collective, which waits for the device."""
+        self.watch.refuse()
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within, the model has the averaged weights, where they are kept. A collective."""
+        if not self.average:
+            yield
+            return
+        with self.average.shown(self.banks, self.comm):
+            yield
 
     def _hyper(self, group: ParamGroup, values: Values, count: int) -> Hyper:
         return hyper_at(group, values, count)._replace(shared=self.shared[group.role])
@@ -134,9 +130,8 @@ class ShardedOptimizer:
             if not hyper.shared:
                 continue
             parts = []
-            for bank, (grad, work) in zip(self.banks, launched, strict=True):
+            for bank, (grad, _) in zip(self.banks, launched, strict=True):
                 if bank.group.role == role:
-                    work.wait()
                     part = bank.group.rule.sums(*self._seen(bank, bank.weights[bank.own], grad), hyper)
                     parts.append(part if bank.sharded or self.comm.rank == 0 else torch.zeros_like(part))
                     rule = bank.group.rule
@@ -147,12 +142,15 @@ class ShardedOptimizer:
     def _seen(self, bank: Bank, own: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Weights, gradients and state of the owned slice as the rule sees them."""
         grad = bank.as_matrices(grad)
+        clip = bank.group.clip
+        grad = clip(grad) if clip else grad
         wide = bank.group.config.state_dtype == "float32"
         return bank.as_matrices(own), grad.float() if wide else grad, bank.state
 
     def _update_bank(self, bank: Bank, own: Tensor, grad: Tensor, hyper: Hyper) -> None:
         if own.numel():
-            self._update(bank.group.rule, bank.group.step, *self._seen(bank, own, grad), hyper)
+            update = self._update if bank.group.rule.compiles else _update
+            update(bank.group.rule, bank.group.step, *self._seen(bank, own, grad), hyper)
 
     @torch.no_grad()
     def measure(self, values: Values) -> Measures:
@@ -174,7 +172,7 @@ class ShardedOptimizer:
         """Weights and state of every parameter as whole CPU tensors, `weights/NAME` and `NAME`-keyed state: independent
         of the world size. A collective: every rank must call it.
         """
-        found = {f"shared/{role}/{key}": tensor.reshape(1).cpu()
+        found = {f"shared/{role}/{key}": tensor.reshape(1).clone().cpu()
                  for role, numbers in self.shared.items() for key, tensor in numbers.items()}
         for bank in self.banks:
             for key, owned in self._owned(bank).items():
@@ -218,6 +216,7 @@ class ShardedOptimizer:
         """Undo every step since the snapshot was taken."""
         for tensor, saved in zip(self._all_tensors(), snapshot, strict=True):
             tensor.copy_(saved)
+        self.watch.reset()
 
     def _all_tensors(self) -> list[Tensor]:
         banks = [tensor for bank in self.banks for tensor in (bank.weights, *bank.state.values())]
@@ -230,14 +229,6 @@ class ShardedOptimizer:
             for key, owned in self._owned(bank).items():
                 shapes |= dict.fromkeys((f"{key}/{name}" for name in bank.names), bank.part_shape(owned))
         return shapes
-
-
-def _alike(group: ParamGroup) -> list[list[str]]:
-    """Names of a group's parameters, by equal shape and dtype, in order."""
-    kinds: dict[tuple, list[str]] = {}
-    for name, param in group.params.items():
-        kinds.setdefault((param.shape, param.dtype), []).append(name)
-    return list(kinds.values())
 
 
 def hyper_at(group: ParamGroup, values: Values, count: int) -> Hyper:

@@ -44,6 +44,11 @@ class Step:
         return cls(group.decay if group.weight_decay else "none", group.lr, group.constraint, group.rounding)
 
     @property
+    def scope(self) -> str:
+        """How finely a tensor may be cut and each part stepped alone."""
+        return "matrix" if self.constraint == "hyperball" else "element"
+
+    @property
     def is_plain(self) -> bool:
         """Whether it is W <- (1 - lr wd) W - lr D and nothing more."""
         return self.decay in ("none", "decoupled") and self.constraint == "none" and self.rounding == "nearest"

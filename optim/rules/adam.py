@@ -8,6 +8,7 @@ from torch.optim.adamw import adamw
 
 from configs.schema import Group
 from optim.norms import Norm, Sign
+from optim.rules.average import absorb_square
 from optim.rules.base import Hyper, Rule, zeros_like_bank
 from optim.step import Step
 
@@ -38,7 +39,7 @@ class Adam(Rule):
         """mhat / (sqrt(vhat) + eps), float32, of any shape."""
         grad, mean, square = grad.float(), state["mean"], state["square"]
         mean.lerp_(grad.to(mean.dtype), 1 - self.beta1)
-        square.lerp_((grad * grad).to(square.dtype), 1 - self.beta2)
+        absorb_square(square, grad, self.beta2)
         root = (square.float() / (1 - self.beta2**hyper.count)).sqrt_().add_(self.eps)
         return mean.float().div(root).div_(1 - self.beta1**hyper.count)
 

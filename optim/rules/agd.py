@@ -37,9 +37,8 @@ class AGD(Rule):
 
     def sums(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
         """Sum of (m/n)^.5 ||G||_F, and the number of matrices."""
-        top = grad.float().abs().amax(dim=(-2, -1))
-        size = top * self.norm.dual(grad.float()).mul(grad / _one(top)[:, None, None]).sum(dim=(-2, -1))
-        alive = (top > 0) | param.any(-1).any(-1)
+        size = (self.norm.dual(grad.float()) * grad).sum(dim=(-2, -1))
+        alive = (size > 0) | param.flatten(1).any(1)
         return torch.stack([(size * _scale(grad)).sum().clamp_max(LARGE), alive.float().sum()])
 
     def absorb(self, sums: Tensor, hyper: Hyper) -> None:
@@ -55,7 +54,3 @@ class AGD(Rule):
 
 def _scale(grad: Tensor) -> float:
     return (grad.size(-2) / grad.size(-1)) ** 0.5
-
-
-def _one(top: Tensor) -> Tensor:
-    return top.where(top > 0, 1)

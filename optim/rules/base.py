@@ -1,6 +1,6 @@
 """What every update rule is: a map from gradients to descent directions, with a memory; on stacked matrices (K, m, n)."""
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class Rule:
     __slots__ = ()
     norm: Norm
     """The norm whose steepest descent it is, given or learned (without averages)."""
+    compiles: ClassVar[bool] = True
+    """Whether `update` is one graph; not where it does other work at some steps, or needs eigenvectors."""
 
     @property
     def scope(self) -> Scope:

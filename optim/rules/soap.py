@@ -1,0 +1,137 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's Gram matrices; and its momentum stepped to a norm's dual (SOAP-Muon)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from configs.schema import Group
+from optim.norms import Norm, Scope, Spectral
+from optim.rules.average import absorb_square
+from optim.rules.base import Hyper, Rule, zeros_like_bank
+from optim.rules.kronecker import absorb_grams, eigenbasis, init_grams, turn_basis
+from optim.rules.steepest import Steepest
+
+
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """Orthonormal bases Q_L and Q_R of the rows' and the columns' space, learned from the gradients' Gram matrices.
+
+    By eigh at the first gradient, then by one orthogonal iteration every `every` updates (Vyas et al. 2024,
+    arXiv 2409.11321, algorithm 4).
+    """
+
+    beta: float
+    every: int
+
+    def init_state(self, param: Tensor) -> dict[str, Tensor]:
+        """Gram matrices, and bases that stand for the identity until there is a gradient."""
+        grams = init_grams(param, "both")
+        return grams | {f"basis_{key.removeprefix('gram_')}": torch.eye(gram.size(-1), device=gram.device).repeat(
+            gram.size(0), 1, 1) for key, gram in grams.items()}
+
+    def enter(self, G: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """Q_L^T G Q_R."""
+        return state["basis_left"].mT @ G.float() @ state["basis_right"]
+
+    def leave(self, P: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """Q_L P Q_R^T."""
+        return state["basis_left"] @ P @ state["basis_right"].mT
+
+    def learn(self, grad: Tensor, state: dict[str, Tensor], hyper: Hyper, *, kept: tuple[str, ...]) -> None:
+        """Take the gradient in and turn the bases; state tensors `kept` in the bases follow the order of the axes."""
+        absorb_grams(grad, state, self.beta)
+        count = int(hyper.count)
+        if count == 1:
+            for side in ("left", "right"):
+                state[f"basis_{side}"].copy_(eigenbasis(state[f"gram_{side}"]))
+        elif (count - 1) % self.every == 0:
+            for side, dim in (("left", -2), ("right", -1)):
+                order = turn_basis(state[f"gram_{side}"], state[f"basis_{side}"]).unsqueeze(-1 if dim == -2 else -2)
+                for key in kept:
+                    state[key].copy_(state[key].gather(dim, order.expand_as(state[key])))
+
+
+@dataclass(frozen=True, slots=True)
+class Soap(Rule):
+    """D = Q_L [mhat' / (sqrt(vhat') + eps)] Q_R^T: Adam on G' = Q_L^T G Q_R, bias-corrected.
+
+    Vyas et al. 2024, arXiv 2409.11321, algorithm 3. The first gradient sets the bases and moves nothing, as in the public
+    code: in the basis that one gradient makes of itself every second entry is rounding. The mean is kept in the weights'
+    own axes and rotated when it is used, so that it needs no turning when the bases turn.
+    """
+
+    beta1: float
+    beta2: float
+    eps: float
+    basis: Basis
+    norm: Norm = Spectral()
+    scope: Scope = "matrix"
+    compiles: ClassVar[bool] = False
+
+    @classmethod
+    def build(cls, group: Group) -> "Soap":
+        """The rule that a group's configuration describes."""
+        return cls(group.beta1, group.beta2, group.eps, Basis(group.gram_beta, group.every_steps))
+
+    def init_state(self, param: Tensor) -> dict[str, Tensor]:
+        """Mean, second moment in the bases (float32), Gram matrices and bases."""
+        return {"mean": zeros_like_bank(param), "square": torch.zeros_like(param, dtype=torch.float32)
+                } | self.basis.init_state(param)
+
+    def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
+        """The step in the weights' axes: float32 (K, m, n)."""
+        steps = hyper.count - 1
+        step = torch.zeros_like(grad, dtype=torch.float32)
+        if int(steps):
+            mean = state["mean"]
+            mean.lerp_(grad.to(mean.dtype), 1 - self.beta1)
+            absorb_square(state["square"], self.basis.enter(grad, state), self.beta2)
+            root = (state["square"] / (1 - self.beta2**steps)).sqrt_().add_(self.eps)
+            step = self.basis.leave(self.basis.enter(mean, state) / root.clamp_min_(1e-30), state)
+            step = step / (1 - self.beta1**steps)
+        self.basis.learn(grad, state, hyper, kept=("square",))
+        return step
+
+
+@dataclass(frozen=True, slots=True)
+class SoapMuon(Rule):
+    """D = dual(Q_L [u' / (sqrt(v') + eps)] Q_R^T), u' = Q_L^T u Q_R for the average u, v' <- b2 v' + (1 - b2) u'^2.
+
+    The core of the speedrun's track-3 record (result 46: SOAP on all hidden matrices). The bases learn after the step, so
+    that the first is plain steepest descent. No bias correction: the dual ignores a common factor.
+    """
+
+    steepest: Steepest
+    beta2: float
+    eps: float
+    basis: Basis
+    scope: Scope = "matrix"
+    compiles: ClassVar[bool] = False
+
+    @classmethod
+    def build(cls, group: Group) -> "SoapMuon":
+        """The rule that a group's configuration describes."""
+        return cls(Steepest.build(group), group.beta2, group.eps, Basis(group.gram_beta, group.every_steps))
+
+    @property
+    def norm(self) -> Norm:
+        """The one whose dual it steps to."""
+        return self.steepest.norm
+
+    def init_state(self, param: Tensor) -> dict[str, Tensor]:
+        """The averages, the second moment in the bases (float32), Gram matrices and bases."""
+        return self.steepest.init_state(param) | {"square": torch.zeros_like(param, dtype=torch.float32)
+                                                  } | self.basis.init_state(param)
+
+    def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
+        """The dual of the preconditioned average: float32 (K, m, n)."""
+        average = self.steepest.average.next(grad.float(), state, hyper.momentum).float()
+        if int(hyper.count) > 1:
+            inner = self.basis.enter(average, state)
+            absorb_square(state["square"], inner, self.beta2)
+            average = self.basis.leave(inner / state["square"].sqrt().add_(self.eps).clamp_min_(1e-30), state)
+        step = self.steepest.dual(average)
+        self.basis.learn(grad, state, hyper, kept=("square",))
+        return step

@@ -1,0 +1,84 @@
+"""SM3 against its formula, a public implementation, and Adagrad, which it bounds."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs.schema import Group
+from optim.rules import RULES
+from tests.optim.rules.oracle import SHAPES, assert_moved_alike, directions, gaussian, gradients, hyper, train
+
+
+def sm3(**changes: object) -> Group:
+    return Group(**dict(rule="sm3", lr=0.05, averaging="none") | changes)
+
+
+def twin(start, grads, *, lr, mu=0.0):
+    """Entry by entry, in float64."""
+    W, average = start.double().clone(), torch.zeros_like(start, dtype=torch.float64)
+    for k in range(W.size(0)):
+        row, column = [0.0] * W.size(1), [0.0] * W.size(2)
+        for grad in grads:
+            nu = [[min(row[i], column[j]) + grad[k, i, j].item() ** 2 for j in range(W.size(2))] for i in range(W.size(1))]
+            step = grad[k].double() / torch.tensor(nu).double().sqrt()
+            average[k] = mu * average[k] + (1 - mu) * step
+            W[k] -= lr * average[k]
+            row, column = [max(entries) for entries in nu], [max(entries) for entries in zip(*nu, strict=True)]
+    return W
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mu", [0.0, 0.8])
+def test_sm3_is_its_formula(shape, mu):
+    start, grads = gaussian(*shape, seed=99), gradients(*shape, steps=20)
+    group = sm3(averaging="ema", momentum=mu, nesterov=False) if mu else sm3()
+    assert_moved_alike(train(group, start, grads), twin(start, grads, lr=0.05, mu=mu), start, tolerance=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (9,)])
+def test_sm3_is_pytorch_optimizers(shape):
+    public = pytest.importorskip("pytorch_optimizer")
+    start, grads = gaussian(*shape, seed=99), gradients(*shape, steps=25)
+    param = torch.nn.Parameter(start.clone())
+    optimizer = public.SM3([param], lr=0.05)
+    for grad in grads:
+        param.grad = grad.clone()
+        optimizer.step()
+    stack = start.reshape(1, -1, shape[-1])
+    found = train(sm3(), stack, [grad.view_as(stack) for grad in grads])
+    assert_moved_alike(found.view(shape), param.detach(), start, tolerance=1e-6)
+
+
+def test_a_vector_is_adagrads():
+    grads = gradients(1, 1, 30, steps=12)
+    sums = torch.stack(grads).double().square().cumsum(0)
+    for found, grad, total in zip(directions(sm3(), grads), grads, sums, strict=True):
+        torch.testing.assert_close(found.double(), grad.double() / total.sqrt(), rtol=1e-5, atol=0)
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 10**6))
+def test_steps_are_at_most_adagrads(m, n, seed):
+    """nu bounds the sum of squares from above (the paper's proposition 2)."""
+    grads = [gaussian(2, m, n, seed=seed + t) for t in range(5)]
+    sums = torch.stack(grads).double().square().cumsum(0)
+    for found, grad, total in zip(directions(sm3(), grads), grads, sums, strict=True):
+        assert (found.abs() <= grad.abs() / total.sqrt() * (1 + 1e-5)).all()
+
+
+def test_the_first_step_is_the_sign_and_memory_is_rows_and_columns():
+    grad = gaussian(2, 5, 7)
+    assert torch.equal(directions(sm3(), [grad])[0], grad.sign())
+    state = RULES["sm3"].build(sm3()).init_state(grad.bfloat16())
+    assert {key: (tuple(t.shape), t.dtype) for key, t in state.items()} == {
+        "row": ((2, 5, 1), torch.float32), "column": ((2, 1, 7), torch.float32)}
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_the_scale_of_the_gradients_does_not_matter(scale):
+    rule, grads = RULES["sm3"].build(sm3()), gradients(2, 5, 7, steps=6)
+    plain, scaled = rule.init_state(grads[0]), rule.init_state(grads[0])
+    for t, grad in enumerate(grads):
+        wanted = rule.direction(grad, grad, plain, hyper(1.0, count=t + 1))
+        found = rule.direction(grad, grad * scale, scaled, hyper(1.0, count=t + 1))
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
