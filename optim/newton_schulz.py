@@ -10,18 +10,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Triple = tuple[float, float, float]
+from configs.newton_schulz import Triple, parse_table
+
 LARGE_MATRIX_ELEMENTS = 2**18  # on CPUs, matrices of this size gain nothing from a batch, and lose the cache
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
     """Coefficients of a Newton-Schulz iteration, one triple a step; the last repeats. Inputs are scaled to Frobenius
-    norm 1 / safety. `band` bounds the singular values that 5 steps give for inputs in [3e-3, 1] (measured)."""
+    norm 1 / safety. `band` bounds the singular values that 5 steps give for inputs in [3e-3, 1] (measured; None: not)."""
 
     triples: tuple[Triple, ...]
     safety: float
-    band: tuple[float, float]
+    band: tuple[float, float] | None
     source: str
 
     def steps(self, count: int) -> list[Triple]:
@@ -40,28 +41,42 @@ TABLES = {
         ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046),
          (2.8366, -3.0525, 1.2012)),
         1.0, (0.977, 1.146), "Microsoft's dion"),
+    "radii": Table(
+        ((4.170751, -8.255628, 4.089060), (4.160482, -8.198100, 4.055237), (4.118276, -7.964501, 3.918119),
+         (3.943637, -7.045384, 3.382435), (3.308953, -4.303330, 1.834942)),
+        1.0, (0.828, 1.201), "scripts/design_newton_schulz.py radii --inner .2925 .2907 .2832 .2503 .0977"),
 }
+
+
+def find_table(text: str) -> Table:
+    """The table of a name, or of the inline notation of configs/newton_schulz.py. Raises ValueError for neither."""
+    if text in TABLES:
+        return TABLES[text]
+    safety, triples = parse_table(text)
+    return Table(triples, safety, None, "inline")
 
 
 def orthogonalize(G_Kmn: Tensor, table: str = "polar_express", *, steps: int = 5) -> Tensor:
     """Approximate polar factor of each matrix: (K, m, n) or (m, n) -> the same shape and dtype, a new tensor.
 
     Computed in bfloat16 on CUDA, in the input's precision elsewhere; tall matrices are transposed, so that A is the
-    smaller Gram matrix. Zero stays zero. `table` is a key of TABLES, or `svd` for the exact twin.
+    smaller Gram matrix. Zero stays zero. `table` is a key of TABLES, an inline table, or `svd` for the exact twin.
     """
     if table == "svd":
         return orthogonalize_svd(G_Kmn)
-    if G_Kmn.device.type == "cpu" and G_Kmn.ndim == 3 and len(G_Kmn) > 0 and G_Kmn[0].numel() >= LARGE_MATRIX_ELEMENTS:
-        return torch.stack([orthogonalize(G_mn, table, steps=steps) for G_mn in G_Kmn])
+    if G_Kmn.ndim == 2:
+        return orthogonalize(G_Kmn[None], table, steps=steps)[0]
+    if G_Kmn.device.type == "cpu" and len(G_Kmn) > 1 and G_Kmn[0].numel() >= LARGE_MATRIX_ELEMENTS:
+        return torch.cat([orthogonalize(G_1mn, table, steps=steps) for G_1mn in G_Kmn.split(1)])
+    chosen = find_table(table)
     tall = G_Kmn.size(-2) > G_Kmn.size(-1)
     X = G_Kmn.mT if tall else G_Kmn
     X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) * TABLES[table].safety).clamp_min(1e-7)
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) * chosen.safety).clamp_min(1e-7)
     X = X.to(torch.bfloat16 if X.is_cuda else X.dtype)
-    fused = torch.addmm if X.ndim == 2 else torch.baddbmm
-    for a, b, c in TABLES[table].steps(steps):
+    for a, b, c in chosen.steps(steps):
         A = X @ X.mT
-        X = fused(X, fused(A, A, A, beta=b, alpha=c), X, beta=a)
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     return (X.mT if tall else X).to(G_Kmn.dtype)
 
 

@@ -27,6 +27,8 @@ class Design:
     """Iterations."""
     lower: float = 1e-3
     """Least singular value, relative to the Frobenius norm, that the table is designed or judged for."""
+    safety: float = 1.02
+    """Each step's input is divided by this, so that rounding cannot carry it beyond the map's range."""
     figure: Path | None = None
     """Draw the composed map to this file: .html, or .png, .svg or .pdf (with the package kaleido and a Chromium)."""
 
@@ -40,11 +42,9 @@ class Radii(Design):
     outer: float = 0.2
     """Outer radius, of all steps."""
 
-    safety: tyro.conf.Suppress[float] = 1.0
-
-    def triples(self) -> list[Triple]:
-        """The table."""
-        return radii_sequence(self.inner, self.outer, self.steps)
+    def table(self) -> tuple[list[Triple], float]:
+        """The triples, and the safety factor of their inputs' Frobenius norm: norm 1 is far below 1 + outer."""
+        return radii_sequence(self.inner, self.outer, self.steps, safety=self.safety), 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,28 +53,26 @@ class Optimal(Design):
 
     cushion: float = 0.0
     """No step is fitted to less than so much of its interval's upper end."""
-    safety: float = 1.02
-    """Each step's input, and the first's Frobenius norm, is divided by this."""
 
-    def triples(self) -> list[Triple]:
-        """The table."""
-        return optimal_sequence(self.lower, self.steps, cushion=self.cushion, safety=self.safety)
+    def table(self) -> tuple[list[Triple], float]:
+        """The triples, and the safety factor of their inputs' Frobenius norm: norm 1 is the end of the map's range."""
+        return optimal_sequence(self.lower, self.steps, cushion=self.cushion, safety=self.safety), self.safety
 
 
-def describe(triples: Sequence[Triple], design: Radii | Optimal) -> str:
+def describe(triples: Sequence[Triple], safety: float, design: Radii | Optimal) -> str:
     """The table, how to use it, and its band beside those of the named tables after as many steps."""
-    rows = {"this table": (triples, design.safety)}
+    rows = {"this table": (triples, safety)}
     rows |= {name: (table.steps(design.steps), table.safety) for name, table in TABLES.items()}
-    lines = [f'--optim.matrix.ns "{as_inline(triples, design.safety)}" --optim.matrix.ns_steps {design.steps}', "",
+    lines = [f'--optim.matrix.ns "{as_inline(triples, safety)}" --optim.matrix.ns_steps {design.steps}', "",
              f"{'':>14}  least  greatest  slope at 0   (singular values in [{design.lower:g}, 1], {design.steps} steps)"]
-    for name, (row, safety) in rows.items():
-        low, high = band(row, design.lower, safety=safety)
-        slope = np.prod([a for a, _, _ in row]) / safety
+    for name, (row, scale) in rows.items():
+        low, high = band(row, design.lower, safety=scale)
+        slope = np.prod([a for a, _, _ in row]) / scale
         lines.append(f"{name:>14} {low:6.3f} {high:9.3f} {slope:11.0f}")
     return "\n".join(lines)
 
 
-def draw(triples: Sequence[Triple], design: Radii | Optimal) -> None:
+def draw(triples: Sequence[Triple], safety: float, design: Radii | Optimal) -> None:
     """The composed map beside Jordan's quintic, and the band over [s, 1] against s, in design.figure.
 
     Raises ValueError for an ending that is no figure's, or where kaleido or its browser is missing.
@@ -85,8 +83,8 @@ def draw(triples: Sequence[Triple], design: Radii | Optimal) -> None:
     x = np.geomspace(LEAST_DRAWN, 1, 4001)
     figure = make_subplots(1, 2, subplot_titles=("composed map", "band over [s, 1]"))
     quintic = TABLES["quintic"].steps(design.steps)
-    for name, row, safety, colour in [("quintic", quintic, 1.0, "#999"), ("this table", triples, design.safety, "#06c")]:
-        y = compose(row, x / safety)
+    for name, row, scale, colour in [("quintic", quintic, 1.0, "#999"), ("this table", triples, safety, "#06c")]:
+        y = compose(row, x / scale)
         figure.add_scatter(x=x, y=y, name=name, line_color=colour, row=1, col=1)
         for ends in (np.minimum.accumulate(y[::-1])[::-1], np.maximum.accumulate(y[::-1])[::-1]):
             figure.add_trace(go.Scatter(x=x, y=ends, line_color=colour, showlegend=False), row=1, col=2)
@@ -95,7 +93,7 @@ def draw(triples: Sequence[Triple], design: Radii | Optimal) -> None:
     figure.update_xaxes(title_text="s", col=2)
     figure.update_yaxes(range=[0, 1.3])
     figure.add_hline(y=1, line_dash="dot", line_width=1)
-    figure.update_layout(template="plotly_white", width=1000, height=420, legend_x=0.02, legend_y=0.98)
+    figure.update_layout(template="plotly_white", width=1000, height=420, margin_t=40, legend_x=0.02, legend_y=0.98)
     _write(figure, design.figure)
 
 
@@ -117,10 +115,10 @@ def main(design: Radii | Optimal) -> None:
     """Design, print and, where asked, draw. Raises ValueError for radii or bounds that allow no table."""
     if not 0 < design.lower <= 1:
         raise ValueError(f"lower must lie in (0, 1], got {design.lower:g}")
-    triples = design.triples()
-    print(describe(triples, design))
+    triples, safety = design.table()
+    print(describe(triples, safety, design))
     if design.figure:
-        draw(triples, design)
+        draw(triples, safety, design)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,256 @@
+"""Every optimizer in one table: its norm, what it remembers, what a step costs, and how near it is to public code.
+
+    python -m benchmarks.optimizers [--no-timings]
+
+Writes optimizers.json and optimizers.md. Times are of one step on track 3's 72 matrices, after one that is not counted,
+relative to AdamW's; without timings the file keeps the ones that it has.
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.muon_step import SHAPES
+from benchmarks.oracles import ORACLES, parity
+from configs.schema import Group, Optim, acting_fields
+from data.environment import describe_environment
+from data.runs import write_json, write_text
+from optim.comm import Comm
+from optim.groups import build_groups
+from optim.rules import RULES, Hyper, build_rule
+from optim.schedule import Values
+from optim.sharded import ShardedOptimizer
+
+RESULT = Path(__file__).with_suffix(".json")
+MATRIX = (768, 3072)
+LIMIT_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row: an optimizer by its usual name."""
+
+    name: str
+    group: Group
+    norm: str
+    learns: str = ""
+
+
+@dataclass
+class Arguments:
+    """Arguments of the benchmark."""
+
+    timings: bool = True
+    """Measure the steps' times, which takes half an hour on two cores; else keep those in the file."""
+
+
+def steepest(norm: str, **fields: object) -> Group:
+    """Steepest descent under a norm."""
+    return Group(rule="steepest", norm=norm, **fields)
+
+
+MUON = dict(norm="spectral", unit="at_least_one")
+NAMED = [
+    Entry("AdamW", Group(), "largest entry", "a scale per entry"),
+    Entry("normalised SGD", steepest("frobenius"), "Frobenius"),
+    Entry("Signum", steepest("sign"), "largest entry"),
+    Entry("Scion, head", steepest("sign", unit="fan_in"), "n x largest entry"),
+    Entry("Scion, embedding", steepest("row"), "largest row RMS"),
+    Entry("steepest, columns", steepest("column"), "largest column RMS"),
+    Entry("Scion, hidden", steepest("rms_operator"), "RMS > RMS"),
+    Entry("Muon", steepest(**MUON, ns="quintic"), "spectral, Jordan's unit"),
+    Entry("Muon, Moonlight's", steepest("spectral", unit="match_adam", averaging="heavy_ball"), "spectral, Moonlight's unit"),
+    Entry("Muon, equilibrated", steepest(**MUON, equilibrate=True), "spectral, Jordan's unit"),
+    Entry("steepest, Schatten 4", steepest("schatten"), "Schatten 4"),
+    Entry("NorMuon", Group(rule="normuon", **MUON), "spectral, Jordan's unit", "a scale per row"),
+    Entry("Muon^2", Group(rule="muon2", **MUON), "spectral, Jordan's unit", "a scale per entry"),
+    Entry("Muown", Group(rule="muown", norm="spectral", unit="match_adam"), "spectral, Moonlight's unit", "a length per row"),
+    Entry("Dion", Group(rule="dion"), "RMS > RMS", "the leading subspace"),
+    Entry("Dion2", Group(rule="dion2"), "RMS > RMS"),
+    Entry("SM3", Group(rule="sm3"), "largest entry", "a scale per row and per column"),
+    Entry("Prodigy", Group(rule="prodigy", lr=1.0), "largest entry", "a scale per entry, and the step's length"),
+    Entry("AGD", Group(rule="agd", lr=1.0), "Frobenius, by layer", "the step's length"),
+    Entry("SWAN", Group(rule="swan"), "spectral, of standardised rows"),
+    Entry("Shampoo", Group(rule="shampoo"), "spectral", "both Gram matrices"),
+    Entry("Shampoo, one-sided", Group(rule="shampoo", sides="smaller"), "spectral", "the smaller Gram matrix"),
+    Entry("SOAP", Group(rule="soap"), "spectral", "both eigenbases, and a scale per entry there"),
+    Entry("SOAP-Muon", Group(rule="soap_muon", **MUON), "spectral, Jordan's unit", "as SOAP"),
+    Entry("AdamW#Muon", steepest(**MUON, graft="adam"), "spectral, AdamW's length", "a scale per entry"),
+    Entry("AdamW#Shampoo, one-sided", Group(rule="shampoo", sides="smaller", graft="adam"), "spectral, AdamW's length",
+          "the smaller Gram matrix, a scale per entry"),
+]
+ENTRIES = NAMED + [Entry(name, Group(rule=name), "see its file", "see its file")
+                   for name in RULES if name not in {entry.group.rule for entry in NAMED}]
+
+
+def averaging(group: Group) -> str:
+    """What the group steps along."""
+    acting = acting_fields(replace(group, graft=""))
+    if "averaging" in acting:
+        return group.averaging.replace("_", " ") + (", Nesterov" if "nesterov" in acting and group.nesterov else "")
+    if group.rule in ("dion", "dion2"):
+        return "what was not stepped along yet"
+    return "ema" if "beta1" in acting else "none"
+
+
+# ---- Counts --------------------------------------------------------------------------------------
+
+
+def floats_per_parameter(group: Group, shape: tuple[int, int] = MATRIX) -> float:
+    """Numbers that the rule remembers of a matrix, over its own."""
+    W = torch.empty(1, *shape, device="meta")
+    return sum(tensor.numel() for tensor in build_rule(group).init_state(W).values()) / W.numel()
+
+
+def eigh_flops(shape: tuple[int, ...], *_: object, **__: object) -> int:
+    """9 k^3: all eigenvalues and vectors of a symmetric matrix (Golub & Van Loan, Matrix Computations, 8.3)."""
+    return 9 * shape[-1] ** 3 * _stacked(shape)
+
+
+def qr_flops(shape: tuple[int, ...], *_: object, **__: object) -> int:
+    """4 (m n^2 - n^3 / 3), m >= n: Householder's R and explicit thin Q (Golub & Van Loan, 5.2)."""
+    n, m = sorted(shape[-2:])
+    return 4 * (m * n * n - n**3 // 3) * _stacked(shape)
+
+
+def svd_flops(shape: tuple[int, ...], *_: object, **__: object) -> int:
+    """6 m n^2 + 20 n^3, m >= n: thin U, S and V (Golub & Van Loan, 8.6, R-SVD)."""
+    n, m = sorted(shape[-2:])
+    return (6 * m * n * n + 20 * n**3) * _stacked(shape)
+
+
+def _stacked(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape[:-2]).numel()
+
+
+DECOMPOSITIONS = {torch.ops.aten._linalg_eigh: eigh_flops, torch.ops.aten.linalg_qr: qr_flops,
+                  torch.ops.aten._linalg_svd: svd_flops}
+
+
+def flops(group: Group, shape: tuple[int, int] = MATRIX) -> int:
+    """Operations of matrix products and decompositions in the second step on one matrix; elementwise work is not counted."""
+    rule = build_rule(group)
+    W, grad = (torch.zeros(1, *shape, device="meta") for _ in range(2))
+    state = rule.init_state(W)
+    shared = {key: tensor.to("meta") for key, tensor in rule.init_shared().items()}
+    numbers = Hyper(*(torch.tensor(float(x)) for x in (0.1, 0, 0.9, 2)), shared)
+    with FlopCounterMode(display=False, custom_mapping=DECOMPOSITIONS) as counter:
+        rule.direction(W, grad, state, numbers)
+    return counter.get_total_flops()
+
+
+# ---- Times ---------------------------------------------------------------------------------------
+
+
+def seconds(group: Group) -> tuple[float, bool]:
+    """Of one step on all matrices; or, where that would take longer than the limit, estimated from one matrix of each
+    shape: then True comes with it."""
+    guess = sum(SHAPES.count(shape) * step_seconds(group, [shape]) for shape in dict.fromkeys(SHAPES))
+    return (guess, True) if guess > LIMIT_SECONDS else (step_seconds(group, SHAPES), False)
+
+
+def step_seconds(group: Group, shapes: list[tuple[int, int]]) -> float:
+    """The second step's time on fresh matrices."""
+    torch.manual_seed(0)
+    params = {f"w{i}": torch.nn.Parameter(torch.randn(shape) * 0.02) for i, shape in enumerate(shapes)}
+    groups = build_groups(params, dict.fromkeys(params, "matrix"), Optim(matrix=group))
+    optimizer = ShardedOptimizer(groups, Comm())
+    for count in (1, 2):
+        for param in params.values():
+            param.grad.normal_()
+        began = time.perf_counter()
+        optimizer.step(Values(1, 1, None, 1, 1, None), count)
+    return time.perf_counter() - began
+
+
+# ---- The table -----------------------------------------------------------------------------------
+
+
+def row(entry: Entry) -> dict[str, object]:
+    """Everything of an optimizer but its time."""
+    oracle = ORACLES.get(entry.name)
+    return {"name": entry.name, "rule": entry.group.rule, "norm": entry.norm, "learns": entry.learns,
+            "averaging": averaging(entry.group), "floats_per_parameter": floats_per_parameter(entry.group),
+            "flops": flops(entry.group), "oracle": oracle.name if oracle else None,
+            "difference": parity(entry.group, oracle) if oracle else None}
+
+
+def timed(entry: Entry) -> dict[str, object]:
+    """Its time."""
+    found, estimated = seconds(entry.group)
+    print(f"{entry.name:>28}: {found:8.2f} s{' (estimated)' if estimated else ''}", flush=True)
+    return {"seconds": found, "estimated": estimated}
+
+
+def page(result: dict) -> str:
+    """optimizers.md."""
+    times = result["timings"]
+    unit = times["optimizers"]["AdamW"]["seconds"] if times else None
+    lines = [_line(row, times["optimizers"].get(row["name"]) if times else None, unit) for row in result["optimizers"]]
+    return PREFACE.format(machine=_machine(times)) + "\n".join(lines) + "\n"
+
+
+def _line(row: dict, timing: dict | None, unit: float | None) -> str:
+    relative = f"{'~ ' if timing['estimated'] else ''}{timing['seconds'] / unit:.3g}" if timing else ""
+    return "| " + " | ".join([
+        row["name"], row["norm"], row["learns"] or "given", row["averaging"], f"{row['floats_per_parameter']:.3g}",
+        f"{row['flops'] / 1e9:.3g}", relative, row["oracle"] or "",
+        "" if row["difference"] is None else f"{row['difference']:.0e}"]) + " |"
+
+
+def _machine(times: dict | None) -> str:
+    if not times:
+        return "not measured yet"
+    machine, load = times["environment"], times["load_average"]
+    return (f"{machine['cpu']}, {machine['torch_threads']} threads, PyTorch {machine['torch']}; load average "
+            f"{load['before']:.1f} before and {load['after']:.1f} after, so other work may have slowed it")
+
+
+PREFACE = f"""# Every optimizer in one table
+
+Made by `python -m benchmarks.optimizers`, from the code. The page that derives them is `optim/README.md`; oracles that
+only a repository holds are in `optimizer_parity.md`.
+
+- **norm**: the one whose steepest descent it is without averages; **learned**: what it reads off past gradients.
+- **state**: numbers remembered per parameter of a {MATRIX[0]} x {MATRIX[1]} matrix. AdamW has 2.
+- **GFLOP**: of one step on that matrix, matrix products and decompositions alone (eigh 9 k^3, QR 4 (m n^2 - n^3 / 3), SVD
+  6 m n^2 + 20 n^3), with roots and bases refreshed in every step; `every_steps` k divides those by k.
+- **time**: of a step on track 3's 72 matrices, over AdamW's; "~": over {LIMIT_SECONDS:.0f} s, and so estimated from one
+  matrix of each shape. Measured on: {{machine}}.
+- **oracle**, **difference**: a public implementation, and the largest distance from it after 20 steps on matrices of
+  24 x 40, 40 x 24 and 32 x 32, as a share of the distance moved. A#B is B's direction at A's length.
+
+| optimizer | norm | learned | average | state | GFLOP | time | oracle | difference |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def time_all() -> dict[str, object]:
+    """All times, the machine and its load."""
+    before = os.getloadavg()[0]
+    found = {entry.name: timed(entry) for entry in ENTRIES}
+    environment = describe_environment()
+    environment.pop("variables")
+    return {"environment": environment, "load_average": {"before": before, "after": os.getloadavg()[0]},
+            "matrices": len(SHAPES), "limit_seconds": LIMIT_SECONDS, "optimizers": found}
+
+
+def main(args: Arguments) -> None:
+    """Measure, and write both files."""
+    kept = json.loads(RESULT.read_text())["timings"] if RESULT.exists() else None
+    rows = [row(entry) for entry in ENTRIES]
+    result = {"command": "python -m benchmarks.optimizers", "matrix": MATRIX, "optimizers": rows,
+              "timings": time_all() if args.timings else kept}
+    write_json(RESULT, result)
+    write_text(RESULT.with_suffix(".md"), page(result))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, description=__doc__))
