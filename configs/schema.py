@@ -239,8 +239,8 @@ class Group:
     """Memories of bfloat16 weights in bfloat16 too, or in float32."""
     graft: Literal["", "steepest", "adam", "normuon", "muon2", "dion", "dion2", "sm3", "swan", "shampoo", "soap",
                    "soap_muon"] = ""
-    """Another rule, whose direction's Frobenius length each tensor's step takes, graft#rule (Agarwal et al. 2020,
-    arXiv 2002.11803); it reads the same fields."""
+    """Another rule, whose direction's Frobenius length each tensor's step takes: rule#graft (Agarwal et al. 2020,
+    arXiv 2002.11803). It reads the same fields."""
     clip: float = 0.0
     """Before all else each tensor's gradient is projected onto the ball of this radius in clip_norm; 0: it is not."""
     clip_norm: NormName = "frobenius"

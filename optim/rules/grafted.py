@@ -15,7 +15,8 @@ SIZE = "size_"  # begins the state names of the rule that gives the size
 
 @dataclass(frozen=True, slots=True)
 class Grafted(Rule):
-    """D = ||A||_F / ||B||_F B for the directions A of `size` and B of `way`: A#B (Agarwal et al. 2020, arXiv 2002.11803)."""
+    """A#B: D = ||B||_F A / ||A||_F for the directions A of `way` and B of `size` (Agarwal et al. 2020, arXiv 2002.11803, who
+    write the size first)."""
 
     way: Rule
     size: Rule

@@ -1,0 +1,111 @@
+"""Winning tickets: how much of a search space is good? One seeded random sweep for every optimizer, on a very short run.
+
+    python -m benchmarks.winning_tickets --draws 24 --jobs 2
+
+After Nestler 2022: each optimizer gets the same number of draws of learning rate, average and weight decay, its lr over two
+decades; a ticket wins where its loss is within 2 % of the best that anyone found. Writes winning_tickets.json and, with
+Chromium, winning_tickets.png.
+"""
+
+import math
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from data.environment import describe_environment
+from data.runs import write_json, write_text
+from scripts.lab.browser import screenshot
+from scripts.lab.spaces import draw, flags_of, parse_range
+from scripts.lab.sweep import Outcome, Trial, run_sweep
+
+HERE = Path(__file__).resolve().parent
+SHORT = ("--train.steps", "60", "--train.val_every_steps", "0")
+WITHIN = 1.02
+DECAY = "optim.matrix.weight_decay=0.001:1:log"
+BETA = "optim.matrix.beta1=0.5:0.98:one_minus"
+MOMENTUM = "optim.matrix.momentum=0.5:0.98:one_minus"
+# Two decades of lr around what each needs elsewhere.
+METHODS = {
+    "AdamW": ("--optim.matrix.rule adam", ("optim.matrix.lr=0.0003:0.03:log", BETA, DECAY)),
+    "SM3": ("--optim.matrix.rule sm3", ("optim.matrix.lr=0.001:0.1:log", MOMENTUM, DECAY)),
+    "Shampoo#Adam": ("--optim.matrix.rule shampoo --optim.matrix.graft adam --optim.matrix.eps 1e-8",
+                     ("optim.matrix.lr=0.0003:0.03:log", MOMENTUM, DECAY)),
+    "SOAP": ("--optim.matrix.rule soap --optim.matrix.eps 1e-8", ("optim.matrix.lr=0.0003:0.03:log", BETA, DECAY)),
+    "Muon": ("", ("optim.matrix.lr=0.004:0.4:log", MOMENTUM, DECAY)),
+    "Scion": ("--optim.embed.rule steepest --optim.embed.norm row --optim.embed.lr 0.03 --optim.head.rule steepest "
+              "--optim.head.norm sign --optim.head.lr 0.004", ("optim.matrix.lr=0.004:0.4:log", MOMENTUM, DECAY)),
+}
+
+
+@dataclass
+class Arguments:
+    """Arguments of the sweep."""
+
+    draws: int = 24
+    seed: int = 1
+    jobs: int = 1
+    dir: Path = Path("runs") / "winning_tickets"
+
+
+def trials(args: Arguments) -> list[Trial]:
+    """All draws of all methods, in turn over the methods."""
+    drawn = {name: draw([parse_range(text) for text in space], args.draws, seed=args.seed, quasi=False)
+             for name, (_, space) in METHODS.items()}
+    return [Trial(f"{name.replace('#', '-on-')}-draw{number:02}", name, "bench_cpu",
+                  (*shlex.split(METHODS[name][0]), *flags_of(drawn[name][number]), *SHORT), args.seed)
+            for number in range(args.draws) for name in METHODS]
+
+
+def losses(outcomes: list[Outcome]) -> dict[str, list[float]]:
+    """Every method's losses, sorted; a run that broke down has an infinite one."""
+    found: dict[str, list[float]] = {}
+    for outcome in outcomes:
+        loss = outcome.run.summary["val_loss_nats"] if outcome.run else None
+        found.setdefault(outcome.trial.experiment, []).append(math.inf if loss is None else loss)
+    return {name: sorted(values) for name, values in found.items()}
+
+
+def share_within(values: list[float], best: float) -> float:
+    """Share of draws within 2 % of the best loss."""
+    return sum(value <= best * WITHIN for value in values) / len(values)
+
+
+def plot(found: dict[str, list[float]], target: Path) -> None:
+    """Every draw's loss, best first, one line a method."""
+    import plotly.graph_objects as go
+
+    best = min(map(min, found.values()))
+    figure = go.Figure(layout=dict(template="plotly_white", width=900, height=520, xaxis_title="draws, best first",
+                                   yaxis=dict(title="validation loss (nats per token)", range=[best - 0.05, best + 1.5])))
+    for name, values in found.items():
+        label = f"{name}: {share_within(values, best):.0%} win"
+        figure.add_scatter(x=list(range(1, len(values) + 1)), y=values, mode="lines+markers", name=label)
+    figure.add_hline(y=best * WITHIN, line_dash="dash", annotation_text="within 2 % of the best")
+    page = target.with_suffix(".html")
+    write_text(page, f'<div id="figure">{figure.to_html(include_plotlyjs=True, full_html=False)}</div>')
+    screenshot(page, "figure", target, width=920, height=540)
+    page.unlink()
+
+
+def main(args: Arguments) -> None:
+    """Run the sweep, write down every draw, and draw the picture."""
+    outcomes = run_sweep(trials(args), dir=args.dir, jobs=args.jobs)
+    found = losses(outcomes)
+    best = min(map(min, found.values()))
+    environment = describe_environment()
+    environment.pop("variables")
+    shares = {name: share_within(values, best) for name, values in found.items()}
+    draws = [{"method": o.trial.experiment, "flags": " ".join(o.trial.flags),
+              "val_loss_nats": o.run.summary["val_loss_nats"] if o.run else None} for o in outcomes]
+    write_json(HERE / "winning_tickets.json", {
+        "command": f"python -m benchmarks.winning_tickets --draws {args.draws} --seed {args.seed}",
+        "environment": environment, "best_val_loss_nats": best, "share_within_2_percent": shares, "draws": draws})
+    print(*(f"{name:14} best {values[0]:.4f}  median {values[len(values) // 2]:.4f}  within 2 %: {shares[name]:.0%}"
+            for name, values in sorted(found.items(), key=lambda item: -shares[item[0]])), sep="\n")
+    plot(found, HERE / "winning_tickets.png")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, description=__doc__, use_underscores=True))
