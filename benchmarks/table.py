@@ -1,11 +1,15 @@
-"""The README's table of results, made from the files beside this one: `python -m benchmarks.table` prints it."""
+"""The README's tables of results, made from the files beside this one and from records/: `python -m benchmarks.table`."""
 
 import json
 import statistics
 from functools import partial
 from pathlib import Path
 
+from scripts.lab.leaderboard import base_steps, places
+from scripts.lab.records import read_records
+
 HERE = Path(__file__).resolve().parent
+RECORDS = HERE.parent / "records"
 HEADER = "| what | ours | beside it | measured |\n|---|---|---|---|"
 
 
@@ -71,5 +75,18 @@ def table() -> str:
     return "\n".join([HEADER, *(row for rows, result in sections if result for row in rows(result))])
 
 
+def leaderboard(preset: str = "bench_cpu", *, budget: int = 5) -> str:
+    """The optimization benchmark in short: places at the preset's own length, each tuned with `budget` trials."""
+    board = places(read_records(RECORDS / f"{preset}.jsonl"), steps=base_steps(preset), budget=budget)
+    lines = ["| optimizer of the matrices | loss after 240 steps (nats) | n | minus Muon | p (Holm) |",
+             "|---|---|---|---|---|"]
+    for place in board:
+        spread = "" if place.loss.sd is None else f" ± {place.loss.sd:.3f}"
+        difference = "" if place.versus is None else f"{place.versus.difference:+.3f}"
+        p = "" if place.p_holm is None else f"{place.p_holm:.1g}"
+        lines.append(f"| {place.entry} | {place.loss.mean:.3f}{spread} | {place.loss.n} | {difference} | {p} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(table())
+    print(table(), leaderboard(), sep="\n\n")

@@ -214,7 +214,8 @@ def wait_for_lines(path: Path, child: subprocess.Popen) -> None:
 
 
 def test_a_non_finite_loss_stops_with_advice(text):
-    with pytest.raises(train_gpt.DivergedError, match=r"(loss is (nan|inf)|the gradient of \S+ is not finite) at step \d+.*Lower --optim.matrix.lr"):
+    said = r"(loss is (nan|inf)|the gradient of \S+ is not finite) at step \d+.*Lower --optim.matrix.lr"
+    with pytest.raises(train_gpt.DivergedError, match=said):
         train("--run.name", "a", "--model.softcap", "none", "--optim.head.lr", "1e38")
 
 

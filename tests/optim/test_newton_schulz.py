@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from optim.newton_schulz import TABLES, orthogonalize, orthogonalize_svd
+from configs.newton_schulz import NAMES
+from optim.newton_schulz import LARGE_MATRIX_ELEMENTS, TABLES, find_table, orthogonalize, orthogonalize_svd
 
 SHAPES = [(1, 24, 40), (1, 40, 24), (1, 32, 32), (3, 16, 24), (2, 1, 9), (2, 9, 1)]
 
@@ -71,6 +72,49 @@ def test_scalar_band_is_tight(table):
     assert y.min() - low < 0.02 and high - y.max() < 0.02
 
 
+def test_the_names_that_configs_take_are_the_tables_and_svd():
+    assert NAMES == (*TABLES, "svd")
+
+
+def test_radii_beats_the_quintic_within_its_outer_radius():
+    """Inputs in [1e-3, 1], 5 steps each: .829 to 1.2 against .471 to 1.2024."""
+    x = torch.logspace(-3, 0, 100_001, dtype=torch.float64)
+    radii, quintic = (polynomial(x, table, 5) for table in ("radii", "quintic"))
+    assert radii.max() <= quintic.max()
+    assert radii.min() > 0.82 and quintic.min() < 0.48
+
+
+@pytest.mark.parametrize("table", ["quintic", "polar_express", "dion", "radii"])
+def test_bfloat16_stays_in_the_band(table):
+    """192 singular values over one decade: rounding moves none of them far beyond the scalar map's greatest."""
+    G = with_spectrum(torch.logspace(-1, 0, 192, dtype=torch.float64), 192, 256)
+    found = torch.linalg.svdvals(orthogonalize(G.bfloat16(), table).double())
+    low, high = TABLES[table].band
+    assert low - 0.05 < found.min() and found.max() < high + 0.01
+
+
+# ---- Inline tables -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_an_inline_table_is_the_named_one(name):
+    table = TABLES[name]
+    text = f"safety={table.safety};" + ";".join(",".join(map(repr, triple)) for triple in table.triples)
+    G = gaussian(2, 12, 20)
+    assert torch.equal(orthogonalize(G, text, steps=7), orthogonalize(G, name, steps=7))
+
+
+def test_an_inline_table_begins_without_safety():
+    assert find_table("2,-1.5,.5; 1.875,-1.25,.375").triples == ((2, -1.5, 0.5), (1.875, -1.25, 0.375))
+    assert find_table("2,-1.5,.5").safety == 1 and find_table("safety=1.5;2,-1.5,.5").safety == 1.5
+
+
+def test_an_inline_table_compiles_into_one_graph():
+    G, text = gaussian(2, 6, 9), "safety=1.02;2,-1.5,.5"
+    compiled = torch.compile(orthogonalize, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(G, text), orthogonalize(G, text))
+
+
 # ---- Matrices ------------------------------------------------------------------------------------
 
 
@@ -105,6 +149,24 @@ def test_a_batch_is_a_loop(table, shape):
     G = gaussian(*shape) * torch.tensor([1e-3, 1.0, 50.0, 0.2], dtype=torch.float64)[:, None, None]
     loop = torch.cat([orthogonalize(one[None], table) for one in G])
     torch.testing.assert_close(orthogonalize(G, table), loop, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(512, 512), (256, 1024), (1024, 256)])
+def test_large_matrices_are_a_loop_too(shape):
+    """Batches beyond LARGE_MATRIX_ELEMENTS take another path on CPUs, down to empty ones."""
+    assert math.prod(shape) >= LARGE_MATRIX_ELEMENTS
+    G = gaussian(2, *shape).float()
+    whole = orthogonalize(G, steps=2)
+    assert whole.shape == G.shape and torch.equal(whole[1], orthogonalize(G[1], steps=2))
+    assert not torch.equal(whole[0], whole[1])
+    assert orthogonalize(G[:0]).shape == (0, *shape)
+
+
+@pytest.mark.parametrize("table", [*TABLES, "svd"])
+@pytest.mark.parametrize("shape", [(7, 11), (11, 7)])
+def test_one_matrix_is_a_batch_of_one(table, shape):
+    G = gaussian(*shape)
+    assert torch.equal(orthogonalize(G, table), orthogonalize(G[None], table)[0])
 
 
 @pytest.mark.parametrize("table", [*TABLES, "svd"])
@@ -227,5 +289,5 @@ def test_svd_twin_keeps_the_dtype():
 
 
 def test_an_unknown_table_is_an_error():
-    with pytest.raises(KeyError, match="cubic"):
+    with pytest.raises(ValueError, match="cubic"):
         orthogonalize(gaussian(1, 2, 2), "cubic")
