@@ -18,7 +18,7 @@ import tyro
 from configs.cli import fail
 from configs.entries import ENTRIES, Entry, entry_named
 from scripts.lab.leaderboard import TUNING_SEED, base_steps, make_trial, winner
-from scripts.lab.records import BENCHMARKS, append_records, read_records, record_of
+from scripts.lab.records import BENCHMARKS, append_records, read_records, record_of, record_of_failure
 from scripts.lab.sweep import Trial, run_sweep
 
 RECORDS = Path(__file__).resolve().parent.parent / "records"
@@ -61,7 +61,8 @@ def run_and_record(trials: list[Trial], args: Arguments) -> list[dict]:
     """Run what is missing and append the records: all records of the file."""
     outcomes = run_sweep(trials, dir=args.dir / args.preset, jobs=args.jobs)
     file = RECORDS / f"{args.preset}.jsonl"
-    append_records(file, [record_of(outcome.run) for outcome in outcomes if outcome.run is not None])
+    append_records(file, [record_of(outcome.run) if outcome.run else record_of_failure(outcome.trial, outcome.error)
+                          for outcome in outcomes])
     return read_records(file)
 
 

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "optim": {"configs", "optim"},
     "train_gpt": {"configs", "data", "model", "optim"},
     "scripts": {"configs", "data", "model", "optim", "scripts"},
-    "benchmarks": {"configs", "data", "model", "optim", "scripts", "train_gpt"},
+    "benchmarks": {"benchmarks", "configs", "data", "model", "optim", "scripts", "train_gpt"},
 }
 SOURCES = sorted(p for p in ROOT.rglob("*.py") if p.relative_to(ROOT).parts[0].removesuffix(".py") in MAY_IMPORT)
 

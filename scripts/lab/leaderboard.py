@@ -94,7 +94,7 @@ def places(records: Sequence[dict], *, steps: int, budget: int) -> list[Place]:
         losses = [loss_of(r) for r in runs]
         versus = welch(losses, reference) if reference and name != REFERENCE else None
         rows.append(Place(name, steps, budget, trial, settings_of(entry_named(name), trial), summarize(losses),
-                          sum(r["summary"]["train_seconds"] for r in runs) / len(runs), versus, None,
+                          sum(r["summary"]["train_seconds"] or 0.0 for r in runs) / len(runs), versus, None,
                           steps_of_reference(curve, sum(losses) / len(losses), steps)))
     return sorted(_corrected(rows), key=lambda place: place.loss.mean)
 

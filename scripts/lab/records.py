@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from configs.cli import parse_row
 from configs.presets import PRESETS
 from configs.schema import Run
 from data.runs import SUMMARY_KEYS, config_from_dict, config_hash, config_to_dict, flatten, write_text
 from scripts.lab.folders import RunFolder
 from scripts.lab.statistics import summarize
+from scripts.lab.sweep import Trial
 
 FORMAT = 1
 ENVIRONMENT = ("python", "torch", "cuda", "platform", "cpu", "cores", "gpus", "torch_threads", "git")
@@ -38,6 +40,15 @@ def record_of(run: RunFolder) -> dict[str, Any]:
             "config": {name: value for name, value in run.config.items() if name not in ("run.name", "run.dir")},
             "summary": {name: run.summary.get(name) for name in SUMMARY_KEYS},
             "environment": {name: run.environment.get(name) for name in ENVIRONMENT}, "validations": validations}
+
+
+def record_of_failure(trial: Trial, error: str) -> dict[str, Any]:
+    """The record of a trial that broke down: what was to be run, and why there is no result."""
+    run = parse_row(trial.preset, [*trial.flags, "--run.seed", str(trial.seed), "--log.experiment", trial.experiment])
+    config = {name: value for name, value in flatten(config_to_dict(run)).items() if name not in ("run.name", "run.dir")}
+    summary = dict.fromkeys(SUMMARY_KEYS) | {"seed": trial.seed, "config_hash": config_hash(run)}
+    return {"format": FORMAT, "name": trial.name, "experiment": trial.experiment, "preset": trial.preset, "config": config,
+            "summary": summary, "environment": {}, "validations": [], "failed": error}
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -123,11 +134,13 @@ def faults(record: Mapping[str, Any]) -> list[str]:
         run = configuration(record)
     except ValueError as error:
         return [str(error)]
-    if found := holes(record):
+    if not record.get("failed") and (found := holes(record)):
         return found
     found, summary = changed_settings(record), record["summary"]
     if config_hash(run) != summary["config_hash"]:
         found.append(f"config_hash is {summary['config_hash']}, its settings give {config_hash(run)}")
+    if record.get("failed"):
+        return found + ["failed, yet has a loss"] * (summary["val_loss_nats"] is not None)
     if run.preset != record["preset"] or run.run.seed != summary["seed"]:
         found.append(f"preset and seed are {record['preset']} and {summary['seed']}, its settings say {run.preset} and "
                      f"{run.run.seed}")
@@ -189,6 +202,8 @@ def shared_faults(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """
     found, seen, data, curves = [], set(), {}, {}
     for record in records:
+        if record.get("failed"):
+            continue
         losses = tuple(line.get("loss_nats") for line in record["validations"])
         twin = curves.setdefault((record["summary"].get("config_hash"), losses), record["name"])
         if twin != record["name"]:
@@ -204,15 +219,14 @@ def shared_faults(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """One line of Markdown for each experiment and number of steps: n, loss, interval, seconds, device."""
+    """One line of Markdown for each experiment and number of steps that ended: n, loss, interval, seconds, device."""
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
-    for record in records:
+    for record in (one for one in records if not one.get("failed")):
         groups.setdefault((record["preset"], record["experiment"], record["summary"]["steps"]), []).append(record)
     lines = ["| preset | experiment | steps | n | loss (nats) | sd | 95 % | bits per byte | seconds | device |",
              "|---|---|---|---|---|---|---|---|---|---|"]
     for (preset, experiment, steps), members in groups.items():
-        loss = summarize([math.inf if r["summary"]["val_loss_nats"] is None else r["summary"]["val_loss_nats"]
-                          for r in members])
+        loss = summarize([r["summary"]["val_loss_nats"] for r in members])
         bits = [r["summary"]["val_bits_per_byte"] for r in members]
         seconds = sum(r["summary"]["train_seconds"] for r in members) / len(members)
         devices = ", ".join(dict.fromkeys(str(r["summary"]["device"]) for r in members))

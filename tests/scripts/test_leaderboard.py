@@ -58,6 +58,21 @@ def test_tune_then_judge_then_record(ran, tmp_path):
     assert read_records(tmp_path / "records" / "bench_cpu.jsonl") == records
 
 
+def test_a_trial_that_breaks_down_loses(ran, tmp_path, monkeypatch):
+    """It is recorded without a loss, and the others of its budget go on."""
+    honest = leaderboard.run_sweep
+
+    def breaking(trials, *, dir, jobs):
+        return [outcome._replace(status="failed", run=None, error="loss is nan") if "trial00" in outcome.trial.name
+                else outcome for outcome in honest(trials, dir=dir, jobs=jobs)]
+
+    monkeypatch.setattr(leaderboard, "run_sweep", breaking)
+    leaderboard.main(leaderboard.Arguments("bench_cpu", entries=("muon",), trials=2, budgets=(2,), seeds=2))
+    records = read_records(tmp_path / "records" / "bench_cpu.jsonl")
+    assert [record.get("failed") for record in records] == ["loss is nan", None, None, None]
+    assert {record["experiment"] for record in records[1:]} == {"muon-240steps-trial01"}
+
+
 def test_horizons_are_longer_schedules(ran):
     leaderboard.main(leaderboard.Arguments("bench_cpu", entries=("muon",), horizons=(0.5, 4), trials=1, budgets=(1,),
                                            seeds=1))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from configs.presets import PRESETS
 from data.runs import SUMMARY_KEYS, config_from_dict, config_hash, config_to_dict, flatten
 from scripts.lab.folders import read_run
+from scripts.lab.leaderboard import loss_of
 from scripts.lab.records import (
     append_records,
     changed_settings,
@@ -16,10 +18,12 @@ from scripts.lab.records import (
     faults,
     read_records,
     record_of,
+    record_of_failure,
     shared_faults,
     table,
     unflatten,
 )
+from scripts.lab.sweep import Trial
 
 STEPS = 240
 
@@ -132,6 +136,15 @@ def test_a_run_counts_once_whatever_its_name(record):
     copied = tampered(record, "name", value="muon-seed2")
     assert shared_faults([record, copied]) == ["muon-seed2 is muon-seed1 under another name: same settings, seed and losses"]
     assert shared_faults([record, tampered(copied, "validations", 0, "loss_nats", value=2.01)]) == []
+
+
+def test_a_run_that_broke_down_is_a_record_without_a_loss():
+    trial = Trial("adamw-240steps-trial00-seed1", "adamw-240steps-trial00", "bench_cpu", ("--optim.matrix.lr", "9"), 1)
+    broken = record_of_failure(trial, "loss is nan at step 3")
+    assert faults(broken) == [] and shared_faults([broken, broken]) == [] and loss_of(broken) == math.inf
+    assert "loss" in faults(tampered(broken, "summary", "val_loss_nats", value=1.0))[0]
+    assert "model.layers" in faults(tampered(broken, "config", "model.layers", value=5))[0]
+    assert table([broken]).count("\n") == 1
 
 
 def test_unflatten_undoes_flatten():
