@@ -107,10 +107,11 @@ def table(board: Sequence[Place]) -> list[str]:
 
 
 def profile_page(files: Mapping[str, Sequence[dict]], *, budget: int = 5) -> str:
-    """The performance profile over the tasks (preset, length) with at least two entries, as Markdown; empty for one task."""
+    """The performance profile over the tasks (preset, length) with two entries or more and factors, as Markdown; empty for
+    a single task. Factors need the reference at two lengths."""
     boards = {f"{preset} at {steps} steps": places(records, steps=steps, budget=budget)
               for preset, records in files.items() for steps in lengths(records)}
-    boards = {task: board for task, board in boards.items() if len(board) > 1}
+    boards = {task: board for task, board in boards.items() if len(board) > 1 and all(place.factor for place in board)}
     if len(boards) < 2:
         return ""
     shares = profile(list(boards.values()), TAUS)

@@ -115,7 +115,10 @@ def changed_settings(record: Mapping[str, Any]) -> list[str]:
 
 
 def holes(record: Mapping[str, Any]) -> list[str]:
-    """Entries that are missing or of another kind than a record's; nothing where all that is judged is there."""
+    """Entries that are missing or of another kind than a record's; nothing where all that is judged is there, or where the
+    run failed and there is nothing to judge."""
+    if record.get("failed"):
+        return []
     summary, validations = record["summary"], record["validations"]
     found = [f"summary has no number {name}" for name in NUMBERS if not _is_number(summary.get(name))]
     found += [f"summary has no {name}" for name in HASHES if not isinstance(summary.get(name), str)]
@@ -134,7 +137,7 @@ def faults(record: Mapping[str, Any]) -> list[str]:
         run = configuration(record)
     except ValueError as error:
         return [str(error)]
-    if not record.get("failed") and (found := holes(record)):
+    if found := holes(record):
         return found
     found, summary = changed_settings(record), record["summary"]
     if config_hash(run) != summary["config_hash"]:
