@@ -1,35 +1,36 @@
 """Every optimizer in one table: its norm, what it remembers, what a step costs, and how near it is to public code.
 
-    python -m benchmarks.optimizers [--no-timings]
+    python -m benchmarks.optimizers [--no-timings] [--only SOAP ...]
 
-Writes optimizers.json and optimizers.md. Times are of one step on track 3's 72 matrices, after one that is not counted,
-relative to AdamW's; without timings the file keeps the ones that it has.
+Writes optimizers.json and optimizers.md. Times are of a step on track 3's 72 matrices, after one that is not counted, and
+relative to AdamW's; those not measured stay as the file has them. The oracles' packages are pytorch_optimizer and
+prodigyopt.
 """
 
 import json
 import os
+import statistics
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import tyro
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.counts import MATRIX, floats_per_parameter, flops
 from benchmarks.muon_step import SHAPES
 from benchmarks.oracles import ORACLES, parity
+from configs.cli import fail, nearest
 from configs.schema import Group, Optim, acting_fields
 from data.environment import describe_environment
 from data.runs import write_json, write_text
 from optim.comm import Comm
 from optim.groups import build_groups
-from optim.rules import RULES, Hyper, build_rule
+from optim.rules import RULES
 from optim.schedule import Values
 from optim.sharded import ShardedOptimizer
 
 RESULT = Path(__file__).with_suffix(".json")
-MATRIX = (768, 3072)
 LIMIT_SECONDS = 60.0
 
 
@@ -48,7 +49,9 @@ class Arguments:
     """Arguments of the benchmark."""
 
     timings: bool = True
-    """Measure the steps' times, which takes half an hour on two cores; else keep those in the file."""
+    """Measure the steps' times, which takes a quarter of an hour on two cores; else keep those in the file."""
+    only: tuple[str, ...] = ()
+    """Measure these optimizers' times alone, by their names in the table."""
 
 
 def steepest(norm: str, **fields: object) -> Group:
@@ -59,19 +62,21 @@ def steepest(norm: str, **fields: object) -> Group:
 MUON = dict(norm="spectral", unit="at_least_one")
 NAMED = [
     Entry("AdamW", Group(), "largest entry", "a scale per entry"),
-    Entry("normalised SGD", steepest("frobenius"), "Frobenius"),
-    Entry("Signum", steepest("sign"), "largest entry"),
-    Entry("Scion, head", steepest("sign", unit="fan_in"), "n x largest entry"),
-    Entry("Scion, embedding", steepest("row"), "largest row RMS"),
-    Entry("steepest, columns", steepest("column"), "largest column RMS"),
-    Entry("Scion, hidden", steepest("rms_operator"), "RMS > RMS"),
+    Entry("normalised SGD", steepest("frobenius", nesterov=False), "Frobenius"),
+    Entry("Signum", steepest("sign", nesterov=False), "largest entry"),
+    Entry("Scion, head", steepest("sign", unit="fan_in", nesterov=False), "n x largest entry"),
+    Entry("Scion, embedding", steepest("row", nesterov=False), "largest row RMS"),
+    Entry("Scion, first layer", steepest("column", nesterov=False), "largest column RMS"),
+    Entry("Scion, hidden", steepest("rms_operator", nesterov=False), "RMS > RMS"),
     Entry("Muon", steepest(**MUON, ns="quintic"), "spectral, Jordan's unit"),
-    Entry("Muon, Moonlight's", steepest("spectral", unit="match_adam", averaging="heavy_ball"), "spectral, Moonlight's unit"),
+    Entry("Muon, Moonlight's", steepest("spectral", unit="match_adam", averaging="heavy_ball"),
+          "spectral, Moonlight's unit"),
     Entry("Muon, equilibrated", steepest(**MUON, equilibrate=True), "spectral, Jordan's unit"),
     Entry("steepest, Schatten 4", steepest("schatten"), "Schatten 4"),
     Entry("NorMuon", Group(rule="normuon", **MUON), "spectral, Jordan's unit", "a scale per row"),
     Entry("Muon^2", Group(rule="muon2", **MUON), "spectral, Jordan's unit", "a scale per entry"),
-    Entry("Muown", Group(rule="muown", norm="spectral", unit="match_adam"), "spectral, Moonlight's unit", "a length per row"),
+    Entry("Muown", Group(rule="muown", norm="spectral", unit="match_adam"), "spectral, Moonlight's unit",
+          "a length per row"),
     Entry("Dion", Group(rule="dion"), "RMS > RMS", "the leading subspace"),
     Entry("Dion2", Group(rule="dion2"), "RMS > RMS"),
     Entry("SM3", Group(rule="sm3"), "largest entry", "a scale per row and per column"),
@@ -82,8 +87,8 @@ NAMED = [
     Entry("Shampoo, one-sided", Group(rule="shampoo", sides="smaller"), "spectral", "the smaller Gram matrix"),
     Entry("SOAP", Group(rule="soap"), "spectral", "both eigenbases, and a scale per entry there"),
     Entry("SOAP-Muon", Group(rule="soap_muon", **MUON), "spectral, Jordan's unit", "as SOAP"),
-    Entry("AdamW#Muon", steepest(**MUON, graft="adam"), "spectral, AdamW's length", "a scale per entry"),
-    Entry("AdamW#Shampoo, one-sided", Group(rule="shampoo", sides="smaller", graft="adam"), "spectral, AdamW's length",
+    Entry("Muon#AdamW", steepest(**MUON, graft="adam"), "spectral, AdamW's length", "a scale per entry"),
+    Entry("Shampoo#AdamW, one-sided", Group(rule="shampoo", sides="smaller", graft="adam"), "spectral, AdamW's length",
           "the smaller Gram matrix, a scale per entry"),
 ]
 ENTRIES = NAMED + [Entry(name, Group(rule=name), "see its file", "see its file")
@@ -100,52 +105,6 @@ def averaging(group: Group) -> str:
     return "ema" if "beta1" in acting else "none"
 
 
-# ---- Counts --------------------------------------------------------------------------------------
-
-
-def floats_per_parameter(group: Group, shape: tuple[int, int] = MATRIX) -> float:
-    """Numbers that the rule remembers of a matrix, over its own."""
-    W = torch.empty(1, *shape, device="meta")
-    return sum(tensor.numel() for tensor in build_rule(group).init_state(W).values()) / W.numel()
-
-
-def eigh_flops(shape: tuple[int, ...], *_: object, **__: object) -> int:
-    """9 k^3: all eigenvalues and vectors of a symmetric matrix (Golub & Van Loan, Matrix Computations, 8.3)."""
-    return 9 * shape[-1] ** 3 * _stacked(shape)
-
-
-def qr_flops(shape: tuple[int, ...], *_: object, **__: object) -> int:
-    """4 (m n^2 - n^3 / 3), m >= n: Householder's R and explicit thin Q (Golub & Van Loan, 5.2)."""
-    n, m = sorted(shape[-2:])
-    return 4 * (m * n * n - n**3 // 3) * _stacked(shape)
-
-
-def svd_flops(shape: tuple[int, ...], *_: object, **__: object) -> int:
-    """6 m n^2 + 20 n^3, m >= n: thin U, S and V (Golub & Van Loan, 8.6, R-SVD)."""
-    n, m = sorted(shape[-2:])
-    return (6 * m * n * n + 20 * n**3) * _stacked(shape)
-
-
-def _stacked(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape[:-2]).numel()
-
-
-DECOMPOSITIONS = {torch.ops.aten._linalg_eigh: eigh_flops, torch.ops.aten.linalg_qr: qr_flops,
-                  torch.ops.aten._linalg_svd: svd_flops}
-
-
-def flops(group: Group, shape: tuple[int, int] = MATRIX) -> int:
-    """Operations of matrix products and decompositions in the second step on one matrix; elementwise work is not counted."""
-    rule = build_rule(group)
-    W, grad = (torch.zeros(1, *shape, device="meta") for _ in range(2))
-    state = rule.init_state(W)
-    shared = {key: tensor.to("meta") for key, tensor in rule.init_shared().items()}
-    numbers = Hyper(*(torch.tensor(float(x)) for x in (0.1, 0, 0.9, 2)), shared)
-    with FlopCounterMode(display=False, custom_mapping=DECOMPOSITIONS) as counter:
-        rule.direction(W, grad, state, numbers)
-    return counter.get_total_flops()
-
-
 # ---- Times ---------------------------------------------------------------------------------------
 
 
@@ -157,17 +116,19 @@ def seconds(group: Group) -> tuple[float, bool]:
 
 
 def step_seconds(group: Group, shapes: list[tuple[int, int]]) -> float:
-    """The second step's time on fresh matrices."""
+    """Median time of the steps after the first, on fresh matrices: up to five, until two seconds are full."""
     torch.manual_seed(0)
     params = {f"w{i}": torch.nn.Parameter(torch.randn(shape) * 0.02) for i, shape in enumerate(shapes)}
     groups = build_groups(params, dict.fromkeys(params, "matrix"), Optim(matrix=group))
     optimizer = ShardedOptimizer(groups, Comm())
-    for count in (1, 2):
+    found: list[float] = []
+    while len(found) < 2 or (len(found) < 6 and sum(found[1:]) < 2):
         for param in params.values():
             param.grad.normal_()
         began = time.perf_counter()
-        optimizer.step(Values(1, 1, None, 1, 1, None), count)
-    return time.perf_counter() - began
+        optimizer.step(Values(1, 1, None, 1, 1, None), len(found) + 1)
+        found.append(time.perf_counter() - began)
+    return statistics.median(found[1:])
 
 
 # ---- The table -----------------------------------------------------------------------------------
@@ -183,34 +144,34 @@ def row(entry: Entry) -> dict[str, object]:
 
 
 def timed(entry: Entry) -> dict[str, object]:
-    """Its time."""
+    """Its time, and the machine's load when it was taken."""
     found, estimated = seconds(entry.group)
     print(f"{entry.name:>28}: {found:8.2f} s{' (estimated)' if estimated else ''}", flush=True)
-    return {"seconds": found, "estimated": estimated}
+    return {"seconds": found, "estimated": estimated, "load_average": os.getloadavg()[0]}
 
 
 def page(result: dict) -> str:
     """optimizers.md."""
     times = result["timings"]
-    unit = times["optimizers"]["AdamW"]["seconds"] if times else None
-    lines = [_line(row, times["optimizers"].get(row["name"]) if times else None, unit) for row in result["optimizers"]]
+    unit = times["optimizers"].get("AdamW", {}).get("seconds")
+    lines = [_line(row, times["optimizers"].get(row["name"]), unit) for row in result["optimizers"]]
     return PREFACE.format(machine=_machine(times)) + "\n".join(lines) + "\n"
 
 
 def _line(row: dict, timing: dict | None, unit: float | None) -> str:
-    relative = f"{'~ ' if timing['estimated'] else ''}{timing['seconds'] / unit:.3g}" if timing else ""
+    ratio = timing["seconds"] / unit if timing else 0
+    relative = f"{'~ ' if timing['estimated'] else ''}{ratio:.{0 if ratio >= 10 else 1}f}" if timing else ""
     return "| " + " | ".join([
         row["name"], row["norm"], row["learns"] or "given", row["averaging"], f"{row['floats_per_parameter']:.3g}",
         f"{row['flops'] / 1e9:.3g}", relative, row["oracle"] or "",
         "" if row["difference"] is None else f"{row['difference']:.0e}"]) + " |"
 
 
-def _machine(times: dict | None) -> str:
-    if not times:
-        return "not measured yet"
-    machine, load = times["environment"], times["load_average"]
-    return (f"{machine['cpu']}, {machine['torch_threads']} threads, PyTorch {machine['torch']}; load average "
-            f"{load['before']:.1f} before and {load['after']:.1f} after, so other work may have slowed it")
+def _machine(times: dict) -> str:
+    place = times["environment"]
+    loads = [timing["load_average"] for timing in times["optimizers"].values() if timing["load_average"] is not None]
+    load = f"; load average {min(loads):.1f} to {max(loads):.1f} (beyond the threads: other work)" if loads else ""
+    return f"{place['cpu']}, {place['torch_threads']} threads, PyTorch {place['torch']}{load}"
 
 
 PREFACE = f"""# Every optimizer in one table
@@ -223,33 +184,46 @@ only a repository holds are in `optimizer_parity.md`.
 - **GFLOP**: of one step on that matrix, matrix products and decompositions alone (eigh 9 k^3, QR 4 (m n^2 - n^3 / 3), SVD
   6 m n^2 + 20 n^3), with roots and bases refreshed in every step; `every_steps` k divides those by k.
 - **time**: of a step on track 3's 72 matrices, over AdamW's; "~": over {LIMIT_SECONDS:.0f} s, and so estimated from one
-  matrix of each shape. Measured on: {{machine}}.
+  matrix of each shape. AdamW's is PyTorch's fused kernel, one pass over memory.
+- Measured on {{machine}}.
 - **oracle**, **difference**: a public implementation, and the largest distance from it after 20 steps on matrices of
-  24 x 40, 40 x 24 and 32 x 32, as a share of the distance moved. A#B is B's direction at A's length.
+  24 x 40, 40 x 24 and 32 x 32, as a share of the distance moved; SOAP's on 32 x 32 alone, as the first gradient's singular
+  Gram matrix has no eigenbasis of its own that two programs could agree on. A#B is A's direction at B's length.
 
 | optimizer | norm | learned | average | state | GFLOP | time | oracle | difference |
 |---|---|---|---|---|---|---|---|---|
 """
 
 
-def time_all() -> dict[str, object]:
-    """All times, the machine and its load."""
-    before = os.getloadavg()[0]
-    found = {entry.name: timed(entry) for entry in ENTRIES}
+def save(rows: list[dict], times: dict[str, object]) -> None:
+    """Both files; times in the order of the table, those of optimizers that are no more left out."""
+    known = times["optimizers"]
+    write_json(RESULT, {"command": "python -m benchmarks.optimizers", "matrix": list(MATRIX), "optimizers": rows,
+                        "timings": times | {"optimizers": {row["name"]: known[row["name"]] for row in rows
+                                                           if row["name"] in known}}})
+    write_text(RESULT.with_suffix(".md"), page(json.loads(RESULT.read_text())))
+
+
+def machine() -> dict[str, object]:
+    """Where the times are taken, and of what."""
     environment = describe_environment()
     environment.pop("variables")
-    return {"environment": environment, "load_average": {"before": before, "after": os.getloadavg()[0]},
-            "matrices": len(SHAPES), "limit_seconds": LIMIT_SECONDS, "optimizers": found}
+    return {"environment": environment, "matrices": len(SHAPES), "limit_seconds": LIMIT_SECONDS}
 
 
 def main(args: Arguments) -> None:
-    """Measure, and write both files."""
-    kept = json.loads(RESULT.read_text())["timings"] if RESULT.exists() else None
+    """Measure, and write both files after every optimizer."""
+    names = [entry.name for entry in ENTRIES]
+    for name in set(args.only) - set(names):
+        fail(f"no optimizer {name!r}{nearest(name, names)}")
+    times = json.loads(RESULT.read_text())["timings"] if RESULT.exists() else machine() | {"optimizers": {}}
     rows = [row(entry) for entry in ENTRIES]
-    result = {"command": "python -m benchmarks.optimizers", "matrix": MATRIX, "optimizers": rows,
-              "timings": time_all() if args.timings else kept}
-    write_json(RESULT, result)
-    write_text(RESULT.with_suffix(".md"), page(result))
+    save(rows, times)
+    for entry in ENTRIES:
+        if args.timings and (not args.only or entry.name in args.only):
+            times |= machine()
+            times["optimizers"][entry.name] = timed(entry)
+            save(rows, times)
 
 
 if __name__ == "__main__":

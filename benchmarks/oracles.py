@@ -7,6 +7,7 @@ orthogonalise in bfloat16 do so here in float32, as ours do on CPUs.
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from importlib.util import find_spec
 from unittest.mock import patch
 
@@ -100,7 +101,7 @@ def public(name: str, *, ours: dict[str, object], shapes: tuple[tuple[int, int],
            package: str = "pytorch_optimizer", **options: object) -> Oracle:
     """An optimizer of a package by its name; its lr is LR unless the options say otherwise."""
     def make(params: list[nn.Parameter]) -> torch.optim.Optimizer:
-        module = torch.optim if package == "torch" else __import__(package)
+        module = torch.optim if package == "torch" else import_module(package)
         return getattr(module, name)(params, **{"lr": LR} | options)
 
     title = f"torch.optim.{name}" if package == "torch" else f"{package}.{name}"
@@ -136,12 +137,13 @@ ORACLES: dict[str, Oracle] = {
     "Signum": public("SignSGD", momentum=MU, ours={"nesterov": False}),
     "Scion, hidden": scion(2),
     "Scion, embedding": scion(6, transpose=True),
+    "Scion, first layer": scion(6),
     "Scion, head": scion(4, normalize=True),
     "NorMuon": normuon(),
     "SM3": public("SM3", ours={"averaging": "none"}),
     "Prodigy": public("Prodigy", package="prodigyopt", lr=1.0, betas=(0.9, 0.99), d0=1e-3,
                       ours={"lr": 1.0, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "distance_start": 1e-3}),
     "Shampoo": public("Shampoo", matrix_eps=1e-12, ours={"gram_beta": 1.0, "averaging": "none", "eps": 0.0}),
-    "SOAP": public("SOAP", betas=(0.9, 0.95), weight_decay=0.0, precondition_frequency=1, eps=1e-8,
+    "SOAP": public("SOAP", betas=(0.9, 0.95), weight_decay=0.0, precondition_frequency=1, eps=1e-8, shapes=((32, 32),),
                    ours={"beta1": 0.9, "beta2": 0.95, "gram_beta": 0.95, "eps": 1e-8}),
 }

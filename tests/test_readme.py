@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.table import table
+from benchmarks.table import leaderboard, table
 from configs.cli import parse_row
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,7 +16,7 @@ COMMANDS = re.findall(r"^(?:torchrun --standalone --nproc_per_node=8|python) tra
 
 
 def test_the_table_is_the_measured_one():
-    assert table() in README
+    assert table() in README and leaderboard() in README
 
 
 def test_there_are_commands():

@@ -1,0 +1,292 @@
+"""The theory of optim/README.md, one test a sentence: what every method is when it remembers nothing.
+
+In float64 throughout, so that the mathematics is tested and not the rounding: against SVDs, to 1e-6, on tall, wide,
+square, rank-deficient and zero matrices.
+"""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from configs.schema import Group
+from optim.norms import Schatten, Spectral, build_norm
+from optim.rules import RULES, Hyper, Rule, build_rule
+from optim.step import Step
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "optim" / "README.md").read_text()
+SHAPES = {"tall": (20, 12), "wide": (12, 20), "square": (16, 16)}
+FORGETFUL = dict(beta1=0.0, beta2=0.0, gram_beta=0.0, averaging="none", momentum=0.0, eps=0.0)
+
+
+@pytest.fixture(autouse=True)
+def float64(monkeypatch):
+    """Rules compute in at least `.float()`, and make their float32 memories of the default type: here both are float64."""
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def matrices() -> dict[str, Tensor]:
+    """Stacks of two."""
+    found = {name: gaussian(2, *shape) for name, shape in SHAPES.items()}
+    deficient = {f"{name}, rank 3": gaussian(2, m, 3) @ gaussian(2, 3, n, seed=1) for name, (m, n) in SHAPES.items()}
+    return found | deficient | {"zero": torch.zeros(2, 12, 20), "one row": gaussian(2, 1, 9)}
+
+
+every_matrix = pytest.mark.parametrize("name", ["tall", "wide", "square", "tall, rank 3", "wide, rank 3", "square, rank 3",
+                                                "zero", "one row"])
+
+
+def svd(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S, V^T over the singular values that are not zero, the others' columns set to zero."""
+    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+    return U * (S > 1e-10 * S.amax(-1, keepdim=True)).unsqueeze(-2), S, Vh
+
+
+def polar(G: Tensor) -> Tensor:
+    """U V^T."""
+    U, _, Vh = svd(G)
+    return U @ Vh
+
+
+def group_of(rule: str, **changes: object) -> Group:
+    """A group whose rule remembers nothing."""
+    return Group(**dict(rule=rule, norm="spectral", ns="svd") | FORGETFUL | changes)
+
+
+def steps(group: Group, grads: list[Tensor]) -> list[Tensor]:
+    """The directions of a rule at weights that stay zero; sums over the group are those of the one stack."""
+    rule, W = build_rule(group), torch.zeros_like(grads[0])
+    state, shared = rule.init_state(W), rule.init_shared()
+    return [step(rule, W, grad, state, count=t + 1, shared=shared) for t, grad in enumerate(grads)]
+
+
+def step(rule: Rule, W: Tensor, grad: Tensor, state: dict[str, Tensor], *, count: int, shared: dict[str, Tensor]) -> Tensor:
+    numbers = Hyper(torch.tensor(1.0), torch.tensor(0.0), torch.tensor(0.0), torch.tensor(float(count)), shared)
+    sums = rule.sums(W, grad, state, numbers)
+    if sums is not None:
+        rule.absorb(sums, numbers)
+    return rule.direction(W, grad, state, numbers).clone()
+
+
+def assert_equal(found: Tensor, wanted: Tensor, tolerance: float = 1e-6) -> None:
+    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
+
+
+def test_the_page_has_every_rule_and_names_tests_that_exist():
+    rules = set(re.findall(r"^(?:## Given norms: |\| )`(\w+)`", PAGE, re.MULTILINE))
+    assert set(RULES) <= rules
+    files = set(re.findall(r"(?:rules/)?test_\w+\.py", PAGE))
+    assert "test_anthology.py" in files and len(files) > 10
+    for name in files:
+        assert any((ROOT / "tests" / room / name).exists() for room in ("", "optim")), name
+
+
+# ---- Given norms ---------------------------------------------------------------------------------
+
+
+@every_matrix
+def test_muon_without_momentum_is_spectral_descent(name):
+    """Carlson et al. 2015: D = U V^T."""
+    G = matrices()[name]
+    assert_equal(steps(group_of("steepest"), [G])[0], polar(G))
+
+
+@every_matrix
+def test_newton_schulz_that_converges_is_the_svd(name):
+    G = matrices()[name]
+    assert_equal(steps(group_of("steepest", ns="convergent", ns_steps=30), [G])[0], polar(G))
+
+
+@every_matrix
+def test_signum_without_momentum_is_sign_descent(name):
+    G = matrices()[name]
+    assert_equal(steps(group_of("steepest", norm="sign"), [G])[0], G.sign())
+
+
+@every_matrix
+@pytest.mark.parametrize(("role", "norm"), [("embed", "row"), ("matrix", "rms_operator"), ("head", "sign")])
+def test_scions_iterates_stay_in_their_ball(name, role, norm):
+    """(1 - eta) W - eta rho dual(G) is a convex combination of two points of the ball of radius rho."""
+    group = group_of("steepest", norm=norm, lr=0.3 * 5, weight_decay=1 / 5)
+    ball, G = build_norm(group), matrices()[name]
+    rule, W = build_rule(group), 5 * ball.dual(gaussian(*G.shape, seed=3))
+    for t in range(10):
+        numbers = Hyper(*(torch.tensor(x) for x in (group.lr, group.weight_decay, 0.0, t + 1.0)))
+        rule.update(W, (-1) ** t * G + W, {}, numbers, step=Step.build(group))
+        assert (ball.size(W) <= 5 * (1 + 1e-6)).all(), role
+
+
+# ---- Learned norms: Adam's family ----------------------------------------------------------------
+
+
+@every_matrix
+@pytest.mark.parametrize("rule", ["adam", "sm3"])
+def test_adam_without_averages_is_sign_descent(name, rule):
+    """g / sqrt(g^2); so is SM3's first step, whose memory is empty."""
+    G = matrices()[name]
+    assert_equal(steps(group_of(rule, eps=1e-30), [G])[0], G.sign())
+
+
+@every_matrix
+def test_prodigy_without_averages_is_sign_descent_with_a_warm_up(name):
+    """W <- W - d sign(g); for a gradient that stays, d is the way walked until two steps ago: d_k = d_(k-1) + d_(k-2), so
+    that it grows as Fibonacci's numbers do, by 1.618 a step."""
+    G = matrices()[name]
+    group = group_of("prodigy", distance_start=1e-3, eps=1e-30)
+    rule, W = build_rule(group), torch.zeros_like(G)
+    state, shared = rule.init_state(W), rule.init_shared()
+    d = [1, 1, 1]
+    for t in range(20):
+        D = step(rule, W, G, state, count=t + 1, shared=shared)
+        assert_equal(D, 1e-3 * d[t] * G.sign(), tolerance=1e-6 * max(1, D.abs().max().item()))
+        W, d = W - D, [*d, d[-1] + d[-2]]
+
+
+# ---- Learned norms: Shampoo's family -------------------------------------------------------------
+
+
+@every_matrix
+def test_shampoo_without_averages_is_spectral_descent(name):
+    """(G G^T)^-1/4 G (G^T G)^-1/4 = U V^T."""
+    G = matrices()[name]
+    assert_equal(steps(group_of("shampoo"), [G])[0], polar(G))
+
+
+@every_matrix
+@pytest.mark.parametrize("sides", ["left", "right", "smaller"])
+def test_one_sided_shampoo_without_averages_is_spectral_descent(name, sides):
+    """(G G^T)^-1/2 G = G (G^T G)^-1/2 = U V^T."""
+    G = matrices()[name]
+    assert_equal(steps(group_of("shampoo", sides=sides), [G])[0], polar(G))
+
+
+@every_matrix
+def test_muon_without_momentum_is_shampoo_without_memory(name):
+    """The two rules, step for step, on gradients that change."""
+    grads = [matrices()[name] * (-2.0) ** t + t * matrices()[name].roll(1, -1) for t in range(4)]
+    for muon, shampoo in zip(steps(group_of("steepest"), grads), steps(group_of("shampoo"), grads), strict=True):
+        assert_equal(muon, shampoo)
+
+
+@every_matrix
+@pytest.mark.parametrize("exponent", [-1 / 16, -1 / 8, -3 / 16])
+def test_shampoos_exponents_without_averages_are_schattens_norms(name, exponent):
+    """(G G^T)^p G (G^T G)^p = U S^(1 + 4 p) V^T: steepest descent under the Schatten norm with q - 1 = 1 + 4 p, up to
+    length."""
+    G = matrices()[name]
+    q = 2 + 4 * exponent
+    U, S, Vh = svd(G)
+    found = steps(group_of("shampoo", exponent=exponent), [G])[0]
+    assert_equal(found, (U * S.unsqueeze(-2) ** (1 + 4 * exponent)) @ Vh)
+    length = found.norm(dim=(-2, -1), keepdim=True)
+    dual = Schatten(q / (q - 1)).dual(G)
+    assert_equal(found, dual / dual.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-30) * length)
+
+
+@every_matrix
+def test_soap_without_averages_is_spectral_descent(name):
+    """In the basis of its own singular vectors G is diagonal, and the sign of a diagonal, softened by eps as Adam's is, is
+    U V^T, softened: U S / (S + eps) V^T. The first gradient sets the basis alone."""
+    G = matrices()[name]
+    U, S, Vh = svd(G)
+    first, second = steps(group_of("soap", eps=1e-6), [G, G])
+    assert not first.any()
+    assert_equal(second, (U * (S / (S + 1e-6)).unsqueeze(-2)) @ Vh)
+    assert_equal(second, polar(G), tolerance=2e-5)
+
+
+def test_soap_without_averages_is_anything_where_singular_values_are_equal():
+    """The Gram matrices of an orthogonal G are the identity, which has no eigenbasis of its own."""
+    G = polar(gaussian(1, 16, 16))
+    assert (steps(group_of("soap", eps=1e-6), [G, G])[1] - G).abs().max() > 0.1
+
+
+@every_matrix
+def test_soap_muon_without_averages_is_spectral_descent(name):
+    """The polar factor of U V^T is U V^T."""
+    G = matrices()[name]
+    for found in steps(group_of("soap_muon", eps=1e-3, ns="convergent", ns_steps=18), [G, G]):
+        assert_equal(found, polar(G))
+
+
+# ---- Learned norms: Muon's kin -------------------------------------------------------------------
+
+
+@every_matrix
+def test_normuon_without_averages_is_the_polar_factor_with_rows_of_one_length(name):
+    G = matrices()[name]
+    rows = polar(G) / polar(G).norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    size = polar(G).norm(dim=(-2, -1), keepdim=True) / rows.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
+    assert_equal(steps(group_of("normuon"), [G])[0], rows * size)
+
+
+@every_matrix
+def test_muon2_without_averages_is_the_polar_factor_of_the_sign(name):
+    G = matrices()[name]
+    assert_equal(steps(group_of("muon2", eps=1e-30), [G])[0], polar(G.sign()))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_muown_without_averages_is_spectral_descent_on_directions_and_sign_descent_on_lengths(name):
+    """W = g v / |v|: dL/dg = <G, v / |v|> row by row, and dL/dv the rest of G."""
+    G, lr = matrices()[name], 1e-2
+    W = gaussian(*G.shape, seed=5)
+    rule = build_rule(group_of("muown", eps=1e-30))
+    numbers = Hyper(*(torch.tensor(x) for x in (lr, 0.0, 0.0, 1.0)))
+    found = W - lr * rule.direction(W, G, rule.init_state(W), numbers)
+    lengths = W.norm(dim=-1, keepdim=True)
+    along = (G * W / lengths).sum(-1, keepdim=True)
+    v = W - lr * polar(G - along * W / lengths)
+    assert_equal(found, (lengths - lr * along.sign()) * v / v.norm(dim=-1, keepdim=True))
+
+
+@every_matrix
+def test_dion2_of_all_rows_without_memory_is_spectral_descent(name):
+    """In the RMS -> RMS unit."""
+    G = matrices()[name]
+    assert_equal(steps(group_of("dion2", rank_frac=1.0), [G])[0], Spectral("rms", "svd").dual(G))
+
+
+@every_matrix
+def test_swan_is_spectral_descent_on_the_standardised_gradient(name):
+    """At Adam's size."""
+    G = matrices()[name]
+    flat = G - G.mean(-1, keepdim=True)
+    standard = flat / flat.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
+    wanted = polar(standard)
+    size = wanted.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
+    found = steps(group_of("swan", whiten_steps=40), [G])[0]
+    assert_equal(found, wanted / size * math.sqrt(G[0].numel()))
+
+
+# ---- Lengths -------------------------------------------------------------------------------------
+
+
+@every_matrix
+def test_agd_is_normalised_descent_by_layer_with_a_length_of_its_own(name):
+    """eta = log((1 + sqrt(1 + 4 S)) / 2), S the mean over the layers of (m/n)^.5 ||G||_F."""
+    G = matrices()[name]
+    unit = (G.size(-2) / G.size(-1)) ** 0.5
+    sizes = G.norm(dim=(-2, -1), keepdim=True)
+    layers = max(1, int((sizes > 0).sum()))
+    eta = math.log((1 + math.sqrt(1 + 4 * unit * sizes.sum().item() / layers)) / 2)
+    assert_equal(steps(group_of("agd"), [G])[0], eta / layers * unit * G / sizes.clamp_min(1e-30))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_adam_grafted_onto_muon_is_moonlights_unit(name):
+    """Adam without averages has RMS 1, U V^T has max(m, n)^-.5: the ratio is Moonlight's unit, but for its .2."""
+    G = matrices()[name]
+    found = steps(group_of("steepest", graft="adam", eps=1e-30), [G])[0]
+    assert_equal(0.2 * found, Spectral("match_adam", "svd").dual(G))
