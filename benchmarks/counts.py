@@ -3,7 +3,7 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.schema import Group
+from configs.groups import Group
 from optim.rules import Hyper, build_rule
 
 MATRIX = (768, 3072)

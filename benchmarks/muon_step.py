@@ -18,7 +18,8 @@ import tyro
 from torch import Tensor
 from torch.optim import _muon
 
-from configs.schema import Group, Optim, Run
+from configs.groups import Group, Optim
+from configs.schema import Run
 from data.environment import describe_environment
 from data.runs import write_json
 from optim.comm import Comm

@@ -21,7 +21,7 @@ from benchmarks.counts import MATRIX, floats_per_parameter, flops
 from benchmarks.muon_step import SHAPES
 from benchmarks.oracles import ORACLES, parity
 from configs.cli import fail, nearest
-from configs.schema import Group, Optim, acting_fields
+from configs.groups import Group, Optim, acting_fields
 from data.environment import describe_environment
 from data.runs import write_json, write_text
 from optim.comm import Comm

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from configs.schema import Group, Optim
+from configs.groups import Group, Optim
 from optim.comm import Comm
 from optim.groups import build_groups
 from optim.schedule import Values

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from configs.cli import nearest, parse_row
+from configs.groups import RULE_READS
 from configs.presets import PRESETS
-from configs.schema import RULE_READS, Run
+from configs.schema import Run
 
 
 class Row(NamedTuple):

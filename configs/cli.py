@@ -10,8 +10,9 @@ from typing import NoReturn
 
 import tyro
 
+from configs.groups import Optim, acting_fields
 from configs.presets import PRESETS
-from configs.schema import Optim, Run, acting_fields
+from configs.schema import Run
 
 PROGRAM = "train_gpt.py"
 

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from dataclasses import fields, replace
 
-from configs.schema import Data, Group, Identity, Log, Model, Optim, Run, Schedule, Train
+from configs.groups import Group, Optim
+from configs.schema import Data, Identity, Log, Model, Run, Schedule, Train
 
 
 def every_group(optim: Optim, **changes: object) -> Optim:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor
 
-from configs.schema import EVERY_RULE_READS, Group, Optim, acting_fields
+from configs.groups import EVERY_RULE_READS, Group, Optim, acting_fields
 from optim.clip import Clip
 from optim.norms import Scope
 from optim.rules import Rule, build_rule

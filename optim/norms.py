@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from configs.schema import Group
+from configs.groups import Group
 from optim.lp import lp_dual, lp_project, lp_size
 from optim.newton_schulz import orthogonalize
 

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from configs.schema import Group
+from configs.groups import Group
 
 TINY = 1e-30
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.schema import Group
+from configs.groups import Group
 from optim.norms import Schatten, Spectral, build_norm
 from optim.rules import RULES, Hyper, Rule, build_rule
 from optim.step import Step

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from configs.groups import Optim
 from configs.presets import track3
-from configs.schema import Model, Optim
+from configs.schema import Model
 from model import GPT, choose_kernel, mean_span
 
 LAYERS, DIM, HEAD_DIM, VOCAB, PADDED, LONGEST = 2, 32, 16, 40, 64, 24

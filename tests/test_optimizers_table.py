@@ -9,7 +9,7 @@ from torch import nn
 from benchmarks.counts import DECOMPOSITIONS, floats_per_parameter, flops
 from benchmarks.optimizers import ENTRIES, RESULT, averaging, page
 from benchmarks.oracles import LR, ORACLES, Oracle, parity
-from configs.schema import Group
+from configs.groups import Group
 from optim.rules import RULES
 
 TABLE = json.loads(RESULT.read_text())

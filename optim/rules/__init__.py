@@ -3,7 +3,7 @@
 To add one: a file beside this one with a class that extends `Rule`, and a line in `RULES`.
 """
 
-from configs.schema import Group
+from configs.groups import Group
 from optim.rules.adam import Adam
 from optim.rules.agd import AGD
 from optim.rules.base import Hyper, Rule

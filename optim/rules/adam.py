@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from configs.schema import Group
+from configs.groups import Group
 from optim.norms import Norm, Sign
 from optim.rules.average import absorb_square
 from optim.rules.base import Hyper, Rule, zeros_like_bank

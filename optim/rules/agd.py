@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from configs.schema import Group
+from configs.groups import Group
 from optim.norms import Frobenius, Norm
 from optim.rules.base import Hyper, Rule
 

@@ -6,7 +6,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from configs.schema import Group
+from configs.groups import Group
 from optim.norms import TINY, Norm, Spectral
 from optim.rules.base import Hyper, Rule, zeros_like_bank
 

@@ -6,7 +6,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from configs.schema import Group
+from configs.groups import Group
 from optim.newton_schulz import orthogonalize
 from optim.norms import Spectral
 from optim.rules.base import Hyper, Rule, zeros_like_bank

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from configs.schema import Group
+from configs.groups import Group
 from optim.norms import Norm, Scope
 from optim.rules.average import absorb_square
 from optim.rules.base import Hyper, Rule, zeros_like_bank

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from configs.schema import Group
+from configs.groups import Group
 from optim.norms import Norm, Scope
 from optim.rules.adam import Adam
 from optim.rules.base import Hyper, Rule

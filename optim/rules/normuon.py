@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from configs.schema import Group
+from configs.groups import Group
 from optim.norms import Norm, Scope
 from optim.rules.base import Hyper, Rule
 from optim.rules.steepest import Steepest

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from configs.schema import Group
+from configs.groups import Group
 from optim.norms import Norm, Scope, Spectral
 from optim.rules.average import absorb_square
 from optim.rules.base import Hyper, Rule, zeros_like_bank

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from configs.schema import Group
+from configs.groups import Group
 from optim.norms import Norm, Row, build_norm
 from optim.rules.average import Average
 from optim.rules.base import Hyper, Rule

@@ -4,8 +4,8 @@ import pytest
 
 from configs.ablations import ROWS, TECHNIQUES, each_off, find_row, row_named
 from configs.cli import parse_row
+from configs.groups import RULE_READS
 from configs.presets import PRESETS
-from configs.schema import RULE_READS
 from data.runs import config_to_dict, flatten
 
 

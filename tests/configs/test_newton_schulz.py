@@ -2,8 +2,8 @@
 
 import pytest
 
+from configs.groups import Group
 from configs.newton_schulz import NAMES, check_ns, parse_table
-from configs.schema import Group
 
 
 @pytest.mark.parametrize(("text", "safety", "triples"), [

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from configs.curve import evaluate_curve, parse_curve
+from configs.groups import Group, Optim
 from configs.presets import PRESETS, every_group
-from configs.schema import Group, Optim, Run
+from configs.schema import Run
 from optim.schedule import Schedule
 
 ROLES_OF_TRACK3 = ("matrix", "embed", "head", "gain", "bias")

@@ -9,19 +9,8 @@ from pathlib import Path
 import pytest
 
 from configs import schema
-from configs.schema import (
-    EVERY_RULE_READS,
-    RULE_READS,
-    Data,
-    Group,
-    Identity,
-    Log,
-    Model,
-    Optim,
-    Run,
-    Schedule,
-    Train,
-)
+from configs.groups import EVERY_RULE_READS, RULE_READS, Group, Optim
+from configs.schema import Data, Identity, Log, Model, Run, Schedule, Train
 
 CLASSES = (Run, Identity, Data, Model, Optim, Group, Schedule, Train, Log)
 SHARDS = dict(source="shards", tokenizer="gpt2", train_files=("t.bin",), val_files=("v.bin",))

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 import data.runs
+from configs.groups import Group, Optim
 from configs.presets import PRESETS
-from configs.schema import Data, Group, Identity, Log, Model, Optim, Run, Schedule, Train
+from configs.schema import Data, Identity, Log, Model, Run, Schedule, Train
 from data.files import replacing
 from data.runs import (
     SUMMARY_KEYS,

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from configs.schema import Group, Optim
+from configs.groups import Group, Optim
 from optim.groups import build_groups, group_table
 from optim.norms import Spectral
 from optim.rules.adam import Adam

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from configs.schema import Group, acting_fields
+from configs.groups import Group, acting_fields
 from optim.norms import Column, FanIn, Frobenius, Row, Schatten, Sign, Spectral, build_norm, init
 
 UNITS = ("plain", "rms", "at_least_one", "match_adam")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.schema import Group
+from configs.groups import Group
 from optim.rules import RULES, Hyper
 from optim.rules.adam import Adam
 from optim.step import Step

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from configs.schema import Group, Optim
+from configs.groups import Group, Optim
 from optim.comm import Comm
 from optim.finite import NonFiniteError
 from optim.groups import build_groups

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from configs.schema import Group, Optim
+from configs.groups import Group, Optim
 from optim.comm import Comm
 from optim.groups import build_groups
 from optim.rules import RULES, Hyper

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from configs.schema import Group, Optim, Train
+from configs.groups import Group, Optim
+from configs.schema import Train
 from optim.comm import Comm
 from optim.groups import build_groups
 from optim.schedule import Values

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from configs.schema import Group
+from configs.groups import Group
 from optim.rules import RULES, Hyper
 from optim.step import Step
 

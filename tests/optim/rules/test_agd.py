@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from configs.schema import Group, Optim
+from configs.groups import Group, Optim
 from optim.comm import Comm
 from optim.groups import build_groups
 from optim.rules import RULES

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from configs.cli import parse_row
-from configs.schema import Group
+from configs.groups import Group
 from optim.rules.average import Average, absorb_square
 from tests.optim.rules.oracle import assert_moved_alike, gaussian, gradients, train
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.schema import Group
+from configs.groups import Group
 from optim.newton_schulz import orthogonalize_svd
 from optim.rules import Hyper, build_rule
 from optim.rules.kronecker import eigenbasis, turn_basis

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from configs.schema import Group
+from configs.groups import Group
 from tests.optim.rules.oracle import (
     SHAPES,
     assert_moved_alike,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from configs.schema import Group
+from configs.groups import Group
 from optim.rules.muown import ZERO_ROW_GAIN
 from tests.optim.rules.oracle import SHAPES, assert_moved_alike, gaussian, gradients, polar, train
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from configs.ablations import row_named
-from configs.schema import Group
+from configs.groups import Group
 from model import GPT
 from optim.groups import build_groups
 from optim.norms import build_norm

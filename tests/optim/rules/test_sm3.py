@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs.schema import Group
+from configs.groups import Group
 from optim.rules import RULES
 from tests.optim.rules.oracle import SHAPES, assert_moved_alike, directions, gaussian, gradients, hyper, train
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.schema import Group
+from configs.groups import Group
 from optim.rules import RULES
 from optim.rules.swan import standardise_rows, whiten
 from tests.optim.rules.oracle import SHAPES, assert_moved_alike, directions, gaussian, gradients, hyper, train
