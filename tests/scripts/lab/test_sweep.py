@@ -156,9 +156,10 @@ def test_the_environments_threads_win(tmp_path, stand_in, monkeypatch):
 def start_sweep(dir, stand_in, *steps):
     """A sweep in a process of its own, over trials t0, t1, ... of so many steps."""
     code = f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
+import signal, sys; sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from scripts.lab import sweep
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in a shell's background inherits that it is ignored
 sweep.TRAIN = Path({str(stand_in)!r})
 sweep.run_sweep([sweep.Trial(f"t{{i}}-seed1", f"t{{i}}", "bytes", ("--train.steps", str(n)), 1)
                  for i, n in enumerate({steps!r})], dir=Path({str(dir)!r}))
