@@ -8,20 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import model as model_file
 from configs.schema import Model
-from model import (
-    GPT,
-    KERNELS,
-    Attention,
-    Rotary,
-    attend_flex,
-    attend_sdpa,
-    dense_mask,
-    document_index,
-    flex_mask,
-    varlen_mask,
-)
+from layers.attention import Attention, Rotary
+from layers.kernels import KERNELS, attend_flex, attend_sdpa, dense_mask, document_index, flex_mask, varlen_mask
+from model import GPT
 
 CPU = torch.device("cpu")
 SMALL = Model(layers=2, dim=32, head_dim=16, norm_embedding=False)
@@ -327,6 +317,6 @@ def test_layers_of_one_window_share_their_mask(monkeypatch):
         built.append(window)
         return dense_mask(tokens, window, document, device)
 
-    monkeypatch.setitem(model_file.KERNELS, "sdpa", (count, KERNELS["sdpa"][1]))
+    monkeypatch.setitem(KERNELS, "sdpa", (count, KERNELS["sdpa"][1]))
     build(replace(SMALL, layers=6, window_tokens=4, full_attention_every=3))(some_tokens(1, 8))
     assert sorted(built, key=str) == [4, None]

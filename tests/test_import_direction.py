@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT = {
     "configs": {"configs"},
     "data": {"configs", "data"},
-    "model": {"configs"},
+    "layers": {"configs", "layers"},
+    "model": {"configs", "layers"},
     "optim": {"configs", "optim"},
     "train_gpt": {"configs", "data", "model", "optim"},
     "scripts": {"configs", "data", "model", "optim", "scripts"},

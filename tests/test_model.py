@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from configs.groups import Optim
 from configs.presets import track3
 from configs.schema import Model
-from model import GPT, choose_kernel, mean_span
+from layers.kernels import choose_kernel
+from model import GPT, mean_span
 
 LAYERS, DIM, HEAD_DIM, VOCAB, PADDED, LONGEST = 2, 32, 16, 40, 64, 24
 PLAIN = Model(layers=LAYERS, dim=DIM, head_dim=HEAD_DIM, position="learned", qk_norm=False, activation="gelu",

@@ -9,7 +9,12 @@ import torch
 from configs.ablations import ROWS, row_named
 from configs.presets import PRESETS
 from configs.schema import Model
-from model import GPT, MLP, BigramEmbedding, Block, Norm, Rotary, Smear, relu2, softcap
+from layers.attention import Rotary
+from layers.basic import MLP, Norm, relu2
+from layers.block import Block
+from layers.embeddings import BigramEmbedding, Smear
+from layers.head import softcap
+from model import GPT
 
 VOCAB, START = 40, 0
 PLAIN = Model(layers=2, dim=32, head_dim=16, position="learned", qk_norm=False, activation="gelu",

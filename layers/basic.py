@@ -1,0 +1,76 @@
+"""What every layer is made of: parameters that know their role, linear maps, norms, the MLP.
+
+Shapes: B sequences, T tokens, C model dimension, H heads, D head dimension.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from configs.schema import Model
+
+
+def parameter(value: Tensor, role: str) -> nn.Parameter:
+    """A parameter that knows its role: what the optimizer chooses a norm by."""
+    made = nn.Parameter(value)
+    made.role = role
+    return made
+
+
+class Linear(nn.Module):
+    """y = W x (+ b), W (out, in) in float32, cast to x's dtype at use; started at variance init_gain / in, or 0."""
+
+    def __init__(self, fan_in: int, fan_out: int, *, config: Model, zero: bool = False, role: str = "matrix") -> None:
+        super().__init__()
+        std = 0.0 if zero and config.zero_init_projections else (config.init_gain / fan_in) ** 0.5
+        self.weight = parameter(torch.randn(fan_out, fan_in) * std, role)
+        self.bias = parameter(torch.zeros(fan_out), "bias") if config.biases else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2)) over the last dimension (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class Norm(nn.Module):
+    """RMS norm, with learned gains where `config.norm_gains`."""
+
+    def __init__(self, config: Model) -> None:
+        super().__init__()
+        self.gains = parameter(torch.ones(config.dim), "gain") if config.norm_gains else None
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        return rms_norm(x_BTC) if self.gains is None else rms_norm(x_BTC) * self.gains.to(x_BTC.dtype)
+
+
+def relu2(x: Tensor) -> Tensor:
+    """max(x, 0)^2; as a product, since .square() differentiates twice as slowly on CPUs."""
+    return F.relu(x) * x
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu2": relu2, "gelu": F.gelu, "swiglu": F.silu}
+
+
+class MLP(nn.Module):
+    """W_down act(W_up x), or W_down (silu(W_gate x) * W_up x) for SwiGLU."""
+
+    def __init__(self, config: Model) -> None:
+        super().__init__()
+        hidden = config.mlp_dim or 4 * config.dim
+        self.up = Linear(config.dim, hidden, config=config)
+        self.gate = Linear(config.dim, hidden, config=config) if config.activation == "swiglu" else None
+        self.down = Linear(hidden, config.dim, config=config, zero=True)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        hidden = self.up(x_BTC)
+        hidden = self.activation(hidden) if self.gate is None else self.activation(self.gate(x_BTC)) * hidden
+        return self.down(hidden)

@@ -1,0 +1,33 @@
+"""One layer of the Transformer: how attention and MLP write to the stream.
+
+Shapes: B sequences, T tokens, C model dimension.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from configs.schema import Model
+from layers.attention import Attention
+from layers.basic import MLP, Norm, parameter
+from layers.kernels import Mask
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); with `x0_skip` the input is first mixed with x0."""
+
+    def __init__(self, config: Model, max_tokens: int, *, mixes_value_embed: bool, kernel: Callable) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = Norm(config), Norm(config)
+        self.attention = Attention(config, max_tokens, mixes_value_embed=mixes_value_embed, kernel=kernel)
+        self.mlp = MLP(config)
+        self.skip = parameter(torch.tensor([1.0, 0.0]), "scalar") if config.x0_skip else None
+
+    def forward(self, x_BTC: Tensor, x0_BTC: Tensor, mask: Mask, value_embed_BTC: Tensor | None) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        if self.skip is not None:
+            stream, start = self.skip.to(x_BTC.dtype)
+            x_BTC = stream * x_BTC + start * x0_BTC
+        x_BTC = x_BTC + self.attention(self.norm1(x_BTC), mask, value_embed_BTC)
+        return x_BTC + self.mlp(self.norm2(x_BTC))
