@@ -17,6 +17,7 @@ from layers.block import Block
 from layers.embeddings import BigramEmbedding, Smear
 from layers.head import softcap
 from layers.kernels import KERNELS, Mask, choose_kernel, document_index
+from layers.sphere import Scale, unit
 
 
 class GPT(nn.Module):
@@ -39,19 +40,27 @@ class GPT(nn.Module):
         self.positions = parameter(torch.randn(max_tokens, config.dim) * 0.02, "embed") if learned else None
         self.bigram = BigramEmbedding(config) if config.bigram_buckets else None
         self.smear = Smear(config) if config.smear else None
-        self.norm_embed = Norm(config) if config.norm_embedding else nn.Identity()
+        on_sphere = config.geometry == "sphere"
+        self.norm_embed = unit if on_sphere else Norm(config) if config.norm_embedding else nn.Identity()
+        self.norm_mixture = unit if on_sphere and (config.smear or config.bigram_buckets) else None
         self.value_embeds = nn.ParameterList(
             parameter(torch.randn(padded, config.dim) * config.embed_std, "value_embed") for _ in range(config.value_embeds))
         first = config.layers - config.value_embeds
         self.blocks = nn.ModuleList(Block(config, max_tokens, mixes_value_embed=i >= first, kernel=KERNELS[self.kernel][1])
                                     for i in range(config.layers))
-        self.norm_final = Norm(config)
+        self.norm_final = nn.Identity() if on_sphere else Norm(config)
+        self.logit_scale = Scale(padded, stored=config.dim**-0.5) if on_sphere else None
         self.head = None if config.tied_head else Linear(config.dim, padded, config=config, zero=True, role="head")
         self._roles = {name: param.role for name, param in self.named_parameters()}  # a copy of the model keeps it
+        self._axes = {name: param.axis for name, param in self.named_parameters()}
 
     def roles(self) -> dict[str, str]:
         """The role of every parameter, by name."""
         return dict(self._roles)
+
+    def axes(self) -> dict[str, int]:
+        """By name, which dimension of a parameter is the model's: -1, or -2 for the maps that write to the stream."""
+        return dict(self._axes)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, *, window: int | None = None) -> Tensor:
         """Summed cross-entropy in nats, 0-D float32, if targets are given; else logits (B, T, V) in float32.
@@ -81,6 +90,7 @@ class GPT(nn.Module):
             x = x + self.bigram(tokens_BT, starts).to(self.dtype)
         if self.smear is not None:
             x = self.smear(x, starts)
+        x = x if self.norm_mixture is None else self.norm_mixture(x)
         x0, masks = x, self._masks(tokens_BT, starts, window)
         values = [None] * (len(self.blocks) - len(self.value_embeds)) + list(self.value_embeds)
         for block, mask, table in zip(self.blocks, masks, values, strict=True):
@@ -99,6 +109,7 @@ class GPT(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V), float32, softcapped."""
         z = F.linear(hidden, self.embed.to(hidden.dtype)) if self.head is None else self.head(hidden)
+        z = z if self.logit_scale is None else z * self.logit_scale().to(z.dtype)
         return softcap(z.float(), self.config.softcap, self.config.softcap_value)
 
     def _nats(self, hidden_NC: Tensor, targets_N: Tensor) -> Tensor:

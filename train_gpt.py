@@ -110,7 +110,8 @@ class Trainer:
         self.schedule = Schedule(run)
         self.source = self._open_source()
         self.model = self._build_model()
-        groups = build_groups(dict(self.model.named_parameters()), self.model.roles(), run.optim)
+        groups = build_groups(dict(self.model.named_parameters()), self.model.roles(), run.optim,
+                              self.model.axes())
         self.group_table = group_table(groups)
         self.compiled = run.run.compile == "on" or (run.run.compile == "auto" and self.device.type == "cuda")
         self.optimizer = ShardedOptimizer(groups, self.comm, compile_updates=self.compiled,

@@ -19,7 +19,7 @@ UNIT_NORMS: dict[str, tuple[NormName, ...]] = {
 
 # The fields of a Group that each rule reads, beside those that every rule reads.
 EVERY_RULE_READS = frozenset({"rule", "lr", "weight_decay", "decay", "constraint", "rounding", "state_dtype",
-                              "clip", "clip_norm", "graft"})
+                              "clip", "clip_norm", "graft", "retraction", "tangent"})
 AVERAGE_READS = frozenset({"momentum", "averaging", "nesterov", "averages", "momentum_fast"})
 STEEPEST_READS = EVERY_RULE_READS | AVERAGE_READS | {"norm", "unit", "schatten_p", "ns", "ns_steps", "equilibrate"}
 RULE_READS: dict[str, frozenset[str]] = {
@@ -54,8 +54,14 @@ class Group:
     decay: Literal["decoupled", "independent", "corrected", "cautious", "none"] = "decoupled"
     """W -= lr wd W; W -= wd (lr / peak lr) W; W -= wd lr (lr / peak lr) W (Defazio 2025, arXiv 2506.02285); the first, only
     where update and weight agree in sign (Chen et al. 2025, arXiv 2510.12402); or none."""
-    constraint: Literal["none", "hyperball"] = "none"
-    """hyperball: each matrix keeps the Frobenius norm that it started with (Wen et al. 2025, MuonH and AdamH)."""
+    constraint: Literal["none", "hyperball", "sphere"] = "none"
+    """hyperball: each matrix keeps the Frobenius norm that it started with (Wen et al. 2025, MuonH and AdamH); sphere: every
+    vector along the model dimension has length 1 (nGPT, Loshchilov et al. 2024, arXiv 2410.01131)."""
+    retraction: Literal["normalise", "geodesic"] = "normalise"
+    """On the sphere: a straight step, divided by its length; or along the great circle."""
+    tangent: Literal["none", "gradient", "momentum", "dual"] = "none"
+    """On the sphere, what is projected onto the tangent space, each beside those before it: the gradient, its average, and
+    the direction (steepest descent on the sphere)."""
     rounding: Literal["nearest", "stochastic", "remainder"] = "nearest"
     """Of weights stored in bfloat16: to the nearest; up or down by chance, right in the mean; or with the 16 bits that
     rounding drops kept beside them."""
@@ -156,6 +162,8 @@ def acting_fields(group: Group) -> frozenset[str]:
         acting -= {"schatten_p"}
     if group.ns == "svd":
         acting -= {"ns_steps"}
+    if group.constraint != "sphere":
+        acting -= {"retraction", "tangent"}
     if not group.clip:
         acting -= {"clip_norm"}
     if "averaging" in acting and group.averaging == "none":
@@ -187,3 +195,5 @@ class Optim:
     """Biases."""
     scalar: Group = field(default_factory=lambda: Group(lr=0.02))
     """Single learned numbers."""
+    scale: Group = field(default_factory=lambda: Group(lr=0.01))
+    """Learned factors and eigen learning rates of the sphere geometry."""

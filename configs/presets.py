@@ -12,6 +12,9 @@ def every_group(optim: Optim, **changes: object) -> Optim:
     return replace(optim, **{f.name: replace(getattr(optim, f.name), **changes) for f in fields(optim)})
 
 
+SPHERE_ROLES = ("matrix", "embed", "head", "value_embed")  # whose vectors have length 1 on the sphere
+
+
 def tiny() -> Run:
     """The newcomer's run: a BPE model on Python's own source code, within a minute on two CPU cores.
 
@@ -49,6 +52,26 @@ def bytes_adamw() -> Run:
     """`bytes` with AdamW for every tensor."""
     run = bytes_()
     return replace(run, preset="bytes_adamw", optim=replace(run.optim, matrix=Group(rule="adam", lr=0.003)))
+
+
+def on_sphere(run: Run, *, preset: str, lr: float) -> Run:
+    """`run` as nGPT (Loshchilov et al. 2024, arXiv 2410.01131): stream and weights on the sphere, Adam with one lr for all,
+    without warm-up, decay of weights, or bound on the logits; the lr falls by a cosine to 0."""
+    group = Group(lr=lr, beta1=0.9, beta2=0.95, eps=1e-8)
+    optim = replace(every_group(run.optim, **{f: getattr(group, f) for f in ("rule", "lr", "beta1", "beta2", "eps")}))
+    optim = replace(optim, **{role: replace(getattr(optim, role), constraint="sphere") for role in SPHERE_ROLES})
+    model = replace(run.model, geometry="sphere", zero_init_projections=False, attention_scale=None, softcap="none")
+    return replace(run, preset=preset, model=model, optim=optim, schedule=replace(run.schedule, lr="0=1 cos 100%=0"))
+
+
+def ngpt_bytes() -> Run:
+    """`bytes` as nGPT."""
+    return on_sphere(bytes_(), preset="ngpt_bytes", lr=0.01)
+
+
+def ngpt_tiny() -> Run:
+    """`tiny` as nGPT."""
+    return on_sphere(tiny(), preset="ngpt_tiny", lr=0.01)
 
 
 def bench_cpu() -> Run:
@@ -110,6 +133,7 @@ def track3_adamw() -> Run:
 
 PRESETS: dict[str, Callable[[], Run]] = {
     "tiny": tiny, "tiny_adamw": tiny_adamw, "bytes": bytes_, "bytes_adamw": bytes_adamw,
+    "ngpt_tiny": ngpt_tiny, "ngpt_bytes": ngpt_bytes,
     "bench_cpu": bench_cpu, "bench_cpu_prose": bench_cpu_prose, "bench_gpu": bench_gpu,
     "track3": track3, "track3_adamw": track3_adamw,
 }

@@ -13,6 +13,10 @@ from configs.refuse import refuse, refuse_below
 
 Curve = str  # the notation of configs/curve.py
 
+# The sphere has norms everywhere and gains nowhere, and a zero vector has no direction.
+SPHERE_NEEDS = {"zero_init_projections": False, "norm_gains": False, "biases": False, "tied_head": False, "qk_norm": True,
+                "norm_embedding": True}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
@@ -156,6 +160,10 @@ class Model:
     """Storage of the token embedding (and of its optimizer state)."""
     loss_chunk_tokens: int = 0
     """Head and loss in chunks of so many tokens, recomputed in the backward pass; 0: all at once."""
+    geometry: Literal["euclidean", "sphere"] = "euclidean"
+    """sphere: vectors of the stream have length 1 and layers move them along it (nGPT, Loshchilov et al. 2024,
+    arXiv 2410.01131); it belongs to the constraint sphere of the matrices, embeddings and head. attention_scale None is then
+    sqrt(head_dim)."""
 
     def __post_init__(self) -> None:
         refuse_below(self, 1, "layers", "dim", "head_dim", "mlp_dim", "vocab_multiple", "window_tokens")
@@ -169,6 +177,9 @@ class Model:
                "full_attention_every has no effect without --model.window_tokens")
         refuse(self.softcap != "none" and self.softcap_value <= 0,
                f"softcap_value must be positive, got {self.softcap_value}")
+        for name, wanted in SPHERE_NEEDS.items():
+            refuse(self.geometry == "sphere" and getattr(self, name) != wanted,
+                   f"geometry sphere needs --model.{'' if wanted else 'no_'}{name}")
         refuse(self.attention == "varlen" and not self.document_mask,
                "--model.attention varlen packs documents: it needs --model.document_mask")
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from configs.schema import Model
 from layers.basic import Linear, parameter, rms_norm
 from layers.kernels import Mask
+from layers.sphere import SphereQK
 
 
 class Rotary(nn.Module):
@@ -45,9 +46,11 @@ class Attention(nn.Module):
     def __init__(self, config: Model, max_tokens: int, *, mixes_value_embed: bool, kernel: Callable) -> None:
         super().__init__()
         self.q, self.k, self.v = (Linear(config.dim, config.dim, config=config) for _ in range(3))
-        self.out = Linear(config.dim, config.dim, config=config, zero=True)
-        self.head_dim, self.qk_norm, self.attend = config.head_dim, config.qk_norm, kernel
-        self.scale = config.attention_scale or config.head_dim**-0.5
+        self.out = Linear(config.dim, config.dim, config=config, zero=True, axis=-2)
+        self.head_dim, self.attend = config.head_dim, kernel
+        on_sphere = config.geometry == "sphere"
+        self.scale = config.attention_scale or config.head_dim ** (0.5 if on_sphere else -0.5)
+        self.norm_qk = SphereQK(config) if on_sphere else rms_norm if config.qk_norm else None
         self.rotary = Rotary(config, max_tokens) if "rotary" in config.position else None
         self.value_mix = parameter(torch.tensor([0.5, 0.5]), "scalar") if mixes_value_embed else None
 
@@ -59,8 +62,8 @@ class Attention(nn.Module):
             own, embed = self.value_mix.to(v.dtype)
             v = own * v + embed * value_embed_BTC
         q, k, v = q.view(shape), k.view(shape), v.view(shape)
-        if self.qk_norm:
-            q, k = rms_norm(q), rms_norm(k)
+        if self.norm_qk is not None:
+            q, k = self.norm_qk(q), self.norm_qk(k)
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
         return self.out(self.attend(q, k, v, mask, self.scale).reshape_as(x_BTC))

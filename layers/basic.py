@@ -12,20 +12,21 @@ from torch import Tensor, nn
 from configs.schema import Model
 
 
-def parameter(value: Tensor, role: str) -> nn.Parameter:
-    """A parameter that knows its role: what the optimizer chooses a norm by."""
+def parameter(value: Tensor, role: str, *, axis: int = -1) -> nn.Parameter:
+    """A parameter that knows its role, what the optimizer chooses a norm by, and its model dimension, -1 or -2."""
     made = nn.Parameter(value)
-    made.role = role
+    made.role, made.axis = role, axis
     return made
 
 
 class Linear(nn.Module):
     """y = W x (+ b), W (out, in) in float32, cast to x's dtype at use; started at variance init_gain / in, or 0."""
 
-    def __init__(self, fan_in: int, fan_out: int, *, config: Model, zero: bool = False, role: str = "matrix") -> None:
+    def __init__(self, fan_in: int, fan_out: int, *, config: Model, zero: bool = False, role: str = "matrix",
+                 axis: int = -1) -> None:
         super().__init__()
         std = 0.0 if zero and config.zero_init_projections else (config.init_gain / fan_in) ** 0.5
-        self.weight = parameter(torch.randn(fan_out, fan_in) * std, role)
+        self.weight = parameter(torch.randn(fan_out, fan_in) * std, role, axis=axis)
         self.bias = parameter(torch.zeros(fan_out), "bias") if config.biases else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ class MLP(nn.Module):
         hidden = config.mlp_dim or 4 * config.dim
         self.up = Linear(config.dim, hidden, config=config)
         self.gate = Linear(config.dim, hidden, config=config) if config.activation == "swiglu" else None
-        self.down = Linear(hidden, config.dim, config=config, zero=True)
+        self.down = Linear(hidden, config.dim, config=config, zero=True, axis=-2)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x_BTC: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from optim.groups import ParamGroup
+from optim.step import Step
 
 
 @dataclass(slots=True)
@@ -19,6 +20,7 @@ class Bank:
     grads: Tensor
     own: slice
     sharded: bool
+    step: Step
     state: dict[str, Tensor] = field(default_factory=dict)
     """Of the owned slice, in the form of the rule: the first dimension is K; for rows and elements the second is cut."""
 
@@ -62,8 +64,8 @@ def lead_view(stack: Tensor, scope: str) -> Tensor:
 
 
 def alike(group: ParamGroup) -> list[list[str]]:
-    """Names of a group's parameters, by equal shape and dtype, in order."""
+    """Names of a group's parameters, by equal shape, dtype and model dimension, in order."""
     kinds: dict[tuple, list[str]] = {}
     for name, param in group.params.items():
-        kinds.setdefault((param.shape, param.dtype), []).append(name)
+        kinds.setdefault((param.shape, param.dtype, group.axes[name]), []).append(name)
     return list(kinds.values())

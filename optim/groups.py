@@ -21,6 +21,8 @@ class ParamGroup:
     rule: Rule
     step: Step
     params: dict[str, Tensor]
+    axes: dict[str, int]
+    """The dimension of each tensor that is the model's, -1 or -2: what constraints on vectors act along."""
 
     @property
     def clip(self) -> Clip | None:
@@ -30,7 +32,8 @@ class ParamGroup:
     @property
     def scope(self) -> Scope:
         """How finely its tensors may be cut: the coarsest of what rule, constraint and clipping need."""
-        needs = {self.rule.scope, self.step.scope, self.clip.scope if self.clip else "element"}
+        steps = {self.step.along(axis).scope for axis in self.axes.values()}
+        needs = steps | {self.rule.scope, self.clip.scope if self.clip else "element"}
         return next(scope for scope in ("matrix", "row", "element") if scope in needs)
 
     @property
@@ -39,8 +42,10 @@ class ParamGroup:
         return sum(param.numel() for param in self.params.values())
 
 
-def build_groups(params: Mapping[str, Tensor], roles: Mapping[str, str], optim: Optim) -> list[ParamGroup]:
-    """Groups in the order of Optim's fields; `roles` maps every parameter name to one of them.
+def build_groups(params: Mapping[str, Tensor], roles: Mapping[str, str], optim: Optim,
+                 axes: Mapping[str, int] | None = None) -> list[ParamGroup]:
+    """Groups in the order of Optim's fields; `roles` maps every parameter name to one of them; `axes` names the model
+    dimension where it is not the last.
 
     Raises ValueError listing parameters without a role, roles without a parameter, and unknown roles.
     """
@@ -55,7 +60,8 @@ def build_groups(params: Mapping[str, Tensor], roles: Mapping[str, str], optim: 
         members = {name: param for name, param in params.items() if roles[name] == role}
         if members:
             config = getattr(optim, role)
-            groups.append(ParamGroup(role, config, build_rule(config), Step.build(config), members))
+            groups.append(ParamGroup(role, config, build_rule(config), Step.build(config), members,
+                                     {name: (axes or {}).get(name, -1) for name in members}))
     return groups
 
 
@@ -72,4 +78,5 @@ def group_table(groups: list[ParamGroup]) -> str:
 
 def _settings(config: Group) -> str:
     names = [f.name for f in fields(config) if f.name in acting_fields(config) - EVERY_RULE_READS]
+    names += ["constraint"] * (config.constraint != "none")
     return " ".join(f"{name}={getattr(config, name)}" for name in names)

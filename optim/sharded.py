@@ -45,17 +45,19 @@ class ShardedOptimizer:
 
     def _make_bank(self, group: ParamGroup, names: list[str]) -> Bank:
         params = [group.params[name] for name in names]
+        step = group.step.along(group.axes[names[0]])
         flat = lead_view(torch.stack([p.detach() for p in params]), group.scope)
+        step.enter(flat)
         sharded = self.comm.world_size > 1 and flat.numel() >= SMALL_BANK_ELEMENTS
         padding = -flat.size(0) % self.comm.world_size if sharded else 0
         weights = torch.cat([flat, flat.new_zeros(padding, *flat.shape[1:])]) if padding else flat.clone()
         self.comm.broadcast(weights)
         own = self.comm.slice_of(weights.size(0)) if sharded else slice(0, weights.size(0))
-        bank = Bank(group, names, params[0].shape, weights, torch.zeros_like(weights), own, sharded)
+        bank = Bank(group, names, params[0].shape, weights, torch.zeros_like(weights), own, sharded, step)
         for param, weight, grad in zip(params, bank.stacked(weights), bank.stacked(bank.grads), strict=True):
             param.data, param.grad = weight, grad
         memory = bank.as_matrices(weights[own])
-        bank.state = group.step.init_state(memory)
+        bank.state = step.init_state(memory)
         bank.state |= group.rule.init_state(memory.float() if group.config.state_dtype == "float32" else memory)
         if self.average:
             self.average.init(bank)
@@ -144,13 +146,13 @@ class ShardedOptimizer:
         grad = bank.as_matrices(grad)
         clip = bank.group.clip
         grad = clip(grad) if clip else grad
-        wide = bank.group.config.state_dtype == "float32"
-        return bank.as_matrices(own), grad.float() if wide else grad, bank.state
+        weights, grad = bank.as_matrices(own), grad.float() if bank.group.config.state_dtype == "float32" else grad
+        return weights, bank.step.constraint.see(weights, grad, bank.state), bank.state
 
     def _update_bank(self, bank: Bank, own: Tensor, grad: Tensor, hyper: Hyper) -> None:
         if own.numel():
             update = self._update if bank.group.rule.compiles else _update
-            update(bank.group.rule, bank.group.step, *self._seen(bank, own, grad), hyper)
+            update(bank.group.rule, bank.step, *self._seen(bank, own, grad), hyper)
 
     @torch.no_grad()
     def measure(self, values: Values) -> Measures:

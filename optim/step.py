@@ -1,14 +1,14 @@
 """From a direction to a step: W <- W - lr D with decay, constraint and rounding, the same for every rule."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from configs.groups import Group
-
-TINY = 1e-30
+from optim.constraints import Free, build_constraint
+from optim.norms import Scope
 
 
 class Rates(Protocol):
@@ -27,7 +27,7 @@ class Step:
     so that wd does not depend on the peak; corrected (1 - lr wd lr/peak) (Defazio 2025, arXiv 2506.02285); cautious:
     decoupled, only where D W >= 0, that is where the step shrinks the weight anyway (Chen et al. 2025, arXiv 2510.12402).
 
-    constraint hyperball: the Frobenius norm of each matrix stays what it was at the start.
+    constraint: the set that the weights stay in; see optim/constraints.py.
 
     rounding of weights in bfloat16: nearest; stochastic, up or down by a hash of the weight, right in the mean; remainder:
     what rounding to the nearest drops of the float32 weight is kept as state, 16 bits, so that nothing is lost.
@@ -35,41 +35,48 @@ class Step:
 
     decay: str = "none"
     peak_lr: float = 0.0
-    constraint: str = "none"
+    constraint: Free = Free()  # noqa: RUF009
     rounding: str = "nearest"
 
     @classmethod
     def build(cls, group: Group) -> "Step":
         """The step that a group's configuration describes."""
-        return cls(group.decay if group.weight_decay else "none", group.lr, group.constraint, group.rounding)
+        return cls(group.decay if group.weight_decay else "none", group.lr, build_constraint(group), group.rounding)
+
+    def along(self, axis: int) -> "Step":
+        """The same for tensors whose model dimension is `axis`, -1 or -2."""
+        return replace(self, constraint=self.constraint.along(axis))
 
     @property
-    def scope(self) -> str:
+    def scope(self) -> Scope:
         """How finely a tensor may be cut and each part stepped alone."""
-        return "matrix" if self.constraint == "hyperball" else "element"
+        return self.constraint.scope
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is W <- (1 - lr wd) W - lr D and nothing more."""
-        return self.decay in ("none", "decoupled") and self.constraint == "none" and self.rounding == "nearest"
+        """Whether it is W <- (1 - lr wd) W - lr D and then the constraint's `retract`, and nothing more."""
+        return self.decay in ("none", "decoupled") and self.constraint.plain and self.rounding == "nearest"
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
         """What the step remembers of weights (K, m, n): names begin with `step_`."""
-        state = {}
-        if self.constraint == "hyperball":
-            state["step_radius"] = param.float().norm(dim=(-2, -1), keepdim=True)
+        state = self.constraint.init_state(param)
         if self.rounding == "remainder" and param.dtype == torch.bfloat16:
             state["step_remainder"] = torch.zeros_like(param, dtype=torch.int16)
         return state
+
+    def enter(self, param: Tensor) -> None:
+        """Bring the first weights into the constraint set, in place."""
+        weights = param.float()
+        self.constraint.enter(weights)
+        if weights is not param:
+            param.copy_(weights)
 
     def apply(self, param: Tensor, direction: Tensor, state: dict[str, Tensor], rates: Rates) -> None:
         """W <- W - lr D, in place, computed in at least float32."""
         weights = self._exact(param, state)
         direction = direction.float()
         self._shrink(weights, direction, rates)
-        weights.sub_(direction * rates.lr)
-        if self.constraint == "hyperball":
-            weights.mul_(state["step_radius"] / weights.norm(dim=(-2, -1), keepdim=True).clamp_min(TINY))
+        self.constraint.move(weights, direction, rates.lr, state)
         if weights is not param:
             self._round(param, weights, state, rates.count)
 

@@ -48,6 +48,7 @@ class Adam(Rule):
         exact = {tensor.dtype for tensor in (param, grad, state["mean"])} == {torch.float32}
         if param.device.type == "cpu" and step.is_plain and exact:
             self._update_fused(param, grad, state, hyper, 0.0 if step.decay == "none" else hyper.weight_decay.item())
+            step.constraint.retract(param, state)
         else:
             step.apply(param, self.direction(param, grad, state, hyper), state, hyper)
 

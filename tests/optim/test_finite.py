@@ -161,7 +161,7 @@ def test_the_watch_finds_the_parameter_in_a_banks_slice():
     """Three matrices, of which this rank owns the last two."""
     group = build_groups({"w": torch.zeros(2, 3)}, {"w": "matrix"}, Optim())[0]
     weights = torch.zeros(3, 2, 3)
-    bank = Bank(group, ["a", "b", "c"], torch.Size([2, 3]), weights, weights.clone(), slice(1, 3), True)
+    bank = Bank(group, ["a", "b", "c"], torch.Size([2, 3]), weights, weights.clone(), slice(1, 3), True, group.step)
     watch, grad = Watch([bank], Comm()), torch.ones(2, 2, 3)
     watch.see(0, grad, 1)
     watch.refuse()

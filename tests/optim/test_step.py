@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from optim.constraints import Hyperball
 from optim.rules import Hyper
 from optim.step import Step
 
@@ -26,13 +27,13 @@ def walk(step: Step, start: Tensor, steps: int, *, lr: float = 0.01) -> Tensor:
 
 def test_the_hyperball_keeps_every_matrixs_norm():
     start = gaussian(3, 5, 7) * torch.tensor([0.1, 1.0, 10.0]).view(3, 1, 1)
-    W = walk(Step(constraint="hyperball"), start, 20, lr=0.3)
+    W = walk(Step(constraint=Hyperball()), start, 20, lr=0.3)
     torch.testing.assert_close(W.norm(dim=(1, 2)), start.norm(dim=(1, 2)), rtol=1e-6, atol=0)
     assert not torch.allclose(W, start, rtol=0.1)
 
 
 def test_a_zero_matrix_on_the_hyperball_stays_zero():
-    assert not walk(Step(constraint="hyperball"), torch.zeros(1, 4, 4), 3).any()
+    assert not walk(Step(constraint=Hyperball()), torch.zeros(1, 4, 4), 3).any()
 
 
 def test_with_the_remainder_nothing_is_lost():
