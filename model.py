@@ -49,7 +49,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, max_tokens, mixes_value_embed=i >= first, kernel=KERNELS[self.kernel][1])
                                     for i in range(config.layers))
         self.norm_final = nn.Identity() if on_sphere else Norm(config)
-        self.logit_scale = Scale(padded, stored=config.dim**-0.5) if on_sphere else None
+        self.logit_scale = Scale(padded, value=config.logit_scale, stored=config.dim**-0.5) if on_sphere else None
         self.head = None if config.tied_head else Linear(config.dim, padded, config=config, zero=True, role="head")
         self._roles = {name: param.role for name, param in self.named_parameters()}  # a copy of the model keeps it
         self._axes = {name: param.axis for name, param in self.named_parameters()}

@@ -39,6 +39,7 @@ from model import GPT
 from optim.comm import Comm, local_rank
 from optim.finite import NonFiniteError
 from optim.groups import build_groups, group_table
+from optim.lookahead import Lookahead
 from optim.schedule import Schedule, Values
 from optim.sharded import ShardedOptimizer
 from optim.weight_average import WeightAverage
@@ -115,7 +116,7 @@ class Trainer:
         self.group_table = group_table(groups)
         self.compiled = run.run.compile == "on" or (run.run.compile == "auto" and self.device.type == "cuda")
         self.optimizer = ShardedOptimizer(groups, self.comm, compile_updates=self.compiled,
-                                          average=WeightAverage.build(run.train))
+                                          average=WeightAverage.build(run.train), lookahead=Lookahead.build(run))
         if self.compiled:
             self.model.compile(dynamic=False)
         self.progress = Progress()
@@ -197,7 +198,7 @@ class Trainer:
             tokens = torch.randint(self.source.vocab_size, (rows, values.sequence_tokens), generator=generator)
             for _ in range(self.run.train.warmup_steps):
                 self.gradients(tokens, tokens, values)
-                self.optimizer.step(values, step + 1)
+                self.optimizer.step(values, (step + 1) * self.optimizer.period)  # so that every group is updated
                 self.optimizer.zero_grad()
             with torch.no_grad():
                 x = next(micro_batches(tokens, tokens, self.run.train.micro_tokens))[0].to(self.device)

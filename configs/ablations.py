@@ -87,8 +87,12 @@ def _averages(run: Run) -> bool:
     return run.optim.matrix.rule == "steepest" and run.optim.matrix.averaging != "none"
 
 
+def _is_flat(run: Run) -> bool:
+    return run.model.geometry == "euclidean"
+
+
 TECHNIQUES = (
-    Technique("qk_norm", lambda run: run.model.qk_norm, "--model.no_qk_norm"),
+    Technique("qk_norm", lambda run: run.model.qk_norm and _is_flat(run), "--model.no_qk_norm"),
     Technique("smear", lambda run: run.model.smear, "--model.no_smear"),
     Technique("x0_skip", lambda run: run.model.x0_skip, "--model.no_x0_skip"),
     Technique("value_embeds", lambda run: run.model.value_embeds > 0, "--model.value_embeds 0"),
@@ -97,7 +101,7 @@ TECHNIQUES = (
     Technique("zero_init_projections", lambda run: run.model.zero_init_projections, "--model.no_zero_init_projections"),
     Technique("rotary", lambda run: run.model.position in ("rotary", "half_rotary"), "--model.position learned"),
     Technique("relu2", lambda run: run.model.activation == "relu2", "--model.activation gelu"),
-    Technique("norm_embedding", lambda run: run.model.norm_embedding, "--model.no_norm_embedding"),
+    Technique("norm_embedding", lambda run: run.model.norm_embedding and _is_flat(run), "--model.no_norm_embedding"),
     Technique("attention_scale", lambda run: run.model.attention_scale is not None, "--model.attention_scale None"),
     Technique("norm_gains", lambda run: run.model.norm_gains, "--model.no_norm_gains"),
     Technique("biases", lambda run: run.model.biases, "--model.no_biases"),

@@ -19,7 +19,8 @@ UNIT_NORMS: dict[str, tuple[NormName, ...]] = {
 
 # The fields of a Group that each rule reads, beside those that every rule reads.
 EVERY_RULE_READS = frozenset({"rule", "lr", "weight_decay", "decay", "constraint", "rounding", "state_dtype",
-                              "clip", "clip_norm", "graft", "retraction", "tangent"})
+                              "clip", "clip_norm", "graft", "retraction", "tangent", "radial_brake", "row_floor",
+                              "update_every", "sparse_rows"})
 AVERAGE_READS = frozenset({"momentum", "averaging", "nesterov", "averages", "momentum_fast"})
 STEEPEST_READS = EVERY_RULE_READS | AVERAGE_READS | {"norm", "unit", "schatten_p", "ns", "ns_steps", "equilibrate"}
 RULE_READS: dict[str, frozenset[str]] = {
@@ -54,9 +55,10 @@ class Group:
     decay: Literal["decoupled", "independent", "corrected", "cautious", "none"] = "decoupled"
     """W -= lr wd W; W -= wd (lr / peak lr) W; W -= wd lr (lr / peak lr) W (Defazio 2025, arXiv 2506.02285); the first, only
     where update and weight agree in sign (Chen et al. 2025, arXiv 2510.12402); or none."""
-    constraint: Literal["none", "hyperball", "sphere"] = "none"
+    constraint: Literal["none", "hyperball", "sphere", "radial"] = "none"
     """hyperball: each matrix keeps the Frobenius norm that it started with (Wen et al. 2025, MuonH and AdamH); sphere: every
-    vector along the model dimension has length 1 (nGPT, Loshchilov et al. 2024, arXiv 2410.01131)."""
+    vector along the model dimension has length 1 (nGPT, Loshchilov et al. 2024, arXiv 2410.01131); radial: a matrix's norm
+    changes by its step's radial part alone (speedrun track 3, result 44)."""
     retraction: Literal["normalise", "geodesic"] = "normalise"
     """On the sphere: a straight step, divided by its length; or along the great circle."""
     tangent: Literal["none", "gradient", "momentum", "dual"] = "none"
@@ -125,10 +127,22 @@ class Group:
     """Prodigy's first estimate d0 of the distance to a solution; its steps start as small as lr d0."""
     whiten_steps: int = 10
     """SWAN's Newton-Schulz iterations: of a 256 x 768 Gaussian's singular values 5 leave .66 to 1, 10 all at 1."""
+    radial_brake: float = 0.0
+    """Share that is taken off the radial part of a matrix's step where it lengthens the matrix (speedrun track 3, results 44
+    to 46: .5); 0: none."""
+    row_floor: float = 0.0
+    """Least length of each row of the direction, over the length of the weights' row (speedrun track 3, result 46: .3825);
+    0: none."""
+    update_every: int = 1
+    """Update at every so many-th step, by the mean of the gradients since; a run's last steps may go unused (speedrun: Adam
+    at every second)."""
+    sparse_rows: bool = False
+    """Ranks exchange those rows of the gradient alone that they have touched: for lookup tables of which a batch sees a
+    small share. A row costs its length and 8 bytes; where most are touched, sending all is cheaper."""
 
     def __post_init__(self) -> None:
-        refuse_below(self, 0, "lr", "weight_decay", "eps", "clip")
-        refuse_below(self, 1, "ns_steps", "averages", "whiten_steps", "every_steps")
+        refuse_below(self, 0, "lr", "weight_decay", "eps", "clip", "row_floor")
+        refuse_below(self, 1, "ns_steps", "averages", "whiten_steps", "every_steps", "update_every")
         refuse(not 0 <= self.gram_beta <= 1, f"gram_beta must lie in [0, 1], got {self.gram_beta}")
         refuse(self.exponent is not None and not -1 <= self.exponent < 0,
                f"exponent must lie in [-1, 0), got {self.exponent}")
@@ -147,6 +161,10 @@ class Group:
         refuse(not 0 < self.rank_frac <= 1, f"rank_frac must lie in (0, 1], got {self.rank_frac}")
         refuse(self.averages > 1 and self.averaging != "ema",
                f"averages {self.averages} belong to averaging ema, got {self.averaging}")
+        refuse(not 0 <= self.radial_brake <= 1, f"radial_brake must lie in [0, 1], got {self.radial_brake}")
+        refuse(self.radial_brake > 0 and self.constraint in ("hyperball", "sphere"),
+               f"radial_brake has no effect under constraint {self.constraint}, which keeps lengths; set it to 0, or the "
+               "constraint to none or radial")
         refuse(self.equilibrate and self.norm not in ("spectral", "rms_operator"),
                f"equilibrate belongs to norm spectral or rms_operator, got norm {self.norm}")
 

@@ -15,6 +15,11 @@ def every_group(optim: Optim, **changes: object) -> Optim:
 SPHERE_ROLES = ("matrix", "embed", "head", "value_embed")  # whose vectors have length 1 on the sphere
 
 
+def with_lrs(optim: Optim, **lrs: float) -> Optim:
+    """Other learning rates, by role."""
+    return replace(optim, **{role: replace(getattr(optim, role), lr=lr) for role, lr in lrs.items()})
+
+
 def tiny() -> Run:
     """The newcomer's run: a BPE model on Python's own source code, within a minute on two CPU cores.
 
@@ -54,24 +59,45 @@ def bytes_adamw() -> Run:
     return replace(run, preset="bytes_adamw", optim=replace(run.optim, matrix=Group(rule="adam", lr=0.003)))
 
 
-def on_sphere(run: Run, *, preset: str, lr: float) -> Run:
-    """`run` as nGPT (Loshchilov et al. 2024, arXiv 2410.01131): stream and weights on the sphere, Adam with one lr for all,
-    without warm-up, decay of weights, or bound on the logits; the lr falls by a cosine to 0."""
-    group = Group(lr=lr, beta1=0.9, beta2=0.95, eps=1e-8)
-    optim = replace(every_group(run.optim, **{f: getattr(group, f) for f in ("rule", "lr", "beta1", "beta2", "eps")}))
-    optim = replace(optim, **{role: replace(getattr(optim, role), constraint="sphere") for role in SPHERE_ROLES})
-    model = replace(run.model, geometry="sphere", zero_init_projections=False, attention_scale=None, softcap="none")
-    return replace(run, preset=preset, model=model, optim=optim, schedule=replace(run.schedule, lr="0=1 cos 100%=0"))
+def on_sphere(run: Run, *, preset: str) -> Run:
+    """`run` with stream and weights on the sphere: no decay of weights, no zero projections, no bound on the logits."""
+    optim = replace(run.optim, **{role: replace(getattr(run.optim, role), constraint="sphere", weight_decay=0.0)
+                                  for role in SPHERE_ROLES})
+    model = replace(run.model, geometry="sphere", zero_init_projections=False, norm_gains=False, norm_embedding=True,
+                    qk_norm=True, attention_scale=None, softcap="none")
+    return replace(run, preset=preset, model=model, optim=optim)
 
 
 def ngpt_bytes() -> Run:
-    """`bytes` as nGPT."""
-    return on_sphere(bytes_(), preset="ngpt_bytes", lr=0.01)
+    """`bytes` on the sphere, by Muon too; a layer's first step goes 1 / layers of the way."""
+    run = on_sphere(bytes_(), preset="ngpt_bytes")
+    return replace(run, model=replace(run.model, eigen_lr=0.25, logit_scale=10.0),
+                   optim=with_lrs(run.optim, matrix=0.07, embed=0.03))
 
 
 def ngpt_tiny() -> Run:
-    """`tiny` as nGPT."""
-    return on_sphere(tiny(), preset="ngpt_tiny", lr=0.01)
+    """`tiny` on the sphere, by Muon too."""
+    run = on_sphere(tiny(), preset="ngpt_tiny")
+    return replace(run, model=replace(run.model, eigen_lr=0.5, logit_scale=10.0),
+                   optim=with_lrs(run.optim, matrix=0.05, embed=0.03))
+
+
+def gpt_paper() -> Run:
+    """The baseline of the nGPT paper (Loshchilov et al. 2024, arXiv 2410.01131) at track 3's size: rotary, SwiGLU, RMS norms
+    with gains, AdamW with warm-up and cosine to 0; everything in float32."""
+    run = track3()
+    group = Group(lr=0.0015, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
+    model = Model(layers=12, dim=768, head_dim=64, rotary_base=10_000.0, qk_norm=False, activation="swiglu", norm_gains=True,
+                  norm_embedding=False, zero_init_projections=False, embed_std=0.02, softcap="none")
+    plain = replace(group, weight_decay=0.0)
+    return replace(run, preset="gpt_paper", model=model,
+                   optim=Optim(matrix=group, embed=group, head=group, gain=plain, scale=plain),
+                   schedule=Schedule(lr="0=0 10%=1 cos 100%=0"), train=replace(run.train, loss_reduction="mean"))
+
+
+def ngpt() -> Run:
+    """nGPT as in the paper, at track 3's size: one lr for all, without warm-up, decay of weights or bound on the logits."""
+    return replace(on_sphere(gpt_paper(), preset="ngpt"), schedule=Schedule(lr="0=1 cos 100%=0"))
 
 
 def bench_cpu() -> Run:
@@ -133,7 +159,7 @@ def track3_adamw() -> Run:
 
 PRESETS: dict[str, Callable[[], Run]] = {
     "tiny": tiny, "tiny_adamw": tiny_adamw, "bytes": bytes_, "bytes_adamw": bytes_adamw,
-    "ngpt_tiny": ngpt_tiny, "ngpt_bytes": ngpt_bytes,
     "bench_cpu": bench_cpu, "bench_cpu_prose": bench_cpu_prose, "bench_gpu": bench_gpu,
     "track3": track3, "track3_adamw": track3_adamw,
+    "ngpt_tiny": ngpt_tiny, "ngpt_bytes": ngpt_bytes, "ngpt": ngpt, "gpt_paper": gpt_paper,
 }

@@ -4,7 +4,8 @@ A `Run` is complete and frozen; impossible combinations are refused when it is b
 schedule in the notation of configs/curve.py. Everything that is not here is derived from what is here by a formula.
 """
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from configs.curve import parse_curve
@@ -164,6 +165,11 @@ class Model:
     """sphere: vectors of the stream have length 1 and layers move them along it (nGPT, Loshchilov et al. 2024,
     arXiv 2410.01131); it belongs to the constraint sphere of the matrices, embeddings and head. attention_scale None is then
     sqrt(head_dim)."""
+    eigen_lr: float = 0.05
+    """On the sphere: the share of the way to a layer's suggestion that its step goes at the start; the paper's, for 24 and
+    36 layers, about 1 / layers."""
+    logit_scale: float = 1.0
+    """On the sphere: the factor of the cosines that are the logits, at the start."""
 
     def __post_init__(self) -> None:
         refuse_below(self, 1, "layers", "dim", "head_dim", "mlp_dim", "vocab_multiple", "window_tokens")
@@ -177,6 +183,8 @@ class Model:
                "full_attention_every has no effect without --model.window_tokens")
         refuse(self.softcap != "none" and self.softcap_value <= 0,
                f"softcap_value must be positive, got {self.softcap_value}")
+        refuse(not 0 < self.eigen_lr <= 1, f"eigen_lr must lie in (0, 1], got {self.eigen_lr}")
+        refuse(not 0 < self.logit_scale < math.inf, f"logit_scale must be positive, got {self.logit_scale}")
         for name, wanted in SPHERE_NEEDS.items():
             refuse(self.geometry == "sphere" and getattr(self, name) != wanted,
                    f"geometry sphere needs --model.{'' if wanted else 'no_'}{name}")
@@ -239,14 +247,27 @@ class Train:
     """Share of the steps after which it begins, at the weights of that time."""
     weight_average_blend: float = 1.0
     """Validate blend avg + (1 - blend) W."""
+    lookahead: float = 0.0
+    """Take gradients b times the weights' mean movement ahead of them and step from there, b being so much times the lr
+    curve (EMA-Nesterov, arXiv 2605.25395; speedrun track 3: .6 on Muon, .3 on SOAP-Muon); 0: off."""
+    lookahead_gamma: float = 0.99
+    """The mean movement is d <- gamma d + (1 - gamma) (the step's movement)."""
+    lookahead_start: float = 0.1
+    """Share of the steps before the first that looks ahead (track 3: .1 to .16)."""
+    lookahead_end: float = 0.7
+    """Share of the steps after which none does (track 3: .65 to .76)."""
 
     def __post_init__(self) -> None:
         refuse_below(self, 1, "steps", "batch_tokens", "micro_tokens")
         refuse_below(self, 0, "val_every_steps", "final_val_every_steps", "warmup_steps")
-        refuse(not 0 <= self.weight_average < 1, f"weight_average must lie in [0, 1), got {self.weight_average}")
-        for name in ("weight_average_start", "weight_average_blend"):
+        refuse_below(self, 0, "lookahead")
+        for name in ("weight_average", "lookahead_gamma"):
+            refuse(not 0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        for name in ("weight_average_start", "weight_average_blend", "lookahead_start", "lookahead_end"):
             value = getattr(self, name)
             refuse(not 0 <= value <= 1, f"{name} must lie in [0, 1], got {value}")
+        refuse(self.lookahead > 0 and self.lookahead_start >= self.lookahead_end,
+               f"lookahead_start must be less than lookahead_end ({self.lookahead_end}), got {self.lookahead_start}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,3 +316,6 @@ class Run:
                f"train.micro_tokens must hold one sequence of {data.sequence_tokens} tokens, got {train.micro_tokens}")
         refuse(self.schedule.window_tokens != "1" and self.model.window_tokens is None,
                "schedule.window_tokens needs --model.window_tokens, the window that it multiplies")
+        slow = [role.name for role in fields(Optim) if getattr(self.optim, role.name).update_every > 1]
+        refuse(train.lookahead > 0 and bool(slow),
+               f"train.lookahead needs every group's update_every to be 1; it is more for {', '.join(slow)}")

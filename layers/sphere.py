@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from configs.schema import Model
 from layers.basic import ACTIVATIONS, Linear, parameter
 
-ALPHA_START = 0.05  # the paper's for its depths of 24 and 36
-
 
 class UnitVectors(torch.autograd.Function):
     """n(x) = x / |x| along the last dimension, in float32, with its closed-form derivative (g - y <g, y>) / |x|.
@@ -24,7 +22,8 @@ class UnitVectors(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).clamp_min_(1e-30).reciprocal_()
+        exact = torch.promote_types(x.dtype, torch.float32)
+        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact).clamp_min_(1e-30).reciprocal_()
         y = (x * inverse).to(x.dtype)
         ctx.save_for_backward(y, inverse)
         return y
@@ -33,8 +32,9 @@ class UnitVectors(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
         """The part of the gradient that is tangent at y, divided by |x|."""
         y, inverse = ctx.saved_tensors
-        radial = (grad * y).sum(dim=-1, keepdim=True, dtype=torch.float32)
-        return (torch.addcmul(grad.float(), y.float(), radial, value=-1).mul_(inverse)).to(grad.dtype)
+        exact = inverse.dtype
+        radial = (grad * y).sum(dim=-1, keepdim=True, dtype=exact)
+        return torch.addcmul(grad.to(exact), y.to(exact), radial, value=-1).mul_(inverse).to(grad.dtype)
 
 
 unit = UnitVectors.apply
@@ -61,7 +61,7 @@ class SphereStep(nn.Module):
 
     def __init__(self, config: Model) -> None:
         super().__init__()
-        self.alpha = Scale(config.dim, value=ALPHA_START, stored=config.dim**-0.5)
+        self.alpha = Scale(config.dim, value=config.eigen_lr, stored=config.dim**-0.5)
 
     def forward(self, h_BTC: Tensor, x_BTC: Tensor) -> Tensor:
         """(B, T, C) of length 1, (B, T, C) -> (B, T, C) of length 1."""

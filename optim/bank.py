@@ -24,6 +24,15 @@ class Bank:
     state: dict[str, Tensor] = field(default_factory=dict)
     """Of the owned slice, in the form of the rule: the first dimension is K; for rows and elements the second is cut."""
 
+    @property
+    def waits(self) -> bool:
+        """Whether gradients add up over several steps before they are used."""
+        return self.group.config.update_every > 1
+
+    def is_due(self, count: int) -> bool:
+        """Whether step `count`, 1 at the first, uses the gradients."""
+        return count % self.group.config.update_every == 0
+
     def stacked(self, lead: Tensor) -> Tensor:
         """A whole-bank tensor (lead, ...) without its padding, as one part per parameter: (K, *part_shape)."""
         units = self._units()

@@ -4,6 +4,7 @@ Started by torchrun: NCCL between GPUs, gloo between CPUs; ranks and addresses c
 """
 
 import os
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -21,6 +22,21 @@ class Work(Protocol):
 class _Done:
     def wait(self) -> None:
         pass
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows on their way to be added to `result`, by the rank that they come from: that order is the sum's on every run."""
+
+    works: list[Work]
+    result: Tensor
+    parts: list[tuple[Tensor, Tensor]]
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+        for numbers, rows in self.parts:  # each rank's numbers are distinct
+            self.result[numbers] += rows
 
 
 def local_rank() -> int:
@@ -54,6 +70,24 @@ class Comm:
         result = own if self._in_place else torch.empty_like(own)
         collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         return result, collective(result, bank, op=dist.ReduceOp.SUM, async_op=True)
+
+    def reduce_scatter_rows(self, bank: Tensor) -> tuple[Tensor, Work]:
+        """As `reduce_scatter`, for a bank most of whose rows are zero on every rank: each sends the others their rows of it
+        that are not, with their numbers, and nothing else. Waits for the device, to know how many there are.
+        """
+        own = bank[self.slice_of(bank.size(0))]
+        if self.world_size == 1:
+            return own, _Done()
+        touched = bank.flatten(1).any(1).nonzero().flatten()
+        sent = torch.bincount(touched // own.size(0), minlength=self.world_size)
+        arriving = torch.empty_like(sent)
+        dist.all_to_all_single(arriving, sent)
+        sizes = arriving.tolist(), sent.tolist()
+        rows, numbers = bank.new_empty(sum(sizes[0]), *bank.shape[1:]), touched.new_empty(sum(sizes[0]))
+        works = [dist.all_to_all_single(box, mine, *sizes, async_op=True)
+                 for box, mine in ((rows, bank[touched]), (numbers, touched % own.size(0)))]
+        result = torch.zeros_like(own)
+        return result, _Rows(works, result, list(zip(numbers.split(sizes[0]), rows.split(sizes[0]), strict=True)))
 
     def all_gather(self, bank: Tensor) -> Work:
         """Every rank's slice of `bank` reaches all ranks, in place."""

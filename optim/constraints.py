@@ -11,8 +11,7 @@ from torch import Tensor
 
 from configs.groups import Group
 from optim.norms import Scope
-
-TINY = 1e-30
+from optim.shape import TINY, length
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +69,27 @@ class Hyperball(Free):
     def retract(self, weights: Tensor, state: dict[str, Tensor]) -> None:
         """W <- W r / |W|."""
         weights.mul_(state["step_radius"] / weights.norm(dim=(-2, -1), keepdim=True).clamp_min(TINY))
+
+
+@dataclass(frozen=True, slots=True)
+class Radial(Free):
+    """Each matrix's Frobenius norm changes by the radial part of its step alone: |W| <- |W| - lr <D, W> / |W|. What a
+    straight step adds to that, by leaving the sphere tangentially, is taken back (speedrun track 3, results 44 to 46)."""
+
+    plain: ClassVar[bool] = False
+
+    @property
+    def scope(self) -> Scope:
+        """Whole matrices."""
+        return "matrix"
+
+    def move(self, weights: Tensor, direction: Tensor, lr: Tensor, state: dict[str, Tensor]) -> None:
+        """W - lr D at the length that the radial part says."""
+        before = length(weights, (-2, -1))
+        inward = (direction * (weights / before.clamp_min(TINY))).sum(dim=(-2, -1), keepdim=True)
+        weights.sub_(direction * lr)
+        wanted = torch.where(before > 0, before - lr * inward, length(weights, (-2, -1))).clamp_min(TINY)
+        weights.mul_(wanted / length(weights, (-2, -1)).clamp_min(TINY))
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,4 +161,4 @@ def build_constraint(group: Group) -> Free:
     """The constraint that a group's configuration describes."""
     if group.constraint == "sphere":
         return Sphere(retraction=group.retraction, tangent=group.tangent)
-    return Hyperball() if group.constraint == "hyperball" else Free()
+    return {"hyperball": Hyperball, "radial": Radial, "none": Free}[group.constraint]()

@@ -6,10 +6,13 @@ from dataclasses import dataclass, fields
 from torch import Tensor
 
 from configs.groups import EVERY_RULE_READS, Group, Optim, acting_fields
+from configs.refuse import refuse
 from optim.clip import Clip
 from optim.norms import Scope
 from optim.rules import Rule, build_rule
-from optim.step import Step
+from optim.step import Step, coarsest
+
+SHOWN_IF_SET = ("constraint", "radial_brake", "row_floor", "update_every", "sparse_rows")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +35,9 @@ class ParamGroup:
     @property
     def scope(self) -> Scope:
         """How finely its tensors may be cut: the coarsest of what rule, constraint and clipping need."""
-        steps = {self.step.along(axis).scope for axis in self.axes.values()}
-        needs = steps | {self.rule.scope, self.clip.scope if self.clip else "element"}
-        return next(scope for scope in ("matrix", "row", "element") if scope in needs)
+        steps = (self.step.along(axis).scope for axis in self.axes.values())
+        sent = "row" if self.config.sparse_rows else "element"
+        return coarsest(self.rule.scope, self.clip.scope if self.clip else "element", sent, *steps)
 
     @property
     def elements(self) -> int:
@@ -62,6 +65,9 @@ def build_groups(params: Mapping[str, Tensor], roles: Mapping[str, str], optim: 
             config = getattr(optim, role)
             groups.append(ParamGroup(role, config, build_rule(config), Step.build(config), members,
                                      {name: (axes or {}).get(name, -1) for name in members}))
+            refuse(config.sparse_rows and groups[-1].scope == "matrix",
+                   f"optim.{role}.sparse_rows: rule {config.rule}, as it is configured, updates whole matrices; rule adam "
+                   "or norm row would do")
     return groups
 
 
@@ -78,5 +84,5 @@ def group_table(groups: list[ParamGroup]) -> str:
 
 def _settings(config: Group) -> str:
     names = [f.name for f in fields(config) if f.name in acting_fields(config) - EVERY_RULE_READS]
-    names += ["constraint"] * (config.constraint != "none")
+    names += [name for name in SHOWN_IF_SET if getattr(config, name) != getattr(Group(), name)]
     return " ".join(f"{name}={getattr(config, name)}" for name in names)

@@ -9,6 +9,7 @@ from torch import Tensor
 from configs.groups import Group
 from optim.constraints import Free, build_constraint
 from optim.norms import Scope
+from optim.shape import Shape
 
 
 class Rates(Protocol):
@@ -29,6 +30,8 @@ class Step:
 
     constraint: the set that the weights stay in; see optim/constraints.py.
 
+    shape: what is done to a direction before all that; see optim/shape.py.
+
     rounding of weights in bfloat16: nearest; stochastic, up or down by a hash of the weight, right in the mean; remainder:
     what rounding to the nearest drops of the float32 weight is kept as state, 16 bits, so that nothing is lost.
     """
@@ -37,11 +40,13 @@ class Step:
     peak_lr: float = 0.0
     constraint: Free = Free()  # noqa: RUF009
     rounding: str = "nearest"
+    shape: Shape = Shape()  # noqa: RUF009
 
     @classmethod
     def build(cls, group: Group) -> "Step":
         """The step that a group's configuration describes."""
-        return cls(group.decay if group.weight_decay else "none", group.lr, build_constraint(group), group.rounding)
+        return cls(group.decay if group.weight_decay else "none", group.lr, build_constraint(group), group.rounding,
+                   Shape.build(group))
 
     def along(self, axis: int) -> "Step":
         """The same for tensors whose model dimension is `axis`, -1 or -2."""
@@ -50,12 +55,13 @@ class Step:
     @property
     def scope(self) -> Scope:
         """How finely a tensor may be cut and each part stepped alone."""
-        return self.constraint.scope
+        return coarsest(self.constraint.scope, self.shape.scope)
 
     @property
     def is_plain(self) -> bool:
         """Whether it is W <- (1 - lr wd) W - lr D and then the constraint's `retract`, and nothing more."""
-        return self.decay in ("none", "decoupled") and self.constraint.plain and self.rounding == "nearest"
+        return self.decay in ("none", "decoupled") and self.constraint.plain and self.rounding == "nearest" and (
+                self.shape == Shape())
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
         """What the step remembers of weights (K, m, n): names begin with `step_`."""
@@ -73,8 +79,8 @@ class Step:
 
     def apply(self, param: Tensor, direction: Tensor, state: dict[str, Tensor], rates: Rates) -> None:
         """W <- W - lr D, in place, computed in at least float32."""
-        weights = self._exact(param, state)
-        direction = direction.float()
+        weights = self.exact(param, state)
+        direction = self.shape(weights, direction.float())
         self._shrink(weights, direction, rates)
         self.constraint.move(weights, direction, rates.lr, state)
         if weights is not param:
@@ -90,12 +96,17 @@ class Step:
         elif self.decay == "cautious":
             weights.sub_(weights * (direction * weights >= 0) * (rates.lr * rates.weight_decay))
 
-    def _exact(self, param: Tensor, state: dict[str, Tensor]) -> Tensor:
+    def exact(self, param: Tensor, state: dict[str, Tensor]) -> Tensor:
         """The float32 weights: the parameter itself if it is float32; else its value, with the remainder if kept."""
         if "step_remainder" not in state:
             return param.float()
         high = param.view(torch.int16).to(torch.int32) << 16
         return (high + state["step_remainder"].to(torch.int32)).view(torch.float32)
+
+    def place(self, param: Tensor, weights: Tensor, state: dict[str, Tensor], count: int) -> None:
+        """Put the weights elsewhere: at the nearest point of the constraint set to float32 `weights`, which is spent."""
+        self.constraint.retract(weights, state)
+        self._round(param, weights, state, torch.tensor(count, device=param.device))
 
     def _round(self, param: Tensor, weights: Tensor, state: dict[str, Tensor], count: Tensor) -> None:
         if self.rounding == "nearest" or param.dtype != torch.bfloat16:
@@ -108,6 +119,11 @@ class Step:
             high = (bits + 0x8000) >> 16  # to the nearest, so that the remainder fits 16 bits with its sign
             state["step_remainder"].copy_(bits - (high << 16))
         param.view(torch.int16).copy_(high)
+
+
+def coarsest(*scopes: Scope) -> Scope:
+    """How finely a tensor may be cut, where several have a say."""
+    return next(scope for scope in ("matrix", "row", "element") if scope in scopes)
 
 
 def _noise(bits: Tensor, count: Tensor) -> Tensor:

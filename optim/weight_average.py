@@ -1,10 +1,11 @@
 """Averages of the weights over the steps, for evaluation alone."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from configs.schema import Train
 from optim.bank import Bank
@@ -40,19 +41,27 @@ class WeightAverage:
         weights = bank.as_matrices(bank.weights[bank.own]).float()
         bank.state[KEY].lerp_(weights, 1.0 if count <= self.start else 1 - self.beta)
 
-    @contextmanager
-    def shown(self, banks: list[Bank], comm: Comm) -> Iterator[None]:
+    def shown(self, banks: list[Bank], comm: Comm) -> AbstractContextManager[None]:
         """Within, the parameters are blend avg + (1 - blend) W; after, what they were. A collective at the start."""
-        kept = [bank.weights.clone() for bank in banks]
+        def blended(bank: Bank) -> Tensor:
+            return bank.as_matrices(bank.weights[bank.own]).float().lerp(bank.state[KEY], self.blend)
+
+        return shown_instead(banks, comm, blended)
+
+
+@contextmanager
+def shown_instead(banks: list[Bank], comm: Comm, weights_of: Callable[[Bank], Tensor]) -> Iterator[None]:
+    """Within, the parameters are others, of which `weights_of` knows each rank's own as matrices; after, what they were.
+    A collective at the start."""
+    kept = [bank.weights.clone() for bank in banks]
+    with torch.no_grad():
+        for bank in banks:
+            bank.as_matrices(bank.weights[bank.own]).copy_(weights_of(bank))
+        for work in [comm.all_gather(bank.weights) for bank in banks if bank.sharded]:
+            work.wait()
+    try:
+        yield
+    finally:
         with torch.no_grad():
-            for bank in banks:
-                own = bank.as_matrices(bank.weights[bank.own])
-                own.copy_(own.float().lerp(bank.state[KEY], self.blend))
-            for work in [comm.all_gather(bank.weights) for bank in banks if bank.sharded]:
-                work.wait()
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for bank, weights in zip(banks, kept, strict=True):
-                    bank.weights.copy_(weights)
+            for bank, weights in zip(banks, kept, strict=True):
+                bank.weights.copy_(weights)

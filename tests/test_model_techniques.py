@@ -58,7 +58,7 @@ FLAGS: dict[str, tuple[dict, set[str], set[str]]] = {
     "bfloat16_embedding": ({"embed_dtype": "bfloat16"}, set(), set()),
     "loss_chunks": ({"loss_chunk_tokens": 5}, set(), set()),
     "vocab_multiple": ({"vocab_multiple": 1}, set(), set()),
-    "sphere": ({"geometry": "sphere", "qk_norm": True, "norm_embedding": True},
+    "sphere": ({"geometry": "sphere", "qk_norm": True, "norm_embedding": True, "eigen_lr": 0.3, "logit_scale": 4.0},
                in_blocks("add1.alpha.stored", "add2.alpha.stored", "attention.norm_qk.scale.stored", "mlp.up_scale.stored")
                | {"logit_scale.stored"}, set()),
 }

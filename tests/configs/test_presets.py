@@ -41,7 +41,7 @@ def test_the_adamw_presets_differ_by_the_matrices_alone(name, base):
 def test_every_group_changes_every_group():
     changed = every_group(Optim(), lr=0.5)
     groups = [getattr(changed, f.name) for f in dataclasses.fields(changed)]
-    assert len(groups) == 9 and {group.lr for group in groups} == {0.5}
+    assert len(groups) == len(dataclasses.fields(Optim)) and {group.lr for group in groups} == {0.5}
     assert changed.matrix == dataclasses.replace(Optim().matrix, lr=0.5)
 
 
