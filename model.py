@@ -17,7 +17,7 @@ from layers.block import Block
 from layers.embeddings import BigramEmbedding, Smear
 from layers.head import softcap
 from layers.kernels import KERNELS, Mask, choose_kernel, document_index
-from layers.sphere import Scale, unit
+from layers.sphere import Scale, ScaledLinear, unit
 
 
 class GPT(nn.Module):
@@ -42,15 +42,14 @@ class GPT(nn.Module):
         self.smear = Smear(config) if config.smear else None
         on_sphere = config.geometry == "sphere"
         self.norm_embed = unit if on_sphere else Norm(config) if config.norm_embedding else nn.Identity()
-        self.norm_mixture = unit if on_sphere and (config.smear or config.bigram_buckets) else None
+        self.norm_mixture = unit if on_sphere else nn.Identity()
         self.value_embeds = nn.ParameterList(
             parameter(torch.randn(padded, config.dim) * config.embed_std, "value_embed") for _ in range(config.value_embeds))
         first = config.layers - config.value_embeds
         self.blocks = nn.ModuleList(Block(config, max_tokens, mixes_value_embed=i >= first, kernel=KERNELS[self.kernel][1])
                                     for i in range(config.layers))
         self.norm_final = nn.Identity() if on_sphere else Norm(config)
-        self.logit_scale = Scale(padded, value=config.logit_scale, stored=config.dim**-0.5) if on_sphere else None
-        self.head = None if config.tied_head else Linear(config.dim, padded, config=config, zero=True, role="head")
+        self.head = None if config.tied_head else make_head(config, padded)
         self._roles = {name: param.role for name, param in self.named_parameters()}  # a copy of the model keeps it
         self._axes = {name: param.axis for name, param in self.named_parameters()}
 
@@ -90,7 +89,7 @@ class GPT(nn.Module):
             x = x + self.bigram(tokens_BT, starts).to(self.dtype)
         if self.smear is not None:
             x = self.smear(x, starts)
-        x = x if self.norm_mixture is None else self.norm_mixture(x)
+        x = self.norm_mixture(x)
         x0, masks = x, self._masks(tokens_BT, starts, window)
         values = [None] * (len(self.blocks) - len(self.value_embeds)) + list(self.value_embeds)
         for block, mask, table in zip(self.blocks, masks, values, strict=True):
@@ -109,7 +108,6 @@ class GPT(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V), float32, softcapped."""
         z = F.linear(hidden, self.embed.to(hidden.dtype)) if self.head is None else self.head(hidden)
-        z = z if self.logit_scale is None else z * self.logit_scale().to(z.dtype)
         return softcap(z.float(), self.config.softcap, self.config.softcap_value)
 
     def _nats(self, hidden_NC: Tensor, targets_N: Tensor) -> Tensor:
@@ -146,6 +144,14 @@ class GPT(nn.Module):
         per_token = config.layers * (12 * config.dim + 3 * (config.mlp_dim or 4 * config.dim))
         logit_rows = min(tokens, config.loss_chunk_tokens or tokens)
         return per_token * self.dtype.itemsize * tokens + 12 * len(self.embed) * logit_rows
+
+
+def make_head(config: Model, outputs: int) -> Linear:
+    """The map from the stream to logits."""
+    if config.geometry == "sphere":
+        scale = Scale(outputs, value=config.logit_scale, stored=config.dim**-0.5)
+        return ScaledLinear(config.dim, outputs, config=config, role="head", scale=scale)
+    return Linear(config.dim, outputs, config=config, zero=True, role="head")
 
 
 def mean_span(tokens: int, window: int) -> float:

@@ -8,7 +8,7 @@ from configs.newton_schulz import check_ns
 from configs.refuse import refuse, refuse_below
 
 RuleName = Literal["steepest", "adam", "normuon", "muon2", "muown", "dion", "dion2",
-                   "sm3", "prodigy", "agd", "swan", "shampoo", "soap", "soap_muon"]
+                   "sm3", "prodigy", "agd", "swan", "shampoo", "soap", "soap_muon", "psgd"]
 NormName = Literal["spectral", "rms_operator", "schatten", "row", "column", "sign", "frobenius"]
 
 # The norms that have a unit beside their plain one.
@@ -38,6 +38,7 @@ RULE_READS: dict[str, frozenset[str]] = {
     "shampoo": EVERY_RULE_READS | AVERAGE_READS | {"gram_beta", "every_steps", "eps", "sides", "exponent", "root"},
     "soap": EVERY_RULE_READS | {"beta1", "beta2", "eps", "gram_beta", "every_steps"},
     "soap_muon": STEEPEST_READS | {"beta2", "eps", "gram_beta", "every_steps"},
+    "psgd": EVERY_RULE_READS | {"beta1", "eps", "factor_lr", "step_rms"},
 }
 
 
@@ -139,6 +140,10 @@ class Group:
     sparse_rows: bool = False
     """Ranks exchange those rows of the gradient alone that they have touched: for lookup tables of which a batch sees a
     small share. A row costs its length and 8 bytes; where most are touched, sending all is cheaper."""
+    factor_lr: float = 0.5
+    """PSGD: step length of the factors that learn to whiten, at most 1."""
+    step_rms: float = 1.1
+    """PSGD: largest RMS of a direction; white ones have 1."""
 
     def __post_init__(self) -> None:
         refuse_below(self, 0, "lr", "weight_decay", "eps", "clip", "row_floor")
@@ -161,6 +166,8 @@ class Group:
         refuse(not 0 < self.rank_frac <= 1, f"rank_frac must lie in (0, 1], got {self.rank_frac}")
         refuse(self.averages > 1 and self.averaging != "ema",
                f"averages {self.averages} belong to averaging ema, got {self.averaging}")
+        refuse(not 0 < self.factor_lr <= 1, f"factor_lr must lie in (0, 1], got {self.factor_lr}")
+        refuse(not 0 < self.step_rms < math.inf, f"step_rms must be positive, got {self.step_rms}")
         refuse(not 0 <= self.radial_brake <= 1, f"radial_brake must lie in [0, 1], got {self.radial_brake}")
         refuse(self.radial_brake > 0 and self.constraint in ("hyperball", "sphere"),
                f"radial_brake has no effect under constraint {self.constraint}, which keeps lengths; set it to 0, or the "

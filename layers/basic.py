@@ -60,13 +60,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu2": relu2, "gelu": F.
 
 
 class MLP(nn.Module):
-    """W_down act(W_up x), or W_down (silu(W_gate x) * W_up x) for SwiGLU."""
+    """W_down act(W_up x), or W_down (silu(W_gate x) * W_up x) for SwiGLU; `first` makes the maps that read x."""
 
-    def __init__(self, config: Model) -> None:
+    def __init__(self, config: Model, *, first: Callable[..., Linear] = Linear) -> None:
         super().__init__()
         hidden = config.mlp_dim or 4 * config.dim
-        self.up = Linear(config.dim, hidden, config=config)
-        self.gate = Linear(config.dim, hidden, config=config) if config.activation == "swiglu" else None
+        self.up = first(config.dim, hidden, config=config)
+        self.gate = first(config.dim, hidden, config=config) if config.activation == "swiglu" else None
         self.down = Linear(hidden, config.dim, config=config, zero=True, axis=-2)
         self.activation = ACTIVATIONS[config.activation]
 

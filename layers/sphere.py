@@ -7,10 +7,11 @@ Shapes: B sequences, T tokens, C model dimension, H heads, D head dimension.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import Model
-from layers.basic import ACTIVATIONS, Linear, parameter
+from layers.basic import Linear, parameter
 
 
 class UnitVectors(torch.autograd.Function):
@@ -53,6 +54,22 @@ class Scale(nn.Module):
         return self.stored * self.unit_of_storage
 
 
+class ScaledLinear(Linear):
+    """y = constant s * (W x), s learned factors, one for each output: s_u, s_v, s_z of the paper (equations 3, 20, 21).
+
+    Computed as (constant s W) x: a matrix has fewer entries than its outputs for a batch.
+    """
+
+    def __init__(self, fan_in: int, fan_out: int, *, config: Model, role: str = "matrix", constant: float = 1.0,
+                 scale: Scale | None = None) -> None:
+        super().__init__(fan_in, fan_out, config=config, role=role)
+        self.scale, self.constant = scale or Scale(fan_out), constant
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return F.linear(x, (self.weight * (self.scale() * self.constant)[:, None]).to(x.dtype))
+
+
 class SphereStep(nn.Module):
     """h <- n(h + |alpha| (n(x) - h)): from h towards what the layer suggests, alpha of the way, each dimension its own.
 
@@ -82,30 +99,3 @@ class SphereQK(nn.Module):
     def forward(self, x_BTHD: Tensor) -> Tensor:
         """(B, T, H, D) -> (B, T, H, D)."""
         return unit(x_BTHD) * self.scale().view(-1, self.head_dim).to(x_BTHD.dtype)
-
-
-class SphereMLP(nn.Module):
-    """W_down act(s_u u sqrt(C)), or for SwiGLU W_down (s_u u silu(s_v v sqrt(C))), with u = W_up h, v = W_gate h.
-
-    Entries of u and v are cosines, about 1 / sqrt(C): the root brings them to where the activation bends (equations 20, 21).
-    """
-
-    def __init__(self, config: Model) -> None:
-        super().__init__()
-        hidden = config.mlp_dim or 4 * config.dim
-        self.up = Linear(config.dim, hidden, config=config)
-        self.up_scale = Scale(hidden)
-        gated = config.activation == "swiglu"
-        self.gate = Linear(config.dim, hidden, config=config) if gated else None
-        self.gate_scale = Scale(hidden) if gated else None
-        self.down = Linear(hidden, config.dim, config=config, zero=True, axis=-2)
-        self.activation, self.root = ACTIVATIONS[config.activation], config.dim**0.5
-
-    def forward(self, h_BTC: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        u = self.up(h_BTC)
-        scale = self.up_scale().to(u.dtype)
-        if self.gate is None:
-            return self.down(self.activation(u * (scale * self.root)))
-        v = self.gate(h_BTC) * (self.gate_scale().to(u.dtype) * self.root)
-        return self.down(u * scale * self.activation(v))

@@ -59,8 +59,8 @@ FLAGS: dict[str, tuple[dict, set[str], set[str]]] = {
     "loss_chunks": ({"loss_chunk_tokens": 5}, set(), set()),
     "vocab_multiple": ({"vocab_multiple": 1}, set(), set()),
     "sphere": ({"geometry": "sphere", "qk_norm": True, "norm_embedding": True, "eigen_lr": 0.3, "logit_scale": 4.0},
-               in_blocks("add1.alpha.stored", "add2.alpha.stored", "attention.norm_qk.scale.stored", "mlp.up_scale.stored")
-               | {"logit_scale.stored"}, set()),
+               in_blocks("add1.alpha.stored", "add2.alpha.stored", "attention.norm_qk.scale.stored", "mlp.up.scale.stored")
+               | {"head.scale.stored"}, set()),
 }
 RICH = replace(PLAIN, layers=3, position="rotary", qk_norm=True, activation="relu2", norm_gains=True, biases=True,
                norm_embedding=True, softcap="rational", softcap_value=5.0, attention_scale=0.3, x0_skip=True,

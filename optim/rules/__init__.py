@@ -14,6 +14,7 @@ from optim.rules.muon2 import Muon2
 from optim.rules.muown import Muown
 from optim.rules.normuon import NorMuon
 from optim.rules.prodigy import Prodigy
+from optim.rules.psgd import PSGD
 from optim.rules.shampoo import Shampoo
 from optim.rules.sm3 import SM3
 from optim.rules.soap import Soap, SoapMuon
@@ -24,7 +25,7 @@ RULES: dict[str, type[Rule]] = {
     "steepest": Steepest, "adam": Adam, "normuon": NorMuon, "muon2": Muon2, "muown": Muown,
     "dion": Dion, "dion2": Dion2,
     "sm3": SM3, "prodigy": Prodigy, "agd": AGD, "swan": SWAN,
-    "shampoo": Shampoo, "soap": Soap, "soap_muon": SoapMuon,
+    "shampoo": Shampoo, "soap": Soap, "soap_muon": SoapMuon, "psgd": PSGD,
 }
 
 

@@ -81,9 +81,9 @@ def twin_layer(h, w, at, config):
     mixed = scores.masked_fill(future, -math.inf).softmax(-1) @ v
     h_a = n(mixed.transpose(-2, -3).flatten(-2) @ w[f"{at}.attention.out.weight"].T)
     h = n(h + factors(w, f"{at}.add1.alpha", value=config.eigen_lr, stored=d**-0.5).abs() * (h_a - h))
-    u = h @ w[f"{at}.mlp.up.weight"].T * factors(w, f"{at}.mlp.up_scale", stored=1.0)
+    u = h @ w[f"{at}.mlp.up.weight"].T * factors(w, f"{at}.mlp.up.scale", stored=1.0)
     if config.activation == "swiglu":
-        v = h @ w[f"{at}.mlp.gate.weight"].T * factors(w, f"{at}.mlp.gate_scale", stored=1.0) * math.sqrt(d)
+        v = h @ w[f"{at}.mlp.gate.weight"].T * factors(w, f"{at}.mlp.gate.scale", stored=1.0) * math.sqrt(d)
         u = u * v * torch.sigmoid(v)
     else:
         u = (math.sqrt(d) * u).clamp(min=0) ** 2
@@ -101,7 +101,7 @@ def test_forward_is_the_papers_formulas(activation):
     h = w["embed"][tokens]
     for i in range(config.layers):
         h = twin_layer(h, w, f"blocks.{i}", config)
-    logits = h @ w["head.weight"].T * factors(w, "logit_scale", value=config.logit_scale, stored=config.dim**-0.5)
+    logits = h @ w["head.weight"].T * factors(w, "head.scale", value=config.logit_scale, stored=config.dim**-0.5)
     torch.testing.assert_close(model(tokens).double(), logits, atol=1e-6 * logits.abs().max().item(), rtol=0)
 
 

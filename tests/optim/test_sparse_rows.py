@@ -1,0 +1,69 @@
+"""Rows that a rank has not touched are not sent (that the sums are right on 2 and 3 ranks: test_rules_on_ranks.py)."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from configs.groups import Group, Optim
+from optim.comm import Comm
+from optim.groups import build_groups
+
+
+class _Now:
+    def wait(self) -> None:
+        pass
+
+
+@pytest.fixture
+def echo(monkeypatch) -> tuple[Comm, list[Tensor]]:
+    """Rank 1 of 2, where the other rank sends what this one does; and all that was sent."""
+    sent: list[Tensor] = []
+
+    def exchange(out: Tensor, mine: Tensor, to: list | None = None, fro: list | None = None, *, async_op: bool = False):
+        halves = mine.split(fro or [1, 1])
+        sent.append(mine)
+        out.copy_(torch.cat([halves[1], halves[1]]))
+        return _Now()
+
+    monkeypatch.setattr(dist, "all_to_all_single", exchange)
+    comm = Comm()
+    comm.rank, comm.world_size = 1, 2
+    return comm, sent
+
+
+def test_what_is_sent_is_the_touched_rows_and_their_numbers(echo):
+    comm, sent = echo
+    bank = torch.zeros(100, 16)
+    bank[[3, 70]] = torch.arange(32.0).view(2, 16) + 1
+    own, work = comm.reduce_scatter_rows(bank)
+    work.wait()
+    wanted = torch.zeros(50, 16)
+    wanted[20] = 2 * bank[70]
+    assert torch.equal(own, wanted)
+    assert sorted(tensor.numel() for tensor in sent) == [2, 2, 32]
+
+
+def test_rows_that_are_not_finite_are_sent(echo):
+    comm, _ = echo
+    bank = torch.zeros(4, 3)
+    bank[1:, 1] = torch.tensor([float("nan"), float("inf"), float("nan")])
+    own, work = comm.reduce_scatter_rows(bank)
+    work.wait()
+    assert own[0].isinf().any() and own[1].isnan().any()
+
+
+def test_on_one_rank_it_is_the_bank():
+    bank = torch.ones(6, 2)
+    own, work = Comm().reduce_scatter_rows(bank)
+    work.wait()
+    assert torch.equal(own, bank)
+
+
+def test_tables_are_cut_by_rows_and_matrices_are_refused():
+    params = {"table": nn.Parameter(torch.zeros(8, 4))}
+    roles = {"table": "bigram_embed"}
+    groups = build_groups(params, roles, Optim(bigram_embed=Group(sparse_rows=True)))
+    assert groups[0].scope == "row" and build_groups(params, roles, Optim())[0].scope == "element"
+    with pytest.raises(ValueError, match=r"optim.bigram_embed.sparse_rows: rule steepest.*whole matrices"):
+        build_groups(params, roles, Optim(bigram_embed=Group(rule="steepest", sparse_rows=True)))

@@ -1,0 +1,115 @@
+"""Groups that are updated at every k-th step: by the mean of k gradients, as often as they should, saved in the middle."""
+
+import pytest
+import torch
+from torch import nn
+
+from configs.groups import Group, Optim
+from optim.comm import Comm
+from optim.groups import build_groups, group_table
+from optim.schedule import Values
+from optim.sharded import ShardedOptimizer
+from tests.optim.rules.oracle import gaussian
+
+SHAPES = {"slow": (6, 10), "fast": (4, 9)}
+ROLES = {"slow": "embed", "fast": "matrix"}
+
+
+def make(every: int, **changes: object) -> tuple[dict[str, nn.Parameter], ShardedOptimizer]:
+    params = {name: nn.Parameter(gaussian(*shape)) for name, shape in SHAPES.items()}
+    optim = Optim(embed=Group(lr=0.1, update_every=every, **changes), matrix=Group(rule="steepest"))
+    return params, ShardedOptimizer(build_groups(params, ROLES, optim), Comm())
+
+
+def grad(name: str, step: int) -> torch.Tensor:
+    return gaussian(*SHAPES[name], seed=2 * step + (name == "slow"))
+
+
+def run(params: dict, optimizer: ShardedOptimizer, steps: range) -> list[dict]:
+    """As training does: gradients add up until they are zeroed. The weights after each step."""
+    path = []
+    for step in steps:
+        for name, param in params.items():
+            param.grad.add_(grad(name, step))
+        optimizer.step(Values(1, 1, None, 1, 1, None), step + 1)
+        optimizer.zero_grad()
+        path.append({name: param.detach().clone() for name, param in params.items()})
+    return path
+
+
+@pytest.mark.parametrize("rule", ["adam", "normuon", "prodigy"])
+def test_it_is_a_slower_run_on_means(rule):
+    """Its updates are those of a run whose k-th gradient is the mean of k; bias corrections count updates, not steps."""
+    path = run(*make(3, rule=rule), range(9))
+    params, optimizer = make(1, rule=rule)
+    for update in range(3):
+        params["slow"].grad.copy_(sum(grad("slow", 3 * update + i) for i in range(3)) / 3)
+        optimizer.step(Values(1, 1, None, 1, 1, None), update + 1)
+        torch.testing.assert_close(path[3 * update + 2]["slow"], params["slow"].detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_between_its_updates_it_rests_and_others_go_on():
+    params, optimizer = make(2)
+    start = {name: param.detach().clone() for name, param in params.items()}
+    path = [start, *run(params, optimizer, range(5))]
+    moved = {name: [not torch.equal(a[name], b[name]) for a, b in zip(path, path[1:], strict=False)] for name in SHAPES}
+    assert moved == {"slow": [False, True, False, True, False], "fast": [True] * 5}
+    fast = run(*make(1), range(5))
+    assert all(torch.equal(a["fast"], b["fast"]) for a, b in zip(path[1:], fast, strict=True))
+
+
+def test_between_its_updates_nothing_of_it_is_sent():
+    params, optimizer = make(2)
+    sent = []
+    optimizer.comm.all_reduce = lambda tensor, send=optimizer.comm.all_reduce: sent.append(tensor.shape) or send(tensor)
+    run(params, optimizer, range(1))
+    assert len(sent) == 1
+    run(params, optimizer, range(1, 2))
+    assert len(sent) == 3
+
+
+@pytest.mark.parametrize("saved_at", [1, 2, 3, 5])
+def test_resuming_in_the_middle_is_exact(saved_at):
+    straight = run(*make(3), range(7))
+    params, optimizer = make(3)
+    run(params, optimizer, range(saved_at))
+    saved = optimizer.state_tensors()
+    assert saved["pending/slow"].any() == (saved_at % 3 > 0) and "pending/fast" not in saved
+    params, resumed = make(3)
+    run(params, resumed, range(2))
+    assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == resumed.state_shapes()
+    resumed.load_state_tensors(saved)
+    path = run(params, resumed, range(saved_at, 7))
+    assert all(torch.equal(path[-1][name], straight[-1][name]) for name in SHAPES)
+
+
+def test_a_rehearsal_leaves_waiting_gradients_as_they_were():
+    params, optimizer = make(3)
+    run(params, optimizer, range(4))
+    snapshot = optimizer.snapshot()
+    run(params, optimizer, range(20, 25))
+    optimizer.restore(snapshot)
+    assert torch.equal(run(params, optimizer, range(4, 7))[-1]["slow"], run(*make(3), range(7))[-1]["slow"])
+
+
+def test_the_period_is_when_all_are_updated():
+    assert make(1)[1].period == 1 and make(6)[1].period == 6
+
+
+def test_measures_of_a_group_that_rests_are_zero():
+    params, optimizer = make(2)
+    values = Values(1, 1, None, 1, 1, None)
+    optimizer.step(values, 1, remember=True)
+    assert optimizer.measure(values)["embed"]["update_rms"] == 0
+
+
+def test_the_table_says_so():
+    params = {name: nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
+    groups = build_groups(params, ROLES, Optim(embed=Group(update_every=2, row_floor=0.3)))
+    assert "row_floor=0.3 update_every=2" in group_table(groups)
+
+
+def test_it_is_off_by_default_and_at_least_one():
+    assert Group().update_every == 1 and "pending/slow" not in make(1)[1].state_shapes()
+    with pytest.raises(ValueError, match="update_every must be at least 1, got 0"):
+        Group(update_every=0)
