@@ -41,6 +41,8 @@ ENTRIES = (
     Entry("shampoo_adam", "--optim.matrix.rule shampoo --optim.matrix.graft adam --optim.matrix.eps 1e-8",
           ("optim.matrix.lr=0.001:0.01:log", "optim.matrix.momentum=0.7:0.95:one_minus",
            "optim.matrix.gram_beta=0.8:0.98:one_minus")),
+    Entry("psgd", "--optim.matrix.rule psgd",
+          ("optim.matrix.lr=0.001:0.01:log", "optim.matrix.beta1=0.8:0.97:one_minus", "optim.matrix.factor_lr=0.03:1:log")),
     Entry("signum", "--optim.matrix.norm sign",
           ("optim.matrix.lr=0.0003:0.01:log", "optim.matrix.momentum=0.7:0.97:one_minus")),
     Entry("normalised_sgd", "--optim.matrix.norm frobenius --optim.matrix.unit rms",

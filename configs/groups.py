@@ -140,7 +140,7 @@ class Group:
     sparse_rows: bool = False
     """Ranks exchange those rows of the gradient alone that they have touched: for lookup tables of which a batch sees a
     small share. A row costs its length and 8 bytes; where most are touched, sending all is cheaper."""
-    factor_lr: float = 0.5
+    factor_lr: float = 0.1
     """PSGD: step length of the factors that learn to whiten, at most 1."""
     step_rms: float = 1.1
     """PSGD: largest RMS of a direction; white ones have 1."""

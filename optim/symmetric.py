@@ -69,7 +69,7 @@ def tile_kernel() -> Callable:
 
 @torch.library.custom_op("steepest::symmetric_product", mutates_args=())
 def symmetric_product(X_Kmn: Tensor, Y_Kmm: Tensor | None, alpha: float, beta: float) -> Tensor:
-    """beta Y + alpha X X^T, Y symmetric (None: 0): (K, m, n), (K, m, m) -> (K, m, m), summed in float32, exactly symmetric.
+    """beta Y + alpha X X^T, Y symmetric (None: 0): (K, m, n), (K, m, m) -> (K, m, m), summed in float32.
 
     By the kernel: on CUDA, or in Triton's interpreter.
     """

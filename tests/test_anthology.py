@@ -206,6 +206,14 @@ def test_soap_without_averages_is_spectral_descent(name):
     assert_equal(second, polar(G), tolerance=2e-5)
 
 
+def test_psgd_is_spectral_descent_where_the_gradient_stays():
+    """A square D with D D^T = n I is n^.5 times an orthogonal matrix, and P_L G P_R with positive P of the polar factor's own
+    axes is U V^T's: PSGD's white direction of one square gradient is n^.5 U V^T."""
+    G = matrices()["square"]
+    found = steps(group_of("psgd", factor_lr=1.0, step_rms=10.0), [G] * 400)[-1]
+    assert_equal(found / 16**0.5, polar(G))
+
+
 def test_soap_without_averages_is_anything_where_singular_values_are_equal():
     """The Gram matrices of an orthogonal G are the identity, which has no eigenbasis of its own."""
     G = polar(gaussian(1, 16, 16))

@@ -1,0 +1,74 @@
+"""Fused kernels and 8-bit products: which of them runs is decided here, once, when the model is built.
+
+Each has a plain twin of a few lines, which is what runs everywhere else.
+"""
+
+import importlib.util
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from configs.schema import Model
+from layers.fused.cross_entropy import KINDS
+from layers.fused.fp8 import Fp8Product
+from layers.fused.linear_relu2 import relu2_product
+
+TRITON_FROM, FP8_FROM = (8, 0), (8, 9)  # compute capabilities: bfloat16 tensor cores; 8-bit ones
+
+
+class Paths(NamedTuple):
+    """Which path each piece takes, `triton` or `plain`, and whether the device has 8-bit products."""
+
+    loss: str
+    relu2: str
+    fp8: bool
+    reason: str
+
+    def line(self) -> str:
+        """One line to print."""
+        return f"loss {self.loss}, linear + ReLU^2 {self.relu2}, 8-bit products {'yes' if self.fp8 else 'no'} ({self.reason})"
+
+
+def paths(device: torch.device) -> Paths:
+    """What this device has kernels for: `triton` on CUDA from compute capability 8.0 on, where Triton is installed."""
+    if device.type != "cuda":
+        return Paths("plain", "plain", False, f"device {device.type}")
+    capability = torch.cuda.get_device_capability(device)
+    installed = importlib.util.find_spec("triton") is not None
+    path = "triton" if installed and capability >= TRITON_FROM else "plain"
+    reason = f"compute capability {capability[0]}.{capability[1]}, Triton {'installed' if installed else 'not installed'}"
+    return Paths(path, path, capability >= FP8_FROM and torch.version.hip is None, reason)
+
+
+def choose_paths(config: Model, device: torch.device, dtype: torch.dtype) -> Paths:
+    """The paths of a model with activations in `dtype`. The kernels serve bfloat16; other models take the plain twins.
+
+    Raises ValueError where 8-bit products are asked of a device that has none.
+    """
+    here = paths(device)
+    if config.fp8 != "none" and not here.fp8:
+        raise ValueError(f"--model.fp8 {config.fp8} needs an NVIDIA GPU of compute capability 8.9 or later (Ada, Hopper), got "
+                         f"{here.reason}; use --model.fp8 none here")
+    serves = config.fused == "auto" and dtype is torch.bfloat16
+    plain_up = config.activation == "relu2" and not config.biases and config.geometry == "euclidean" \
+        and config.fp8 != "head_mlp"
+    return here._replace(loss=here.loss if serves and config.softcap in KINDS else "plain",
+                         relu2=here.relu2 if serves and plain_up else "plain", fp8=config.fp8 != "none")
+
+
+def equip(model: nn.Module, config: Model, *, device: torch.device, dtype: torch.dtype) -> Paths:
+    """Give the linear maps of `model` (its `blocks` and `head`) the products that the device has; the paths chosen.
+
+    Raises as `choose_paths`. Changes no parameter and draws no random number.
+    """
+    chosen = choose_paths(config, device, dtype)
+    for mlp in (block.mlp for block in model.blocks):
+        if chosen.relu2 == "triton":
+            mlp.up.product, mlp.activation = relu2_product, nn.Identity()
+        for linear in (mlp.up, mlp.gate, mlp.down) if config.fp8 == "head_mlp" else ():
+            if linear is not None:
+                linear.product = Fp8Product(config, gradients=False)
+    if config.fp8 != "none":
+        model.head.product = Fp8Product(config, gradients=True)
+    return chosen

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from layers.head import softcap
 
-IGNORED = -100  # the target that F.cross_entropy ignores too
+KINDS = ("none", "tanh", "rational", "sigmoid")  # of layers/head.py, those that the kernel knows
 BLOCK = 4096  # columns of a row at a time
 
 
@@ -27,14 +27,14 @@ def plain_nats(z_NV: Tensor, targets_N: Tensor, kind: str, c: float) -> Tensor:
     return F.cross_entropy(softcap(z_NV.to(exact), kind, c), targets_N, reduction="sum")
 
 
-def bounded(kind: str, c: float) -> tuple[str, tuple[float, float, float, float]]:
+def family(kind: str, c: float) -> tuple[str, tuple[float, float, float, float]]:
     """The kernel's family of a softcap, and its (height, shift, width, base): y = height sigmoid((z + shift) / width) + base.
 
-    tanh is such a sigmoid: c tanh(z / c) = 2c sigmoid(2z / c) - c. Raises KeyError for a kind that has no kernel.
+    tanh is such a sigmoid: c tanh(z / c) = 2c sigmoid(2z / c) - c. `kind` is one of KINDS.
     """
-    sigmoid = (2 * c, 0.0, c / 2, -c)
-    return {"none": ("identity", sigmoid), "rational": ("rational", (c, 0.0, 1.0, 0.0)), "tanh": ("sigmoid", sigmoid),
-            "sigmoid": ("sigmoid", sigmoid)}[kind]
+    if kind in ("tanh", "sigmoid"):
+        return "sigmoid", (2 * c, 0.0, c / 2, -c)
+    return {"none": "identity", "rational": "rational"}[kind], (c, 0.0, 1.0, 0.0)
 
 
 @functools.cache
@@ -96,9 +96,9 @@ def nats_and_grad(z_NV: Tensor, targets_N: Tensor, kind: str, c: float, with_gra
     rows, columns = z_NV.shape
     nats_N = torch.empty(rows, dtype=torch.float32, device=z_NV.device)
     grad_NV = z_NV.new_empty(rows if with_grad else 0, columns)
-    family, numbers = bounded(kind, c)
+    name, numbers = family(kind, c)
     block = 1 << (min(BLOCK, columns) - 1).bit_length()
-    row_kernel()[(rows,)](z_NV, targets_N, nats_N, grad_NV, columns, *numbers, FAMILY=family, WITH_GRAD=with_grad,
+    row_kernel()[(rows,)](z_NV, targets_N, nats_N, grad_NV, columns, *numbers, FAMILY=name, WITH_GRAD=with_grad,
                           BLOCK=block, num_warps=8)
     return nats_N, grad_NV
 
@@ -141,15 +141,15 @@ class LinearNats(torch.autograd.Function):
         """(N, C), (V, C), (N,) -> 0-D float32. The weight's gradient is summed in float32 at least."""
         kind, c, chunk = cap_and_chunk
         weight = weight_VC.to(hidden_NC.dtype)
-        grad_hidden = torch.empty_like(hidden_NC)
         grad_weight = torch.zeros_like(weight_VC, dtype=torch.promote_types(weight_VC.dtype, torch.float32))
         total = torch.zeros((), dtype=torch.float32, device=hidden_NC.device)
-        for h, t, grad_h in zip(*(x.split(chunk) for x in (hidden_NC, targets_N, grad_hidden)), strict=True):
+        grad_hidden = []
+        for h, t in zip(hidden_NC.split(chunk), targets_N.split(chunk), strict=True):
             nats, grad_z = nats_and_grad(h @ weight.mT, t, kind, c, True)
             total += nats.sum()
-            torch.mm(grad_z, weight, out=grad_h)
+            grad_hidden.append(grad_z @ weight)
             grad_weight += grad_z.mT @ h
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VC.dtype))
+        ctx.save_for_backward(torch.cat(grad_hidden), grad_weight.to(weight_VC.dtype))
         return total
 
     @staticmethod

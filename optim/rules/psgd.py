@@ -21,8 +21,8 @@ class PSGD(Rule):
     Li 2015, arXiv 1512.04202; Kronecker factors: Li 2022, arXiv 2402.11858, and Pooladzandi & Li 2024, arXiv 2402.04553.
     Q_L descends along E = D D^T - n I by Q <- Q - (lr / 2 b) (E Q), then (Q E), then its symmetric part, b a bound of
     ||D D^T|| + n: the form that its author calls QUAD, matrix products alone. Q_R likewise. What a step teaches acts from the
-    next on. eps is the RMS of a noise that the fit imagines on the gradient, in expectation, so that P stays below 1 / eps.
-    Steps of more than `most` RMS are scaled back: the factors may lag behind a gradient that grows.
+    next on. eps is the RMS of a noise that the fit imagines on the gradient, in expectation, so that P stays below 1 /
+    eps. Steps of more than `most` RMS are scaled back: the factors may lag behind a gradient that grows.
     """
 
     beta1: float

@@ -1,0 +1,130 @@
+"""PSGD: its slow float64 twin, the whiteness that it promises, and gradients that want to break it."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from configs.groups import Group
+from optim.rules import build_rule
+from optim.rules.psgd import LEAST_EPS, spectral_bound
+from tests.optim.rules.oracle import SHAPES, assert_moved_alike, directions, gaussian, gradients, hyper, train
+
+BETA, RATE, EPS, MOST = 0.6, 0.4, 1e-3, 1.1
+
+
+def group(**changes: object) -> Group:
+    return Group(**dict(rule="psgd", beta1=BETA, factor_lr=RATE, eps=EPS, step_rms=MOST, lr=0.1) | changes)
+
+
+def twin(grads: list[Tensor]) -> list[Tensor]:
+    """One matrix, float64, as the formulas stand."""
+    m, n = grads[0].shape
+    mean, Q, found = torch.zeros(m, n, dtype=torch.float64), None, []
+    for t, grad in enumerate(grads, start=1):
+        mean = BETA * mean + (1 - BETA) * grad.double()
+        M = mean / (1 - BETA**t)
+        if Q is None and M.any():
+            Q = [torch.eye(k, dtype=torch.float64) * (M**4).mean().sqrt().sqrt() ** -0.25 for k in (m, n)]
+        if Q is None:
+            found.append(torch.zeros_like(M))
+            continue
+        P = [q @ q for q in Q]
+        D = P[0] @ M @ P[1]
+        found.append(D * min(1.0, MOST / D.square().mean().sqrt().item()))
+        noise = [EPS**2 * (P[1 - i] ** 2).sum() * P[i] @ P[i] for i in (0, 1)]
+        Q[0] = descend(Q[0], D @ D.T + noise[0], n)
+        Q[1] = descend(Q[1], D.T @ D + noise[1], m)
+        ratio = (Q[1].abs().max() / Q[0].abs().max()) ** 0.5
+        Q = [Q[0] * ratio, Q[1] / ratio]
+    return found
+
+
+def descend(Q: Tensor, gram: Tensor, wanted: int) -> Tensor:
+    x = gram[:, gram.norm(dim=0).argmax()]
+    for _ in range(2):
+        x = gram @ x / x.norm()
+    rate = RATE / 2 / (x.norm() + wanted)
+    Q = Q - rate * (gram - wanted * torch.eye(len(Q))) @ Q
+    Q = Q - rate * Q @ (gram - wanted * torch.eye(len(Q)))
+    return (Q + Q.T) / 2
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_is_its_formula(shape):
+    grads = [torch.zeros(shape), *gradients(*shape, steps=12)]
+    wanted = zip(*(twin([grad[k] for grad in grads]) for k in range(shape[0])), strict=True)
+    for found, exact in zip(directions(group(), grads), wanted, strict=True):
+        torch.testing.assert_close(found.double(), torch.stack(exact), rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_its_weights_go_the_twins_way(shape):
+    grads, start = gradients(*shape, steps=8), gaussian(*shape, seed=50)
+    wanted = start.double().clone()
+    for k in range(shape[0]):
+        wanted[k] -= 0.1 * sum(twin([g[k] for g in grads]))
+    assert_moved_alike(train(group(), start, grads), wanted, start, tolerance=1e-4)
+
+
+@pytest.mark.parametrize(("m", "n"), [(16, 16), (12, 32)])
+def test_a_stationary_gradient_becomes_white(m, n):
+    """G = A X B with Gaussian X, of condition numbers 30 and 10: E[D D^T] = |B P_R|^2 P_L A A^T P_L is n I, within what a
+    step of the factors moves them."""
+    A, B = _shaped(m, 30.0, seed=1), _shaped(n, 10.0, seed=2)
+    rule = build_rule(Group(rule="psgd", beta1=0.0, factor_lr=0.05))
+    W = torch.zeros(1, m, n)
+    state, errors = rule.init_state(W), []
+    for t in range(600):
+        rule.direction(W, (A @ gaussian(m, n, seed=t + 10) @ B)[None], state, hyper(1.0, count=t + 1))
+        P_left, P_right = (state[f"factor_{side}"][0] @ state[f"factor_{side}"][0] for side in ("left", "right"))
+        spread = torch.linalg.eigvalsh((B @ P_right).square().sum() * P_left @ A @ A.T @ P_left / n)
+        errors.append((spread - 1).abs().mean().item())
+    assert errors[0] > 0.5 and sum(errors[-100:]) / 100 < 0.2
+
+
+def _shaped(k: int, condition: float, *, seed: int) -> Tensor:
+    """A symmetric matrix of that condition number."""
+    basis = torch.linalg.qr(gaussian(k, k, seed=seed)).Q
+    return basis * torch.logspace(0, -torch.tensor(condition).log10().item(), k) @ basis.T
+
+
+def test_directions_do_not_know_the_gradients_scale():
+    grads = gradients(2, 12, 20, steps=6)
+    for small, plain in zip(directions(group(eps=0.0), [g * 1e-6 for g in grads]), directions(group(eps=0.0), grads),
+                            strict=True):
+        torch.testing.assert_close(small, plain, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-10])
+@pytest.mark.parametrize("first", [1.0, 1e-30, 1e30, 0.0])
+def test_no_gradient_breaks_it(eps, first):
+    """Of any size, after any other, and after long silence, in which the factors grow as far as eps lets them."""
+    sizes = [first, *[0.0] * 400, 1e30, 1.0, *[1e-30] * 50, 1e30, 1.0, 0.0, 1.0]
+    rule, W = build_rule(group(eps=eps, factor_lr=1.0)), torch.zeros(1, 6, 9)
+    state = rule.init_state(W)
+    for t, size in enumerate(sizes):
+        D = rule.direction(W, gaussian(1, 6, 9, seed=t) * size, state, hyper(1.0, count=t + 1))
+        assert D.isfinite().all() and D.square().mean().sqrt() <= MOST * (1 + 1e-5)
+        assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_where_gradients_stay_zero_nothing_moves():
+    assert not any(found.any() for found in directions(group(eps=0.0), [torch.zeros(1, 4, 5)] * 3))
+    assert build_rule(group(eps=0.0)).eps == LEAST_EPS
+
+
+@pytest.mark.parametrize("k", [1, 5, 40])
+def test_the_bound_is_below_the_largest_eigenvalue_and_near_it(k):
+    A = gaussian(20, k, k + 3)
+    gram = A @ A.mT
+    share = spectral_bound(gram).flatten() / torch.linalg.eigvalsh(gram)[:, -1]
+    assert (share <= 1 + 1e-5).all() and (share > 0.75).all()
+    assert not spectral_bound(torch.zeros(1, k, k)).any()
+    assert spectral_bound(gram * 1e30).isfinite().all()
+
+
+@pytest.mark.parametrize(("wrong", "says"), [({"factor_lr": 1.5}, r"factor_lr must lie in \(0, 1\], got 1.5"),
+                                             ({"step_rms": 0.0}, "step_rms must be positive, got 0.0")])
+def test_impossible_settings_are_refused(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        Group(**wrong)
