@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.schema import Model
-from layers.basic import Linear, Norm, parameter
+from layers.basic import Linear, Norm, parameter, unit
 from layers.block import Block
 from layers.embeddings import BigramEmbedding, Smear
+from layers.fused import equip
+from layers.fused.cross_entropy import linear_nats, row_nats
 from layers.head import softcap
 from layers.kernels import KERNELS, Mask, choose_kernel, document_index
-from layers.sphere import Scale, ScaledLinear, unit
+from layers.sphere import Scale, ScaledLinear
 
 
 class GPT(nn.Module):
@@ -50,6 +52,7 @@ class GPT(nn.Module):
                                     for i in range(config.layers))
         self.norm_final = nn.Identity() if on_sphere else Norm(config)
         self.head = None if config.tied_head else make_head(config, padded)
+        self.paths = equip(self, config, device=torch.device("cuda" if on_cuda else "cpu"), dtype=dtype)
         self._roles = {name: param.role for name, param in self.named_parameters()}  # a copy of the model keeps it
         self._axes = {name: param.axis for name, param in self.named_parameters()}
 
@@ -70,6 +73,10 @@ class GPT(nn.Module):
         if targets_BT is None:
             return self.logits(hidden)
         hidden_NC, targets_N, chunk = hidden.flatten(0, 1), targets_BT.flatten(), self.config.loss_chunk_tokens
+        if self.paths.head_loss == "triton":
+            weight_VC = self.embed if self.head is None else self.head.weight
+            cap = self.config.softcap, self.config.softcap_value
+            return linear_nats(hidden_NC, weight_VC, targets_N, cap=cap, chunk=chunk)
         if not chunk or not torch.is_grad_enabled():
             parts = zip(hidden_NC.split(chunk or len(targets_N)), targets_N.split(chunk or len(targets_N)), strict=True)
             return sum(self._nats(h, t) for h, t in parts)
@@ -107,10 +114,14 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V), float32, softcapped."""
-        z = F.linear(hidden, self.embed.to(hidden.dtype)) if self.head is None else self.head(hidden)
-        return softcap(z.float(), self.config.softcap, self.config.softcap_value)
+        return softcap(self._raw_logits(hidden).float(), self.config.softcap, self.config.softcap_value)
+
+    def _raw_logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.embed.to(hidden.dtype)) if self.head is None else self.head(hidden)
 
     def _nats(self, hidden_NC: Tensor, targets_N: Tensor) -> Tensor:
+        if self.paths.loss == "triton":
+            return row_nats(self._raw_logits(hidden_NC), targets_N, self.config.softcap, self.config.softcap_value).sum()
         return F.cross_entropy(self.logits(hidden_NC), targets_N, reduction="sum")
 
     @torch.no_grad()

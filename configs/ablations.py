@@ -59,8 +59,8 @@ ROWS = (
     Row("agd", "bytes", "--optim.matrix.rule agd --optim.matrix.lr 1"),
     Row("swan", "bytes", "--optim.matrix.rule swan --optim.matrix.lr 0.004"),
     Row("psgd", "bytes", "--optim.matrix.rule psgd --optim.matrix.beta1 0.95 --optim.matrix.lr 0.003"),
-    Row("row_floor", "bytes", "--optim.matrix.row_floor 0.3825 --optim.matrix.radial_brake 0.5 --optim.matrix.constraint radial "
-                              "--model.no_zero_init_projections"),
+    Row("row_floor", "bytes", "--optim.matrix.row_floor 0.3825 --optim.matrix.radial_brake 0.5 "
+                              "--optim.matrix.constraint radial --model.no_zero_init_projections"),
     Row("lookahead", "bytes", "--train.lookahead 0.6 --train.lookahead_gamma 0.95"),
     Row("slow_adam", "bytes", "--optim.embed.update_every 2 --optim.head.update_every 2"),
     Row("adamh", "bytes", "--optim.matrix.rule adam --optim.matrix.constraint hyperball --optim.matrix.lr 0.003 "

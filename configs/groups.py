@@ -141,7 +141,8 @@ class Group:
     """Ranks exchange those rows of the gradient alone that they have touched: for lookup tables of which a batch sees a
     small share. A row costs its length and 8 bytes; where most are touched, sending all is cheaper."""
     factor_lr: float = 0.1
-    """PSGD: step length of the factors that learn to whiten, at most 1."""
+    """PSGD: step length of the factors that learn to whiten, at most 1; from about .25 on they overshoot where a gradient
+    stays, and the larger, the less white what they make of a noisy one."""
     step_rms: float = 1.1
     """PSGD: largest RMS of a direction; white ones have 1."""
 

@@ -170,6 +170,26 @@ class Model:
     36 layers, about 1 / layers."""
     logit_scale: float = 1.0
     """On the sphere: the factor of the cosines that are the logits, at the start."""
+    fused: Literal["auto", "off"] = "auto"
+    """Loss, and linear map + ReLU^2, by fused Triton kernels; auto: where the device has them (CUDA, bfloat16 activations).
+    With loss_chunk_tokens the head's product is inside the loss, and nothing is recomputed."""
+    fp8: Literal["none", "head", "head_mlp"] = "none"
+    """Training's matrix products in 8-bit floats: the head's, forward and backward, or also the MLP's, forward only
+    (speedrun, 2025 and 2026); compute capability 8.9 or later."""
+    fp8_scales: Literal["static", "dynamic", "delayed"] = "dynamic"
+    """8-bit numbers are scaled for entries up to fp8_x_max and fp8_weight_max; up to the tensor's greatest; or up to the
+    previous pass's greatest times the headroom."""
+    fp8_x_max: float = 100.0
+    """Static scales: the greatest entry of a map's input (the speedrun's, of the head)."""
+    fp8_weight_max: float = 1.6
+    """Static scales: the greatest weight (the speedrun's, of the head)."""
+    fp8_grad_max: float = 0.0
+    """The greatest gradient by a logit, the loss's factor included: .75 in the speedrun, over the step's tokens where
+    train.loss_reduction is mean; 0: measured at each call."""
+    fp8_x_headroom: float = 1.8
+    """Delayed scales: room for the next input, over the last one's greatest entry (speedrun, 2026)."""
+    fp8_weight_headroom: float = 1.12
+    """Delayed scales: the same for the weights (speedrun, 2026)."""
 
     def __post_init__(self) -> None:
         refuse_below(self, 1, "layers", "dim", "head_dim", "mlp_dim", "vocab_multiple", "window_tokens")
@@ -190,6 +210,27 @@ class Model:
                    f"geometry sphere needs --model.{'' if wanted else 'no_'}{name}")
         refuse(self.attention == "varlen" and not self.document_mask,
                "--model.attention varlen packs documents: it needs --model.document_mask")
+        self._refuse_fp8()
+
+    def _refuse_fp8(self) -> None:
+        """8-bit products: what they cannot be, and sizes that the hardware's tiles cannot hold."""
+        refuse_below(self, 0, "fp8_grad_max")
+        refuse_below(self, 1, "fp8_x_headroom", "fp8_weight_headroom")
+        for name in ("fp8_x_max", "fp8_weight_max"):
+            refuse(not 0 < getattr(self, name) < math.inf, f"{name} must be positive, got {getattr(self, name)}")
+        refuse(self.fp8 == "none" and self.fp8_scales != "dynamic",
+               f"fp8_scales {self.fp8_scales} has no effect without --model.fp8 head or head_mlp")
+        if self.fp8 == "none":
+            return
+        refuse(self.tied_head, f"fp8 {self.fp8} needs a head of its own: --model.no_tied_head")
+        refuse(self.geometry == "sphere", f"fp8 {self.fp8} belongs to geometry euclidean, got {self.geometry}")
+        refuse(self.fp8_scales == "delayed" and self.loss_chunk_tokens > 0,
+               "fp8_scales delayed would move between a chunk and its recomputation; use static or dynamic, or "
+               "--model.loss_chunk_tokens 0")
+        for name in ("dim", "mlp_dim", "vocab_multiple"):
+            size = getattr(self, name) or 16
+            refuse(size % 16 != 0,
+                   f"fp8 {self.fp8} needs {name} divisible by 16, got {size}; nearest: {max(1, round(size / 16)) * 16}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

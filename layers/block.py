@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from configs.schema import Model
 from layers.attention import Attention
-from layers.basic import MLP, Linear, Norm, parameter
+from layers.basic import MLP, Linear, Norm, parameter, unit
 from layers.kernels import Mask
-from layers.sphere import ScaledLinear, SphereStep, unit
+from layers.sphere import ScaledLinear, SphereStep
 
 
 class Block(nn.Module):

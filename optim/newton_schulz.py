@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from configs.newton_schulz import Triple, parse_table
+from optim.symmetric import gram, quadratic
 
 LARGE_MATRIX_ELEMENTS = 2**18  # on CPUs, matrices of this size gain nothing from a batch, and lose the cache
 
@@ -77,8 +78,7 @@ def orthogonalize(G_Kmn: Tensor, table: str = "polar_express", *, steps: int = 5
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * chosen.safety).clamp_min(1e-7)
     X = X.to(torch.bfloat16 if X.is_cuda else X.dtype)
     for a, b, c in chosen.steps(steps):
-        A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+        X = torch.baddbmm(X, quadratic(gram(X), b, c), X, beta=a)
     return (X.mT if tall else X).to(G_Kmn.dtype)
 
 

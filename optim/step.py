@@ -106,7 +106,7 @@ class Step:
     def place(self, param: Tensor, weights: Tensor, state: dict[str, Tensor], count: int) -> None:
         """Put the weights elsewhere: at the nearest point of the constraint set to float32 `weights`, which is spent."""
         self.constraint.retract(weights, state)
-        self._round(param, weights, state, torch.tensor(count, device=param.device))
+        self._round(param, weights, state, torch.tensor(count))
 
     def _round(self, param: Tensor, weights: Tensor, state: dict[str, Tensor], count: Tensor) -> None:
         if self.rounding == "nearest" or param.dtype != torch.bfloat16:

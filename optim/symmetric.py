@@ -15,11 +15,16 @@ TILE = {"SIDE": 128, "INNER": 64}
 LEAST_ROWS = 256  # two tiles a side: below, a whole product is one wave of work and there is nothing to save
 
 
+@torch.compiler.assume_constant_result
+def capable(device: torch.device) -> bool:
+    """Whether the device runs the kernel: CUDA of compute capability 8.0 or later, with Triton installed."""
+    return (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+            and importlib.util.find_spec("triton") is not None)
+
+
 def has_kernel(X_Kmn: Tensor) -> bool:
-    """Whether the half-work kernel serves this tensor: bfloat16 on CUDA from compute capability 8.0 on, with Triton."""
-    if not X_Kmn.is_cuda or X_Kmn.dtype != torch.bfloat16 or X_Kmn.size(-2) < LEAST_ROWS:
-        return False
-    return torch.cuda.get_device_capability(X_Kmn.device) >= (8, 0) and importlib.util.find_spec("triton") is not None
+    """Whether the half-work kernel serves this tensor: large matrices in bfloat16 on a capable device."""
+    return X_Kmn.dtype == torch.bfloat16 and X_Kmn.size(-2) >= LEAST_ROWS and capable(X_Kmn.device)
 
 
 def gram(X_Kmn: Tensor) -> Tensor:

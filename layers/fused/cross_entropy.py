@@ -28,9 +28,9 @@ def plain_nats(z_NV: Tensor, targets_N: Tensor, kind: str, c: float) -> Tensor:
 
 
 def family(kind: str, c: float) -> tuple[str, tuple[float, float, float, float]]:
-    """The kernel's family of a softcap, and its (height, shift, width, base): y = height sigmoid((z + shift) / width) + base.
+    """The kernel's family of a softcap, one of KINDS, and its (height, shift, width, base).
 
-    tanh is such a sigmoid: c tanh(z / c) = 2c sigmoid(2z / c) - c. `kind` is one of KINDS.
+    Of the sigmoids y = height sigmoid((z + shift) / width) + base is tanh one: c tanh(z / c) = 2c sigmoid(2z / c) - c.
     """
     if kind in ("tanh", "sigmoid"):
         return "sigmoid", (2 * c, 0.0, c / 2, -c)

@@ -80,8 +80,8 @@ class Fp8Linear(torch.autograd.Function):
 
 
 class Scaling(nn.Module):
-    """The e4m3 scale of one tensor of each pass: for entries up to `static` (static), up to this tensor's greatest (dynamic),
-    or up to `headroom` times the previous one's greatest (delayed; at first this one's)."""
+    """The e4m3 scale of one tensor of each pass, for entries up to `static` (static), up to this tensor's greatest
+    (dynamic), or up to `headroom` times the previous one's greatest (delayed; at first this one's)."""
 
     def __init__(self, kind: str, *, static: float, headroom: float) -> None:
         super().__init__()

@@ -18,11 +18,11 @@ LARGEST = 1e15  # whitened gradients are clipped here for the factors alone, who
 class PSGD(Rule):
     """D = P_L mhat P_R, P_L = Q_L^2 and P_R = Q_R^2 learned such that D is white: E[D D^T] = n I and E[D^T D] = m I.
 
-    Li 2015, arXiv 1512.04202; Kronecker factors: Li 2022, arXiv 2402.11858, and Pooladzandi & Li 2024, arXiv 2402.04553.
+    Li 2015, arXiv 1512.04202; its Kronecker factors: Li 2024, arXiv 2402.11858, and Pooladzandi & Li 2024, arXiv 2402.04553.
     Q_L descends along E = D D^T - n I by Q <- Q - (lr / 2 b) (E Q), then (Q E), then its symmetric part, b a bound of
-    ||D D^T|| + n: the form that its author calls QUAD, matrix products alone. Q_R likewise. What a step teaches acts from the
-    next on. eps is the RMS of a noise that the fit imagines on the gradient, in expectation, so that P stays below 1 /
-    eps. Steps of more than `most` RMS are scaled back: the factors may lag behind a gradient that grows.
+    ||D D^T|| + n: the form that its author calls QUAD, matrix products alone. Q_R likewise. What a step teaches acts from
+    the next on. eps is the RMS of a noise that the fit imagines on the gradient, in expectation: P stays below 1 / eps.
+    Steps of more than `most` RMS are scaled back, as the factors may lag behind a gradient that grows.
     """
 
     beta1: float

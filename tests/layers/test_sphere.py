@@ -12,8 +12,9 @@ from configs.groups import Group, Optim
 from configs.presets import SPHERE_ROLES
 from configs.schema import Model
 from layers.attention import Attention
+from layers.basic import rms_norm, unit
 from layers.kernels import attend_sdpa
-from layers.sphere import SphereQK, SphereStep, unit
+from layers.sphere import SphereQK, SphereStep
 from model import GPT
 from optim.comm import Comm
 from optim.groups import build_groups
@@ -114,6 +115,18 @@ def test_unit_and_its_derivative(size, scale, seed):
     unit(ours).backward(g)
     n(twin).backward(g)
     torch.testing.assert_close(unit(ours), n(twin), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(ours.grad * scale, twin.grad * scale, atol=1e-5, rtol=1e-5)
+
+
+@given(st.integers(1, 40), st.sampled_from([1e-8, 1e-4, 1.0, 1e8]), st.sampled_from([torch.float32, torch.float64]))
+@settings(max_examples=30, deadline=None)
+def test_rms_norm_and_its_derivative_are_pytorchs(size, scale, dtype):
+    rng = torch.Generator().manual_seed(size)
+    x, g = (torch.randn(3, size, generator=rng, dtype=dtype) for _ in range(2))
+    ours, twin = (x * scale).requires_grad_(), (x * scale).requires_grad_()
+    rms_norm(ours).backward(g)
+    torch.nn.functional.rms_norm(twin, (size,)).backward(g)
+    torch.testing.assert_close(rms_norm(ours), torch.nn.functional.rms_norm(twin, (size,)), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(ours.grad * scale, twin.grad * scale, atol=1e-5, rtol=1e-5)
 
 
