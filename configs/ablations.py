@@ -58,7 +58,8 @@ ROWS = (
     Row("prodigy", "bytes", "--optim.matrix.rule prodigy --optim.matrix.lr 1 --optim.matrix.distance_start 1e-4"),
     Row("agd", "bytes", "--optim.matrix.rule agd --optim.matrix.lr 1"),
     Row("swan", "bytes", "--optim.matrix.rule swan --optim.matrix.lr 0.004"),
-    Row("psgd", "bytes", "--optim.matrix.rule psgd --optim.matrix.beta1 0.95 --optim.matrix.lr 0.003"),
+    Row("psgd", "bytes", "--optim.matrix.rule psgd --optim.matrix.beta1 0.95 --optim.matrix.lr 0.006 "
+                       "--optim.matrix.factor_lr 0.3"),
     Row("row_floor", "bytes", "--optim.matrix.row_floor 0.3825 --optim.matrix.radial_brake 0.5 "
                               "--optim.matrix.constraint radial --model.no_zero_init_projections"),
     Row("lookahead", "bytes", "--train.lookahead 0.6 --train.lookahead_gamma 0.95"),

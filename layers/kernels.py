@@ -72,6 +72,12 @@ def attend_varlen(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, mask: Mask, sc
 KERNELS = {"sdpa": (dense_mask, attend_sdpa), "flex": (flex_mask, attend_flex), "varlen": (varlen_mask, attend_varlen)}
 
 
+def attends_far(config: Model, layer: int) -> bool:
+    """Whether a layer has no sliding window, or the long one."""
+    every = config.full_attention_every
+    return config.window_tokens is None or layer in config.full_attention_layers or bool(every and (layer + 1) % every == 0)
+
+
 def choose_kernel(config: Model, on_cuda: bool) -> str:
     """The attention kernel by name. Raises ValueError where the asked-for one cannot train on this device."""
     if config.attention in ("flex", "varlen") and not on_cuda:

@@ -42,7 +42,7 @@ def quadratic(A_Kmm: Tensor, b: float, c: float) -> Tensor:
 @functools.cache
 def tile_kernel() -> Callable:
     """The Triton kernel, one program a tile; defined at first use, so that Triton stays an optional import."""
-    global tl
+    global tl  # a kernel finds its names among its module's
     import triton
     import triton.language as tl
 

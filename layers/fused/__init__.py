@@ -15,6 +15,7 @@ from layers.fused.fp8 import Fp8Product
 from layers.fused.linear_relu2 import relu2_product
 
 TRITON_FROM, FP8_FROM = (8, 0), (8, 9)  # compute capabilities: bfloat16 tensor cores; 8-bit ones
+KERNEL_DTYPE = torch.bfloat16  # in float32 the kernels are right, but vendors' products are faster
 
 
 class Paths(NamedTuple):
@@ -55,7 +56,7 @@ def choose_paths(config: Model, device: torch.device, dtype: torch.dtype) -> Pat
     if config.fp8 != "none" and not here.fp8:
         raise ValueError(f"--model.fp8 {config.fp8} needs an NVIDIA GPU of compute capability 8.9 or later (Ada, Hopper), "
                          f"got {here.reason}; use --model.fp8 none here")
-    serves = config.fused == "auto" and dtype is torch.bfloat16
+    serves = config.fused == "auto" and dtype is KERNEL_DTYPE
     bare = serves and not config.biases and config.geometry == "euclidean"  # maps that are a matrix and nothing else
     capped = config.softcap in KINDS
     whole_head = bare and capped and config.loss_chunk_tokens > 0 and config.fp8 == "none"

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from layers.head import softcap
 
@@ -40,7 +41,7 @@ def family(kind: str, c: float) -> tuple[str, tuple[float, float, float, float]]
 @functools.cache
 def row_kernel() -> Callable:
     """The Triton kernel, one program a row; defined at first use, so that Triton stays an optional import."""
-    global tl, cap
+    global tl, cap  # a kernel finds its names among its module's
     import triton
     import triton.language as tl
 
@@ -121,6 +122,7 @@ class RowNats(torch.autograd.Function):
         return nats_N
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: torch.autograd.function.FunctionCtx, upstream_N: Tensor) -> tuple[Tensor | None, ...]:
         """The kept gradient, each row times its upstream gradient."""
         grad_NV, = ctx.saved_tensors
@@ -153,6 +155,7 @@ class LinearNats(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: torch.autograd.function.FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """The kept gradients times the upstream one."""
         grad_hidden, grad_weight = ctx.saved_tensors

@@ -81,7 +81,10 @@ class Fp8Linear(torch.autograd.Function):
 
 class Scaling(nn.Module):
     """The e4m3 scale of one tensor of each pass, for entries up to `static` (static), up to this tensor's greatest
-    (dynamic), or up to `headroom` times the previous one's greatest (delayed; at first this one's)."""
+    (dynamic), or up to `headroom` times the previous one's greatest (delayed; at first this one's).
+
+    The previous one is no part of a checkpoint: a resumed run starts from its first tensor anew.
+    """
 
     def __init__(self, kind: str, *, static: float, headroom: float) -> None:
         super().__init__()
@@ -104,7 +107,7 @@ class Scaling(nn.Module):
 class Fp8Product(nn.Module):
     """A linear map's product, in place of F.linear, with the scales of `config.fp8_scales`.
 
-    The speedrun's head has 8-bit `gradients` too, its MLP has not. Rows should be multiples of ALIGNED wide.
+    The speedrun's head has 8-bit `gradients` too, its MLP has not. C and M should be multiples of ALIGNED.
     """
 
     def __init__(self, config: Model, *, gradients: bool) -> None:

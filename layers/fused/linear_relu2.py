@@ -22,7 +22,7 @@ def plain_linear_relu2(x: Tensor, weight_MC: Tensor) -> Tensor:
 @functools.cache
 def tile_kernel() -> Callable:
     """The Triton kernel, one program a tile of the output; defined at first use, so that Triton stays optional."""
-    global tl
+    global tl  # a kernel finds its names among its module's
     import triton
     import triton.language as tl
 

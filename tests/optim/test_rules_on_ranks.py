@@ -107,7 +107,9 @@ def refusal(params: dict, optimizer: ShardedOptimizer) -> str:
 
 def trained(case: str, comm: Comm) -> dict:
     params, optimizer = make(case, comm, seed=comm.rank)
-    found = {"middle": run(params, optimizer, range(HALF)), "final": run(params, optimizer, range(HALF, STEPS)),
+    middle = run(params, optimizer, range(HALF))
+    optimizer.load_state_tensors(middle)
+    found = {"middle": middle, "final": run(params, optimizer, range(HALF, STEPS)),
              "shapes": optimizer.state_shapes(), "averaged": averaged(params, optimizer)}
     return found | {"refusal": refusal(params, optimizer), "after": optimizer.state_tensors()}
 

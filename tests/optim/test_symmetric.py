@@ -1,0 +1,90 @@
+"""Half-work symmetric products: the kernel is its twin, and runs where it should."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from optim import symmetric
+from optim.symmetric import capable, gram, has_kernel, quadratic, symmetric_product
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def gaussian(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@needs_triton
+def test_the_kernel_in_tritons_interpreter():
+    command = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/optim/interpreted_symmetric.py"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "skipped" not in done.stdout
+
+
+@needs_triton
+@pytest.mark.parametrize("with_y", [True, False])
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_the_kernel_compiles_for_gpus(with_y, tmp_path, monkeypatch):
+    """Without a GPU at hand: to Hopper's PTX that keeps to registers and uses the tensor cores."""
+    from triton import compile as compiled
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, constants = symmetric.tile_kernel(), symmetric.TILE | {"WITH_Y": with_y}
+    types = {"m": "i32", "n": "i32", "alpha": "fp32", "beta": "fp32"}
+    signature = {name: "constexpr" if name in constants else types.get(name, "*bf16") for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] in "*i"}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    ptx = compiled(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "num_stages": 3}).asm["ptx"]
+    assert "wgmma.mma_async" in ptx and "local" not in ptx
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_elsewhere_the_plain_products_run(dtype):
+    X = gaussian(2, 300, 20).to(dtype)
+    A = X @ X.mT
+    assert not has_kernel(X)
+    assert torch.equal(gram(X), A)
+    torch.testing.assert_close(quadratic(A.double(), -2.0, 0.5), -2 * A.double() + 0.5 * A.double() @ A.double())
+
+
+@pytest.mark.parametrize(("capability", "triton", "expected"), [((7, 5), True, False), ((8, 0), True, True),
+                                                                ((9, 0), True, True), ((9, 0), False, False)])
+def test_capable_devices(capability, triton, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
+    assert capable(torch.device("cuda")) == expected
+    assert not capable(torch.device("cpu")) and not capable(torch.device("mps"))
+
+
+@pytest.mark.parametrize(("shape", "dtype", "expected"), [((1, 256, 8), torch.bfloat16, True),
+                                                          ((1, 255, 800), torch.bfloat16, False),
+                                                          ((1, 256, 8), torch.float32, False)])
+def test_the_kernel_serves_large_matrices_in_bfloat16(shape, dtype, expected, monkeypatch):
+    monkeypatch.setattr(symmetric, "capable", lambda device: True)
+    assert has_kernel(torch.empty(shape, dtype=dtype)) == expected
+
+
+def test_the_choice_compiles_into_one_graph():
+    X = gaussian(1, 256, 16).bfloat16()
+    compiled = torch.compile(lambda X: quadratic(gram(X), 0.5, 0.1), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(X), quadratic(gram(X), 0.5, 0.1))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("shape", [(12, 768, 768), (3, 768, 3072), (2, 300, 700)])
+def test_the_kernel_on_the_gpu(shape):
+    X = gaussian(*shape).bfloat16().cuda()
+    A = symmetric_product(X, None, 1.0, 0.0)
+    twin = X.double() @ X.double().mT
+    assert ((A.double() - twin).norm() / twin.norm()).item() < 0.005
+    found, twin = symmetric_product(A, A, 0.5, -2.0).double(), -2 * A.double() + 0.5 * A.double() @ A.double()
+    assert ((found - twin).norm() / twin.norm()).item() < 0.005
