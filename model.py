@@ -12,27 +12,33 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.schema import Model
+from layers.attention import Around
 from layers.basic import Linear, Norm, parameter, unit
 from layers.block import Block
-from layers.embeddings import BigramEmbedding, Smear
+from layers.embeddings import NgramEmbedding, Smear
 from layers.fused import equip
 from layers.fused.cross_entropy import linear_nats, row_nats
-from layers.head import softcap
-from layers.kernels import KERNELS, Mask, choose_kernel, document_index
+from layers.head import Terms, further_tokens, prefix_nats, sampled_nats, softcap
+from layers.kernels import KERNELS, attends_far, choose_kernel, document_index
 from layers.sphere import Scale, ScaledLinear
+from layers.streams import Streams, connects
 
 
 class GPT(nn.Module):
     """Decoder-only Transformer; see the module's docstring for the shapes."""
 
     def __init__(self, config: Model, *, vocab_size: int, max_tokens: int, document_start: int | None = None,
-                 on_cuda: bool = False, dtype: torch.dtype = torch.float32) -> None:
-        """`max_tokens` is the longest context; `document_start` the token that opens a document; `dtype` that of the
-        activations (weights stay float32). Raises ValueError for combinations that the arguments make impossible.
+                 prefix_of: list[int] | None = None, on_cuda: bool = False,
+                 dtype: torch.dtype = torch.float32) -> None:
+        """`max_tokens` is the longest context; `document_start` the token that opens a document; `prefix_of` each token's
+        longest proper prefix or -1; `dtype` that of the activations (weights stay float32). Raises ValueError for
+        combinations that the arguments make impossible.
         """
         super().__init__()
         if config.document_mask and document_start is None:
             raise ValueError("document_mask needs a source with document starts; use --model.no_document_mask")
+        if config.prefix_loss and prefix_of is None:
+            raise ValueError("prefix_loss needs a tokenizer whose tokens have prefixes; use --model.prefix_loss 0")
         self.config, self.vocab_size, self.document_start, self.dtype = config, vocab_size, document_start, dtype
         padded = -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
         self.max_tokens, self.kernel = max_tokens, choose_kernel(config, on_cuda)
@@ -40,18 +46,22 @@ class GPT(nn.Module):
         self.embed = parameter((torch.randn(padded, config.dim) * config.embed_std).to(embed_dtype), "embed")
         learned = config.position == "learned"
         self.positions = parameter(torch.randn(max_tokens, config.dim) * 0.02, "embed") if learned else None
-        self.bigram = BigramEmbedding(config) if config.bigram_buckets else None
+        orders = (2, *config.ngram_orders) if config.bigram_buckets else ()
+        self.ngrams = nn.ModuleList(NgramEmbedding(config, order) for order in orders)
         self.smear = Smear(config) if config.smear else None
         on_sphere = config.geometry == "sphere"
         self.norm_embed = unit if on_sphere else Norm(config) if config.norm_embedding else nn.Identity()
         self.norm_mixture = unit if on_sphere else nn.Identity()
         self.value_embeds = nn.ParameterList(
             parameter(torch.randn(padded, config.dim) * config.embed_std, "value_embed") for _ in range(config.value_embeds))
-        first = config.layers - config.value_embeds
-        self.blocks = nn.ModuleList(Block(config, max_tokens, mixes_value_embed=i >= first, kernel=KERNELS[self.kernel][1])
-                                    for i in range(config.layers))
+        self.value_layers = config.value_embed_layers or tuple(range(config.layers))[config.layers - config.value_embeds:]
+        self.blocks = nn.ModuleList(Block(config, max_tokens, mixes_value_embed=i in self.value_layers,
+                                          kernel=KERNELS[self.kernel][1], layer=i) for i in range(config.layers))
+        self.streams = Streams(config) if connects(config) else None
         self.norm_final = nn.Identity() if on_sphere else Norm(config)
         self.head = None if config.tied_head else make_head(config, padded)
+        prefix_V = torch.tensor(prefix_of) if config.prefix_loss else None
+        self.register_buffer("prefix_of", prefix_V, persistent=False)
         self.paths = equip(self, config, device=torch.device("cuda" if on_cuda else "cpu"), dtype=dtype)
         self._roles = {name: param.role for name, param in self.named_parameters()}  # a copy of the model keeps it
         self._axes = {name: param.axis for name, param in self.named_parameters()}
@@ -64,53 +74,95 @@ class GPT(nn.Module):
         """By name, which dimension of a parameter is the model's: -1, or -2 for the maps that write to the stream."""
         return dict(self._axes)
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, *, window: int | None = None) -> Tensor:
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, *, window: int | None = None,
+                long_window: int | None = None, terms: Terms | None = None) -> Tensor:
         """Summed cross-entropy in nats, 0-D float32, if targets are given; else logits (B, T, V) in float32.
 
-        `window` overrides the configured sliding window.
+        `window` and `long_window` override the configured sliding windows. With `terms` it is what training minimises:
+        with its further losses, or over sampled classes, as configured.
         """
-        hidden = self.hidden(tokens_BT, self.config.window_tokens if window is None else window)
+        config = self.config
+        hidden = self.hidden(tokens_BT, window or config.window_tokens, long_window or config.long_window_tokens)
         if targets_BT is None:
             return self.logits(hidden)
-        hidden_NC, targets_N, chunk = hidden.flatten(0, 1), targets_BT.flatten(), self.config.loss_chunk_tokens
+        if terms is not None and (config.mtp_weights or config.prefix_loss or config.sampled_softmax):
+            return self._objective(hidden, targets_BT, terms)
+        hidden_NC, targets_N, chunk = hidden.flatten(0, 1), targets_BT.flatten(), config.loss_chunk_tokens
         if self.paths.head_loss == "triton":
-            weight_VC = self.embed if self.head is None else self.head.weight
-            cap = self.config.softcap, self.config.softcap_value
-            return linear_nats(hidden_NC, weight_VC, targets_N, cap=cap, chunk=chunk)
+            cap = config.softcap, config.softcap_value
+            return linear_nats(hidden_NC, self.head_weight, targets_N, cap=cap, chunk=chunk)
         if not chunk or not torch.is_grad_enabled():
             parts = zip(hidden_NC.split(chunk or len(targets_N)), targets_N.split(chunk or len(targets_N)), strict=True)
             return sum(self._nats(h, t) for h, t in parts)
         return sum(checkpoint(self._nats, h, t, use_reentrant=False)
                    for h, t in zip(hidden_NC.split(chunk), targets_N.split(chunk), strict=True))
 
-    def hidden(self, tokens_BT: Tensor, window: int | None) -> Tensor:
+    def hidden(self, tokens_BT: Tensor, window: int | None, long_window: int | None = None) -> Tensor:
         """The normed residual stream that the head reads: (B, T) -> (B, T, C)."""
         if tokens_BT.size(1) > self.max_tokens:
             raise ValueError(f"a context of {tokens_BT.size(1)} tokens; this model was built for {self.max_tokens}")
         starts = tokens_BT == self.document_start if self.config.document_mask else None
+        x, ngrams = self._start(tokens_BT, starts)
+        around = Around(starts=starts, x0=x, ngrams=ngrams)
+        kept = [x]
+        places = self._where(tokens_BT, starts, window, long_window)
+        for layer, (block, where) in enumerate(zip(self.blocks, places, strict=True)):
+            around = around._replace(**where, value_embed=self._value_embed(layer, tokens_BT))
+            if self.streams is None:
+                x = block(x, around)
+                continue
+            kept.append(block(self.streams.enter(layer, kept), around._replace(read=self.streams.read(layer, kept))))
+            self.streams.leave(layer, kept)
+        return self.norm_final(x if self.streams is None else self.streams.finish(kept))
+
+    def _start(self, tokens_BT: Tensor, starts_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The stream before the first layer, and the sum of the hashed embeddings, if any."""
         x = F.embedding(tokens_BT, self.embed).to(self.dtype)
         if self.positions is not None:
             x = x + self.positions[:tokens_BT.size(1)].to(self.dtype)
         x = self.norm_embed(x)
-        if self.bigram is not None:
-            x = x + self.bigram(tokens_BT, starts).to(self.dtype)
+        ngrams = sum(table(tokens_BT, starts_BT).to(self.dtype) for table in self.ngrams) if self.ngrams else None
+        x = x if ngrams is None else x + ngrams
         if self.smear is not None:
-            x = self.smear(x, starts)
-        x = self.norm_mixture(x)
-        x0, masks = x, self._masks(tokens_BT, starts, window)
-        values = [None] * (len(self.blocks) - len(self.value_embeds)) + list(self.value_embeds)
-        for block, mask, table in zip(self.blocks, masks, values, strict=True):
-            x = block(x, x0, mask, None if table is None else F.embedding(tokens_BT, table).to(self.dtype))
-        return self.norm_final(x)
+            x = self.smear(x, starts_BT)
+        return self.norm_mixture(x), ngrams
 
-    def _masks(self, tokens_BT: Tensor, starts_BT: Tensor | None, window: int | None) -> list[Mask]:
-        """One mask per layer; layers with the same window share theirs."""
-        build = KERNELS[self.kernel][0]
+    def _value_embed(self, layer: int, tokens_BT: Tensor) -> Tensor | None:
+        if layer not in self.value_layers:
+            return None
+        return F.embedding(tokens_BT, self.value_embeds[self.value_layers.index(layer)]).to(self.dtype)
+
+    def _where(self, tokens_BT: Tensor, starts_BT: Tensor | None, window: int | None, long_window: int | None) -> list[dict]:
+        """Each layer's window and mask; layers with the same window share the mask."""
+        build, tokens = KERNELS[self.kernel][0], tokens_BT.size(1)
         document = None if starts_BT is None else document_index(starts_BT)
-        every = self.config.full_attention_every
-        windows = [None if every and (i + 1) % every == 0 else window for i in range(len(self.blocks))]
-        made = {w: build(tokens_BT.size(1), w, document, tokens_BT.device) for w in dict.fromkeys(windows)}
-        return [made[w] for w in windows]
+        doubled = None if document is None else document.repeat_interleave(2, dim=1)
+        layers = range(len(self.blocks))
+        windows = [long_window if window is not None and attends_far(self.config, i) else window for i in layers]
+        kinds = [(windows[i], i in self.config.paired_heads) for i in layers]
+        made = {(w, paired): build(2 * tokens, w, doubled, tokens_BT.device) if paired
+                else build(tokens, w, document, tokens_BT.device) for w, paired in dict.fromkeys(kinds)}
+        return [{"window": kind[0], "mask": made[kind]} for kind in kinds]
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output matrix, (V, C)."""
+        return self.embed if self.head is None else self.head.weight
+
+    def _objective(self, hidden_BTC: Tensor, targets_BT: Tensor, terms: Terms) -> Tensor:
+        """What training minimises where it is not the next token's nats alone."""
+        config, targets_N = self.config, targets_BT.flatten()
+        if config.sampled_softmax:
+            cap = config.softcap, config.softcap_value
+            return sampled_nats(hidden_BTC.flatten(0, 1), self.head_weight, targets_N, config.sampled_softmax, cap)
+        logits_BTV = self.logits(hidden_BTC)
+        nats = F.cross_entropy(logits_BTV.flatten(0, 1), targets_N, reduction="sum")
+        if config.mtp_weights:
+            nats = nats + further_tokens(logits_BTV, targets_BT, config.mtp_weights, terms.mtp)
+        if config.prefix_loss:
+            prefix = prefix_nats(logits_BTV.flatten(0, 1), targets_N, self.prefix_of)
+            nats = nats + config.prefix_loss * terms.prefix * prefix
+        return nats
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V), float32, softcapped."""
@@ -142,10 +194,11 @@ class GPT(nn.Module):
         window = self.config.window_tokens if window is None else window
         matrices = sum(p.numel() for name, p in self.named_parameters() if self._roles[name] in ("matrix", "head", "gate"))
         matrices += self.embed.numel() if self.head is None else 0
-        every, spans = self.config.full_attention_every, 0.0
+        spans = 0.0
         for i in range(len(self.blocks)):
-            full = window is None or (every and (i + 1) % every == 0)
-            spans += mean_span(sequence_tokens, sequence_tokens if full else window)
+            far = window is None or attends_far(self.config, i)
+            reach = (self.config.long_window_tokens if window is not None else None) if far else window
+            spans += (i not in self.config.attention_free) * mean_span(sequence_tokens, reach or sequence_tokens)
         return 6 * matrices + 12 * self.config.dim * spans
 
     def activation_bytes(self, tokens: int) -> int:

@@ -20,6 +20,7 @@ import math
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +36,8 @@ from data.orders import Position
 from data.reporter import Progress, Reporter
 from data.runs import config_to_dict, flatten, open_run_folder
 from data.sources import Source, open_source
+from data.tokenizers import prefix_tokens
+from layers.head import Terms
 from model import GPT
 from optim.comm import Comm, local_rank
 from optim.finite import NonFiniteError
@@ -135,10 +138,13 @@ class Trainer:
         torch.manual_seed(self.run.run.seed)
         values = [self.schedule.values(step) for step in range(self.run.train.steps)]
         longest = max(max(v.sequence_tokens for v in values), self.run.data.val_sequence_tokens or 0)
-        on_cuda = self.device.type == "cuda"
+        on_cuda, tokenizer = self.device.type == "cuda", self.source.tokenizer
+        prefixes = prefix_tokens(tokenizer.pieces) if self.run.model.prefix_loss and tokenizer else None
         model = GPT(self.run.model, vocab_size=self.source.vocab_size, max_tokens=longest,
-                    document_start=self.source.document_start, on_cuda=on_cuda,
+                    document_start=self.source.document_start, prefix_of=prefixes, on_cuda=on_cuda,
                     dtype=torch.bfloat16 if on_cuda else torch.float32)
+        if self.run.train.tied_until_frac:
+            model.head.weight.data.copy_(model.embed)
         return model.to(self.device)
 
     def start_batches(self) -> Batches:
@@ -158,9 +164,10 @@ class Trainer:
         """Accumulate this rank's gradients of the step's loss; its own summed nats, 0-D."""
         scale = 1 / values.batch_tokens if self.run.train.loss_reduction == "mean" else 1.0
         total = torch.zeros((), device=self.device)
+        terms = Terms(*(torch.tensor(x, device=self.device) for x in (values.mtp, values.prefix_loss)))
         for x, y in micro_batches(inputs, targets, self.run.train.micro_tokens):
             nats = self.model(x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True),
-                              window=values.window_tokens)
+                              window=values.window_tokens, long_window=values.long_window_tokens, terms=terms)
             (nats * scale).backward()
             total += nats.detach()
         return total
@@ -170,6 +177,8 @@ class Trainer:
         progress, values = self.progress, self.schedule.values(self.progress.step)
         inputs, targets, position = batches.next()
         nats = self.gradients(inputs, targets, values)
+        if progress.step < self.run.train.tied_until_frac * self.run.train.steps:
+            share_gradients(self.model.embed, self.model.head.weight)
         self.optimizer.step(values, progress.step + 1, remember=remember)
         self.optimizer.zero_grad()
         progress.step += 1
@@ -182,7 +191,8 @@ class Trainer:
         """The referee's score of the present weights."""
         values = self.schedule.values(max(0, self.progress.step - 1))
         with self.optimizer.averaged_weights():
-            return evaluate(lambda x, y: self.model(x, y, window=values.window_tokens), self.source,
+            windows = {"window": values.window_tokens, "long_window": values.long_window_tokens}
+            return evaluate(partial(self.model, **windows), self.source,
                             sequence_tokens=self.run.data.val_sequence_tokens or values.sequence_tokens,
                             micro_tokens=self.run.train.micro_tokens, rank=self.comm.rank, world_size=self.comm.world_size,
                             device=self.device, sum_over_ranks=lambda x: self.comm.sum(x)[0])
@@ -191,9 +201,8 @@ class Trainer:
         """Run every shape of the schedule on random tokens, so that all is compiled, then undo it."""
         snapshot = self.optimizer.snapshot()
         generator = torch.Generator().manual_seed(0)
-        shapes = dict.fromkeys(self.schedule.values(i)[3:] for i in range(self.run.train.steps))
-        for step, values in enumerate(self.schedule.values(0)._replace(batch_tokens=b, sequence_tokens=t, window_tokens=w)
-                                      for b, t, w in shapes):
+        shapes = {values[3:7]: values for values in map(self.schedule.values, range(self.run.train.steps))}
+        for step, values in enumerate(shapes.values()):
             rows = max(1, values.batch_tokens // values.sequence_tokens // self.comm.world_size)
             tokens = torch.randint(self.source.vocab_size, (rows, values.sequence_tokens), generator=generator)
             for _ in range(self.run.train.warmup_steps):
@@ -202,7 +211,7 @@ class Trainer:
                 self.optimizer.zero_grad()
             with torch.no_grad():
                 x = next(micro_batches(tokens, tokens, self.run.train.micro_tokens))[0].to(self.device)
-                self.model(x, x, window=values.window_tokens)
+                self.model(x, x, window=values.window_tokens, long_window=values.long_window_tokens)
         self.optimizer.restore(snapshot)
 
     # ---- Saving and resuming ----
@@ -230,6 +239,13 @@ class Trainer:
         """Floating-point operations of a training token of the last step."""
         values = self.schedule.values(max(0, self.progress.step - 1))
         return self.model.flops_per_token(values.sequence_tokens, values.window_tokens)
+
+
+def share_gradients(*tied: Tensor) -> None:
+    """Every tensor's gradient becomes the sum of all, in place: tensors that are equal and trained alike stay equal."""
+    total = sum(tensor.grad for tensor in tied)
+    for tensor in tied:
+        tensor.grad.copy_(total)
 
 
 def micro_batches(inputs: Tensor, targets: Tensor, micro_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:

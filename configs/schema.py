@@ -4,19 +4,15 @@ A `Run` is complete and frozen; impossible combinations are refused when it is b
 schedule in the notation of configs/curve.py. Everything that is not here is derived from what is here by a formula.
 """
 
-import math
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from configs.curve import parse_curve
 from configs.groups import Optim
+from configs.model import Model
 from configs.refuse import refuse, refuse_below
 
 Curve = str  # the notation of configs/curve.py
-
-# The sphere has norms everywhere and gains nowhere, and a zero vector has no direction.
-SPHERE_NEEDS = {"zero_init_projections": False, "norm_gains": False, "biases": False, "tied_head": False, "qk_norm": True,
-                "norm_embedding": True}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,140 +96,6 @@ class Data:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
-    """The GPT: sizes, and one flag per technique; a technique that is off costs nothing and changes nothing."""
-
-    layers: int = 2
-    dim: int = 128
-    """Width of the residual stream."""
-    head_dim: int = 64
-    """dim / head_dim heads."""
-    mlp_dim: int | None = None
-    """Hidden width of the MLP; None: 4 dim."""
-    vocab_multiple: int = 64
-    """The vocabulary is padded up to a multiple of this (efficient matrix shapes)."""
-    position: Literal["none", "learned", "rotary", "half_rotary"] = "rotary"
-    """Learned table (GPT-2), rotary (Su et al. 2021, arXiv 2104.09864), or rotary on half the dimensions."""
-    rotary_base: float = 1024.0
-    """Longest wavelength of the rotary embedding, over 2 pi."""
-    qk_norm: bool = True
-    """RMS-normalised queries and keys (Henry et al. 2020, arXiv 2010.04245)."""
-    attention_scale: float | None = None
-    """Softmax scale; None: 1 / sqrt(head_dim)."""
-    activation: Literal["relu2", "gelu", "swiglu"] = "relu2"
-    """ReLU squared (So et al. 2021, arXiv 2109.08668), GELU, or SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
-    norm_gains: bool = False
-    """Learned gains in the RMS norms."""
-    biases: bool = False
-    """Biases in all linear maps."""
-    norm_embedding: bool = True
-    """RMS norm right after the token embedding."""
-    zero_init_projections: bool = True
-    """The maps that write to the stream, and the head, start at zero (muP's advice, Yang et al. 2022, arXiv 2203.03466)."""
-    tied_head: bool = False
-    """The head is the token embedding, transposed."""
-    init_gain: float = 0.33
-    """Hidden matrices start with variance init_gain / fan_in (speedrun)."""
-    embed_std: float = 1.0
-    """Standard deviation of the token embedding's start."""
-    softcap: Literal["none", "tanh", "rational", "sigmoid"] = "tanh"
-    """Bounded logits: c tanh(z/c) (Gemma 2, 2024, arXiv 2408.00118), c z / sqrt(z^2 + c^2), or the speedrun's
-    2c sigmoid(2z/c) - c, which is tanh's function by another kernel."""
-    softcap_value: float = 15.0
-    """The bound c."""
-    x0_skip: bool = False
-    """Each block reads lambda_r x + lambda_0 x0, x0 the normed embedding (speedrun, Nov 2024)."""
-    smear: bool = False
-    """x_t += lambda sigmoid(gate(x_t)) x_{t-1} right after the embedding (speedrun, Sep 2025)."""
-    value_embeds: int = 0
-    """So many last layers mix a second token embedding into their values (speedrun, Dec 2024)."""
-    bigram_buckets: int = 0
-    """Rows of a hashed table of (previous, current) token pairs, added to the embedding; 0: none (speedrun, Jan 2026)."""
-    window_tokens: int | None = None
-    """Sliding-window attention: each token sees so many last tokens; None: all."""
-    full_attention_every: int = 0
-    """With a window: every so-many-th layer still sees everything; 0: none does."""
-    document_mask: bool = False
-    """Attention stays within a document."""
-    attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
-    """Kernel; auto: sdpa, or flex on CUDA where a window or document mask is on."""
-    embed_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Storage of the token embedding (and of its optimizer state)."""
-    loss_chunk_tokens: int = 0
-    """Head and loss in chunks of so many tokens, recomputed in the backward pass; 0: all at once."""
-    geometry: Literal["euclidean", "sphere"] = "euclidean"
-    """sphere: vectors of the stream have length 1 and layers move them along it (nGPT, Loshchilov et al. 2024,
-    arXiv 2410.01131); it belongs to the constraint sphere of the matrices, embeddings and head. attention_scale None is then
-    sqrt(head_dim)."""
-    eigen_lr: float = 0.05
-    """On the sphere: the share of the way to a layer's suggestion that its step goes at the start; the paper's, for 24 and
-    36 layers, about 1 / layers."""
-    logit_scale: float = 1.0
-    """On the sphere: the factor of the cosines that are the logits, at the start."""
-    fused: Literal["auto", "off"] = "auto"
-    """Loss, and linear map + ReLU^2, by fused Triton kernels; auto: where the device has them (CUDA, bfloat16 activations).
-    With loss_chunk_tokens the head's product is inside the loss, and nothing is recomputed."""
-    fp8: Literal["none", "head", "head_mlp"] = "none"
-    """Training's matrix products in 8-bit floats: the head's, forward and backward, or also the MLP's, forward only
-    (speedrun, 2025 and 2026); compute capability 8.9 or later."""
-    fp8_scales: Literal["static", "dynamic", "delayed"] = "dynamic"
-    """8-bit numbers are scaled for entries up to fp8_x_max and fp8_weight_max; up to the tensor's greatest; or up to the
-    previous pass's greatest times the headroom."""
-    fp8_x_max: float = 100.0
-    """Static scales: the greatest entry of a map's input (the speedrun's, of the head)."""
-    fp8_weight_max: float = 1.6
-    """Static scales: the greatest weight (the speedrun's, of the head)."""
-    fp8_grad_max: float = 0.0
-    """The greatest gradient by a logit, the loss's factor included: .75 in the speedrun, over the step's tokens where
-    train.loss_reduction is mean; 0: measured at each call."""
-    fp8_x_headroom: float = 1.8
-    """Delayed scales: room for the next input, over the last one's greatest entry (speedrun, 2026)."""
-    fp8_weight_headroom: float = 1.12
-    """Delayed scales: the same for the weights (speedrun, 2026)."""
-
-    def __post_init__(self) -> None:
-        refuse_below(self, 1, "layers", "dim", "head_dim", "mlp_dim", "vocab_multiple", "window_tokens")
-        refuse_below(self, 0, "value_embeds", "bigram_buckets", "full_attention_every", "loss_chunk_tokens")
-        refuse(self.dim % self.head_dim != 0, f"head_dim must divide dim, got {self.head_dim} and {self.dim}")
-        refuse(self.position in ("rotary", "half_rotary") and self.head_dim % 4 != 0,
-               f"{self.position} needs head_dim divisible by 4, got {self.head_dim}")
-        refuse(self.value_embeds > self.layers,
-               f"value_embeds must be at most layers ({self.layers}), got {self.value_embeds}")
-        refuse(self.full_attention_every > 0 and self.window_tokens is None,
-               "full_attention_every has no effect without --model.window_tokens")
-        refuse(self.softcap != "none" and self.softcap_value <= 0,
-               f"softcap_value must be positive, got {self.softcap_value}")
-        refuse(not 0 < self.eigen_lr <= 1, f"eigen_lr must lie in (0, 1], got {self.eigen_lr}")
-        refuse(not 0 < self.logit_scale < math.inf, f"logit_scale must be positive, got {self.logit_scale}")
-        for name, wanted in SPHERE_NEEDS.items():
-            refuse(self.geometry == "sphere" and getattr(self, name) != wanted,
-                   f"geometry sphere needs --model.{'' if wanted else 'no_'}{name}")
-        refuse(self.attention == "varlen" and not self.document_mask,
-               "--model.attention varlen packs documents: it needs --model.document_mask")
-        self._refuse_fp8()
-
-    def _refuse_fp8(self) -> None:
-        """8-bit products: what they cannot be, and sizes that the hardware's tiles cannot hold."""
-        refuse_below(self, 0, "fp8_grad_max")
-        refuse_below(self, 1, "fp8_x_headroom", "fp8_weight_headroom")
-        for name in ("fp8_x_max", "fp8_weight_max"):
-            refuse(not 0 < getattr(self, name) < math.inf, f"{name} must be positive, got {getattr(self, name)}")
-        refuse(self.fp8 == "none" and self.fp8_scales != "dynamic",
-               f"fp8_scales {self.fp8_scales} has no effect without --model.fp8 head or head_mlp")
-        if self.fp8 == "none":
-            return
-        refuse(self.tied_head, f"fp8 {self.fp8} needs a head of its own: --model.no_tied_head")
-        refuse(self.geometry == "sphere", f"fp8 {self.fp8} belongs to geometry euclidean, got {self.geometry}")
-        refuse(self.fp8_scales == "delayed" and self.loss_chunk_tokens > 0,
-               "fp8_scales delayed would move between a chunk and its recomputation; use static or dynamic, or "
-               "--model.loss_chunk_tokens 0")
-        for name in ("dim", "mlp_dim", "vocab_multiple"):
-            size = getattr(self, name) or 16
-            refuse(size % 16 != 0,
-                   f"fp8 {self.fp8} needs {name} divisible by 16, got {size}; nearest: {max(1, round(size / 16)) * 16}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
     """What changes over the steps, each as a curve (notation: configs/curve.py).
 
@@ -252,9 +114,16 @@ class Schedule:
     """Multiplies data.sequence_tokens."""
     window_tokens: Curve = "1"
     """Multiplies model.window_tokens."""
+    long_window_tokens: Curve = "1"
+    """Multiplies model.long_window_tokens."""
+    mtp: Curve = "99"
+    """How many further tokens model.mtp_weights reach; 1.5: the first whole, and half of the second's weight."""
+    prefix_loss: Curve = "1"
+    """Multiplies model.prefix_loss."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "weight_decay", "momentum", "batch_tokens", "sequence_tokens", "window_tokens"):
+        for name in ("lr", "weight_decay", "momentum", "batch_tokens", "sequence_tokens", "window_tokens",
+                     "long_window_tokens", "mtp", "prefix_loss"):
             text = getattr(self, name)
             if text is not None:
                 low = min(knot.value for knot in parse_curve(text))
@@ -297,6 +166,9 @@ class Train:
     """Share of the steps before the first that looks ahead (track 3: .1 to .16)."""
     lookahead_end: float = 0.7
     """Share of the steps after which none does (track 3: .65 to .76)."""
+    tied_until_frac: float = 0.0
+    """For this share of the steps the head is the embedding, both trained by the sum of their gradients; then each goes its
+    own way, from the same optimizer state (speedrun, 2025: 2/3)."""
 
     def __post_init__(self) -> None:
         refuse_below(self, 1, "steps", "batch_tokens", "micro_tokens")
@@ -304,7 +176,7 @@ class Train:
         refuse_below(self, 0, "lookahead")
         for name in ("weight_average", "lookahead_gamma"):
             refuse(not 0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        for name in ("weight_average_start", "weight_average_blend", "lookahead_start", "lookahead_end"):
+        for name in ("weight_average_start", "weight_average_blend", "lookahead_start", "lookahead_end", "tied_until_frac"):
             value = getattr(self, name)
             refuse(not 0 <= value <= 1, f"{name} must lie in [0, 1], got {value}")
         refuse(self.lookahead > 0 and self.lookahead_start >= self.lookahead_end,
@@ -357,6 +229,11 @@ class Run:
                f"train.micro_tokens must hold one sequence of {data.sequence_tokens} tokens, got {train.micro_tokens}")
         refuse(self.schedule.window_tokens != "1" and self.model.window_tokens is None,
                "schedule.window_tokens needs --model.window_tokens, the window that it multiplies")
+        tied = train.tied_until_frac > 0
+        refuse(tied and (self.optim.embed != self.optim.head or self.model.embed_dtype != "float32"),
+               "train.tied_until_frac needs optim.embed and optim.head to be alike, and --model.embed_dtype float32")
+        refuse(tied and (self.model.tied_head or self.model.geometry == "sphere"),
+               "train.tied_until_frac unties a head that was the embedding: --model.no_tied_head, geometry euclidean")
         slow = [role.name for role in fields(Optim) if getattr(self.optim, role.name).update_every > 1]
         refuse(train.lookahead > 0 and bool(slow),
                f"train.lookahead needs every group's update_every to be 1; it is more for {', '.join(slow)}")

@@ -53,6 +53,21 @@ class Tokenizer:
         return np.array([len(piece) for piece in self.pieces], dtype=np.int64)
 
 
+def prefix_tokens(vocabulary: Sequence[bytes]) -> list[int]:
+    """For each token's bytes the number of its longest proper prefix in the vocabulary, or -1.
+
+    In sorted order every prefix precedes its extensions: a stack of open prefixes finds them all in one pass.
+    """
+    found, open_ = [-1] * len(vocabulary), []
+    for text, token in sorted((text, token) for token, text in enumerate(vocabulary)):
+        while open_ and not (text.startswith(open_[-1][0]) and text != open_[-1][0]):
+            open_.pop()
+        found[token] = open_[-1][1] if open_ else -1
+        if text:
+            open_.append((text, token))
+    return found
+
+
 def load_tokenizer(kind: Literal["bpe", "bytes", "gpt2"], *, train_text: bytes = b"", vocab_tokens: int = 1024,
                    cache_dir: Path) -> Tokenizer:
     """The tokenizer of a kind; bpe is trained on `train_text` (UTF-8) to `vocab_tokens`, or found in `cache_dir`.

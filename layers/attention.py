@@ -35,14 +35,15 @@ class Around(NamedTuple):
     mask: Mask = None
     window: int | None = None
     """The layer's sliding window; None: none."""
-    starts_BT: Tensor | None = None
-    """True where a document begins, if documents are masked."""
-    value_embed_BTC: Tensor | None = None
-    x0_BTC: Tensor | None = None
+    starts: Tensor | None = None
+    """(B, T): true where a document begins, if documents are masked."""
+    value_embed: Tensor | None = None
+    """(B, T, C), as the others: what a second embedding says of the tokens."""
+    x0: Tensor | None = None
     """The stream's start."""
-    ngram_BTC: Tensor | None = None
+    ngrams: Tensor | None = None
     """What the hashed embeddings say."""
-    read_BTC: Tensor | None = None
+    read: Tensor | None = None
     """An earlier stream that attention reads in place of the present one."""
 
 
@@ -98,7 +99,7 @@ def rotation(positions_T: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention (Vaswani et al. 2017, arXiv 1706.03762); the pieces of layers/heads.py where asked."""
+    """Causal multi-head self-attention (Vaswani et al. 2017, arXiv 1706.03762), with the pieces of layers/heads.py."""
 
     def __init__(self, config: Model, max_tokens: int, *, mixes_value_embed: bool, kernel: Callable, layer: int = 0) -> None:
         super().__init__()
@@ -125,7 +126,7 @@ class Attention(nn.Module):
         scale = self.scale * (self.rotary.warmth(around.window) if self.rotary is not None else 1)
         y = self.attend(q, k, v, around.mask, scale)
         if self.dynamic is not None:
-            y = y + self.dynamic((q, k, v), x_BTC, around.starts_BT, scale)
+            y = y + self.dynamic((q, k, v), x_BTC, around.starts, scale)
         y = unpair_heads(y) if self.paired else y
         y = y if self.exclusive is None else self.exclusive(y, v)
         y = y if self.gates is None else self.gates(y, x_BTC)
@@ -137,7 +138,7 @@ class Attention(nn.Module):
         read = x_BTC if self.gains is None else self.gains[0].to(x_BTC.dtype) * x_BTC
         q, k, v = (project(read).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
         if self.mix_value is not None:
-            v = self.mix_value(v, around.value_embed_BTC, x_BTC)
+            v = self.mix_value(v, around.value_embed, x_BTC)
         if self.norm_qk is not None:
             q, k = self.norm_qk(q), self.norm_qk(k)
         if self.paired:
@@ -145,5 +146,5 @@ class Attention(nn.Module):
         if self.rotary is not None:
             q, k = self.rotary(q, around.window), self.rotary(k, around.window)
         if self.offsets_keys:
-            k = offset_keys(k, self.rotary.still_D, around.starts_BT)
+            k = offset_keys(k, self.rotary.still_D, around.starts)
         return q, k, v

@@ -1,4 +1,4 @@
-"""What the stream starts from, beside the token's own vector: the token before it.
+"""What the stream starts from, beside the token's own vector: the tokens before it.
 
 Shapes: B sequences, T tokens, C model dimension, H heads, D head dimension.
 """
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from configs.schema import Model
 from layers.basic import parameter
 
-HASH_CURRENT, HASH_PREVIOUS = 36_313, 27_191  # odd multipliers of the bigram hash (speedrun, Jan 2026)
+# Odd multipliers of the hash, the present token's first: the speedrun's for two tokens (Jan 2026), and more.
+HASH = (36_313, 27_191, 50_021, 41_231, 62_989, 33_461)
 SMEAR_DIMS = 12  # the smear gate reads so many leading dimensions (speedrun, Sep 2025)
 
 
@@ -31,19 +32,37 @@ class Smear(nn.Module):
         return x_BTC + F.pad(open_BT1 * x_BTC[:, :-1], (0, 0, 1, 0))
 
 
-class BigramEmbedding(nn.Module):
-    """A learned vector for each hashed pair (previous token, token); the last row is for tokens without a predecessor."""
+class NgramEmbedding(nn.Module):
+    """A learned vector for each hashed n-gram ending at a token; the last row is for tokens without n - 1 predecessors.
 
-    def __init__(self, config: Model) -> None:
+    With signs, row r of a fixed random table of +-1 multiplies it, r another hash of the same tokens: n-grams that share a
+    vector then differ in sign patterns (speedrun, 2026).
+    """
+
+    def __init__(self, config: Model, order: int = 2) -> None:
         super().__init__()
+        self.order = order
         self.table = parameter(torch.zeros(config.bigram_buckets, config.dim), "bigram_embed")
+        signs = fixed_signs(config.bigram_signs, config.dim, seed=order) if config.bigram_signs else None
+        self.register_buffer("signs", signs, persistent=False)
 
     def forward(self, tokens_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
         """(B, T) -> (B, T, C)."""
-        pairs = tokens_BT[:, 1:] * HASH_CURRENT ^ tokens_BT[:, :-1] * HASH_PREVIOUS
-        last = self.table.size(0) - 1
-        bucket = F.pad(pairs % max(last, 1), (1, 0), value=last)
+        last, before = self.table.size(0) - 1, self.order - 1
+        grams = [tokens_BT[:, before - k:tokens_BT.size(1) - k] for k in range(self.order)]
+        mixed, plain = grams[0] * HASH[0], grams[0]
+        for k in range(1, self.order):
+            mixed, plain = mixed ^ grams[k] * HASH[k], plain ^ grams[k]
+        bucket, row = F.pad(mixed % max(last, 1), (before, 0), value=last), F.pad(plain, (before, 0))
         if starts_BT is not None:
-            bucket = bucket.masked_fill(starts_BT, last)
+            crosses = sum(F.pad(starts_BT[:, :starts_BT.size(1) - k], (k, 0)) for k in range(before)).bool()
+            bucket, row = bucket.masked_fill(crosses, last), row.masked_fill(crosses, 0)
         # On CPUs the gradient's rows are added into the buffer that is there: no table-sized temporary.
-        return F.embedding(bucket, self.table, sparse=self.table.grad is not None and self.table.device.type == "cpu")
+        sparse = self.table.grad is not None and self.table.device.type == "cpu"
+        found = F.embedding(bucket, self.table, sparse=sparse)
+        return found if self.signs is None else found * F.embedding(row % len(self.signs), self.signs)
+
+
+def fixed_signs(rows: int, dim: int, *, seed: int) -> Tensor:
+    """(rows, dim) of +-1, the same everywhere, without a draw from the run's generator."""
+    return torch.randint(0, 2, (rows, dim), generator=torch.Generator().manual_seed(seed)).float() * 2 - 1

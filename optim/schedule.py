@@ -21,6 +21,12 @@ class Values(NamedTuple):
     """Context length."""
     window_tokens: int | None
     """Sliding window of attention; None: none."""
+    long_window_tokens: int | None = None
+    """Window of the layers that see further; None: everything."""
+    mtp: float = 99.0
+    """How many further tokens multi-token prediction reaches."""
+    prefix_loss: float = 1.0
+    """Multiplies the weight of the prefix loss."""
 
 
 class Schedule:
@@ -30,16 +36,17 @@ class Schedule:
         self.total_steps = run.train.steps
         self._curves = {name: parse_curve(text) for name in Values._fields if (text := getattr(run.schedule, name))}
         self._base = {"batch_tokens": run.train.batch_tokens, "sequence_tokens": run.data.sequence_tokens,
-                      "window_tokens": run.model.window_tokens}
+                      "window_tokens": run.model.window_tokens, "long_window_tokens": run.model.long_window_tokens}
 
     def values(self, step: int) -> Values:
         """What holds at optimizer step 0, 1, ..., total_steps - 1."""
         now = {name: evaluate_curve(knots, step, self.total_steps) for name, knots in self._curves.items()}
         sequence = max(1, round(self._base["sequence_tokens"] * now["sequence_tokens"]))
         batch = max(1, round(self._base["batch_tokens"] * now["batch_tokens"] / sequence)) * sequence
-        window = self._base["window_tokens"]
-        window = None if window is None else max(1, round(window * now["window_tokens"]))
-        return Values(now["lr"], now["weight_decay"], now.get("momentum"), batch, sequence, window)
+        windows = (None if self._base[name] is None else max(1, round(self._base[name] * now[name]))
+                   for name in ("window_tokens", "long_window_tokens"))
+        return Values(now["lr"], now["weight_decay"], now.get("momentum"), batch, sequence, *windows, now["mtp"],
+                      now["prefix_loss"])
 
     def portions(self, step: int) -> tuple[int, int]:
         """(batch_tokens, sequence_tokens) of a step: what the data pipeline must know."""

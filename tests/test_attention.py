@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.schema import Model
-from layers.attention import Attention, Rotary
+from layers.attention import Around, Attention, Rotary
 from layers.kernels import KERNELS, attend_flex, attend_sdpa, dense_mask, document_index, flex_mask, varlen_mask
 from model import GPT
 
@@ -247,26 +247,26 @@ def test_attention_equals_its_definition(changes):
     if "rotary" in config.position:
         q, k = (Rotary(config, 9)(z) for z in (q, k))
     mixed = attend_by_loop(q, k, v, seen_by_loop(9, None, [[0] * 9]), config.attention_scale or 0.25)
-    torch.testing.assert_close(attention(x, None, None), linear["out"](mixed.reshape(1, 9, 32)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(attention(x, Around()), linear["out"](mixed.reshape(1, 9, 32)), atol=1e-5, rtol=0)
 
 
 def test_qk_norm_makes_scores_blind_to_the_size_of_queries_and_keys():
     attention, x = scramble(Attention(SMALL, 9, mixes_value_embed=False, kernel=attend_sdpa)), normal(1, 9, 32)
-    before = attention(x, None, None)
+    before = attention(x, Around())
     with torch.no_grad():
         attention.q.weight *= 5
         attention.k.weight *= 0.2
-    torch.testing.assert_close(attention(x, None, None), before, atol=1e-4, rtol=0)
+    torch.testing.assert_close(attention(x, Around()), before, atol=1e-4, rtol=0)
 
 
 def test_values_are_mixed_with_the_value_embedding():
     attention = scramble(Attention(SMALL, 9, mixes_value_embed=True, kernel=lambda q, k, v, mask, scale: v))
     x, embed = normal(2, 9, 32), normal(2, 9, 32, seed=1)
-    own, other = attention.value_mix.tolist()
+    own, other = attention.mix_value.weight.tolist()
     expected = (own * x @ attention.v.weight.T + other * embed) @ attention.out.weight.T
-    torch.testing.assert_close(attention(x, None, embed), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(attention(x, Around(value_embed=embed)), expected, atol=1e-5, rtol=0)
     fresh = Attention(SMALL, 9, mixes_value_embed=True, kernel=attend_sdpa)
-    assert fresh.value_mix.tolist() == [0.5, 0.5]
+    assert fresh.mix_value.weight.tolist() == [0.5, 0.5]
 
 
 # ---- Windows in the model --------------------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ MAY_IMPORT = {
     "layers": {"configs", "layers"},
     "model": {"configs", "layers"},
     "optim": {"configs", "optim"},
-    "train_gpt": {"configs", "data", "model", "optim"},
-    "scripts": {"configs", "data", "model", "optim", "scripts"},
-    "benchmarks": {"benchmarks", "configs", "data", "model", "optim", "scripts", "train_gpt"},
+    "train_gpt": {"configs", "data", "layers", "model", "optim"},
+    "scripts": {"configs", "data", "layers", "model", "optim", "scripts"},
+    "benchmarks": {"benchmarks", "configs", "data", "layers", "model", "optim", "scripts", "train_gpt"},
 }
 SOURCES = sorted(p for p in ROOT.rglob("*.py") if p.relative_to(ROOT).parts[0].removesuffix(".py") in MAY_IMPORT)
 

@@ -150,8 +150,8 @@ def test_embedding_is_stored_in_the_dtype_asked_for_and_the_rest_in_float32():
 
 
 def expected_role(name: str) -> str:
-    endings = {"gains": "gain", "bias": "bias", "skip": "scalar", "value_mix": "scalar", "smear.strength": "scalar",
-               "smear.gate": "gate", "bigram.table": "bigram_embed", "head.weight": "head", "positions": "embed"}
+    endings = {"gains": "gain", "bias": "bias", "skip": "scalar", "mix_value.weight": "scalar", "smear.strength": "scalar",
+               "smear.gate": "gate", "ngrams.0.table": "bigram_embed", "head.weight": "head", "positions": "embed"}
     special = [role for ending, role in endings.items() if name.endswith(ending)]
     if name == "embed" or name.startswith("value_embeds."):
         return "embed" if name == "embed" else "value_embed"

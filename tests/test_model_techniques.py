@@ -9,10 +9,10 @@ import torch
 from configs.ablations import ROWS, row_named
 from configs.presets import PRESETS
 from configs.schema import Model
-from layers.attention import Rotary
+from layers.attention import Around, Rotary
 from layers.basic import MLP, Norm, relu2
 from layers.block import Block
-from layers.embeddings import BigramEmbedding, Smear
+from layers.embeddings import NgramEmbedding, Smear
 from layers.head import softcap
 from model import GPT
 
@@ -48,16 +48,42 @@ FLAGS: dict[str, tuple[dict, set[str], set[str]]] = {
     "sigmoid": ({"softcap": "sigmoid", "softcap_value": 2.0}, set(), set()),
     "x0_skip": ({"x0_skip": True}, in_blocks("skip"), set()),
     "smear": ({"smear": True}, {"smear.gate", "smear.strength"}, set()),
-    "value_embed": ({"value_embeds": 1}, {"value_embeds.0", "blocks.1.attention.value_mix"}, set()),
+    "value_embed": ({"value_embeds": 1}, {"value_embeds.0", "blocks.1.attention.mix_value.weight"}, set()),
     "value_embeds": ({"value_embeds": 2},
-                     {"value_embeds.0", "value_embeds.1"} | in_blocks("attention.value_mix"), set()),
-    "bigram": ({"bigram_buckets": 37}, {"bigram.table"}, set()),
+                     {"value_embeds.0", "value_embeds.1"} | in_blocks("attention.mix_value.weight"), set()),
+    "bigram": ({"bigram_buckets": 37}, {"ngrams.0.table"}, set()),
     "window": ({"window_tokens": 3}, set(), set()),
     "full_attention_every": ({"window_tokens": 3, "full_attention_every": 2}, set(), set()),
     "document_mask": ({"document_mask": True}, set(), set()),
     "bfloat16_embedding": ({"embed_dtype": "bfloat16"}, set(), set()),
     "loss_chunks": ({"loss_chunk_tokens": 5}, set(), set()),
     "vocab_multiple": ({"vocab_multiple": 1}, set(), set()),
+    "long_window": ({"window_tokens": 2, "full_attention_layers": (1,), "long_window_tokens": 4}, set(), set()),
+    "yarn": ({"yarn": True, "window_tokens": 3, "position": "rotary"}, set(), {"positions"}),
+    "head_gates": ({"head_gates": True}, in_blocks("attention.gates.weight"), set()),
+    "xsa": ({"xsa": True}, in_blocks("attention.exclusive.alpha"), set()),
+    "paired_heads": ({"paired_heads": (1,)}, set(), set()),
+    "key_offset": ({"key_offset": True, "position": "half_rotary"}, set(), {"positions"}),
+    "dynamic_heads": ({"dynamic_heads": (0,), "dynamic_window": 5}, {"blocks.0.attention.dynamic.weight"}, set()),
+    "attention_free": ({"attention_free": (1,)}, set(), {f"blocks.1.attention.{n}.weight" for n in ("q", "k", "v", "out")}),
+    "shared_attention_input": ({"shared_attention_input": 0}, set(), set()),
+    "projection_gains": ({"projection_gains": True}, in_blocks("attention.gains"), set()),
+    "value_gates": ({"value_gates": True, "value_embeds": 1, "value_embed_layers": (0,)},
+                    {"value_embeds.0", "blocks.0.attention.mix_value.weight"}, set()),
+    "bigram_signs": ({"bigram_signs": 11, "bigram_buckets": 37}, {"ngrams.0.table"}, set()),
+    "ngram_orders": ({"ngram_orders": (3, 4), "bigram_buckets": 37}, {f"ngrams.{i}.table" for i in range(3)}, set()),
+    "inject": ({"inject": True, "bigram_buckets": 37}, {"ngrams.0.table"} | in_blocks("inject.weight"), set()),
+    "inject_start_alone": ({"inject": True}, in_blocks("inject.weight"), set()),
+    "residual_growth": ({"residual_growth": 1.1}, in_blocks("add1.weight", "add2.weight"), set()),
+    "skips": ({"skips": ("0>1",), "skip_weight": 0.3}, {"streams.skips.0"}, set()),
+    "unet": ({"skips": ("unet",)}, {"streams.skips.0"}, set()),
+    "backout": ({"backout": 0}, {"streams.backout"}, set()),
+    "denseformer": ({"dense": "denseformer"}, {f"streams.mixtures.{i}.weight" for i in range(2)}, set()),
+    "mudd": ({"dense": "mudd"}, {f"streams.mixtures.{i}.{n}" for i in range(2) for n in ("weight", "up", "down")}, set()),
+    "asymmetric": ({"softcap": "asymmetric"}, set(), set()),
+    "mtp": ({"mtp_weights": (0.5, 0.25)}, set(), set()),
+    "prefix_loss": ({"prefix_loss": 0.25}, set(), set()),
+    "sampled_softmax": ({"sampled_softmax": 9}, set(), set()),
     "sphere": ({"geometry": "sphere", "qk_norm": True, "norm_embedding": True, "eigen_lr": 0.3, "logit_scale": 4.0},
                in_blocks("add1.alpha.stored", "add2.alpha.stored", "attention.norm_qk.scale.stored", "mlp.up.scale.stored")
                | {"head.scale.stored"}, set()),
@@ -75,6 +101,13 @@ TOGETHER = {
     "sphere": replace(RICH, norm_gains=False, biases=False, geometry="sphere", document_mask=True, window_tokens=3,
                       full_attention_every=2),
     "sphere+swiglu": replace(PLAIN, qk_norm=True, norm_embedding=True, geometry="sphere", activation="swiglu"),
+    "record": replace(RICH, position="half_rotary", norm_gains=False, biases=False, document_mask=True, window_tokens=3,
+                      full_attention_layers=(1,), long_window_tokens=6, yarn=True, head_gates=True, xsa=True,
+                      paired_heads=(2,), key_offset=True, dynamic_heads=(1,), dynamic_window=4,
+                      shared_attention_input=1, projection_gains=True,
+                      value_gates=True, bigram_signs=11, ngram_orders=(3,), inject=True, residual_growth=1.1, skips=("0>2",),
+                      backout=1, dense="mudd", softcap="asymmetric", x0_skip=False, attention_free=(0,),
+                      value_embeds=1, value_embed_layers=(2,)),
     "learned+no_norms": replace(RICH, position="learned", norm_gains=False, norm_embedding=False, softcap="sigmoid"),
 }
 
@@ -95,7 +128,7 @@ documents = pytest.mark.parametrize("config", [c for c in EVERY.values() if c.do
 
 def build(config: Model, seed: int = 0) -> GPT:
     torch.manual_seed(seed)
-    return GPT(config, vocab_size=VOCAB, max_tokens=32, document_start=START)
+    return GPT(config, vocab_size=VOCAB, max_tokens=32, document_start=START, prefix_of=[-1, *range(VOCAB - 1)])
 
 
 @torch.no_grad()
@@ -130,7 +163,8 @@ def another(token: torch.Tensor) -> torch.Tensor:
 
 def test_every_field_of_the_model_is_switched_here():
     switched = {field for changes, _, _ in FLAGS.values() for field in changes}
-    assert switched == {field.name for field in fields(Model)} - {"layers", "dim", "head_dim", "attention"}
+    elsewhere = {field.name for field in fields(Model) if field.name.startswith("fp8")} | {"fused"}  # tests/layers/test_fused.py
+    assert switched == {field.name for field in fields(Model)} - {"layers", "dim", "head_dim", "attention"} - elsewhere
 
 
 @every_flag
@@ -141,7 +175,8 @@ def test_flag_adds_only_its_own_parameters(changes, added, removed):
 
 
 OTHER_START = {"zero_init", "init_gain", "embed_std", "bfloat16_embedding"}
-DRAWS = {"no_positions", "rotary", "half_rotary", "swiglu", "value_embed", "value_embeds"}  # not PLAIN's random numbers
+DRAWS = {"no_positions", "rotary", "half_rotary", "swiglu", "value_embed", "value_embeds", "yarn", "key_offset",
+         "attention_free", "value_gates", "mudd"}  # not PLAIN's random numbers
 OTHER_SHAPE = {"mlp_dim", "vocab_multiple"}
 quiet = [name for name in FLAGS if name not in OTHER_START | OTHER_SHAPE | DRAWS]
 
@@ -161,7 +196,8 @@ def with_plain_weights(changes: dict) -> tuple[GPT, GPT]:
 
 
 @pytest.mark.parametrize("name", ["norm_gains", "biases", "x0_skip", "smear", "bigram", "loss_chunks", "zero_init",
-                                  "init_gain", "embed_std"])
+                                  "init_gain", "embed_std", "head_gates", "xsa", "dynamic_heads", "projection_gains",
+                                  "bigram_signs", "ngram_orders", "inject", "denseformer", "mudd"])
 def test_technique_that_starts_neutral_changes_no_logit(name):
     plain, model = with_plain_weights(FLAGS[name][0])
     assert torch.equal(model(some_tokens(2, 12)), plain(some_tokens(2, 12)))
@@ -171,7 +207,7 @@ def test_technique_that_starts_neutral_changes_no_logit(name):
 def neutralise(model: GPT, plain: GPT) -> None:
     """Set every technique to where it does nothing."""
     for block in model.blocks[PLAIN.layers - len(model.value_embeds):]:
-        block.attention.value_mix.copy_(torch.tensor([1.0, 0.0]))
+        block.attention.mix_value.weight.copy_(torch.tensor([1.0, 0.0]))
     if model.positions is None:
         plain.positions.zero_()
     if model.head is None:
@@ -189,7 +225,9 @@ def test_technique_set_to_do_nothing_changes_no_logit(changes):
     torch.testing.assert_close(model(some_tokens(2, 12)), plain(some_tokens(2, 12)), atol=1e-5, rtol=0)
 
 
-SILENT = {"zero_init", "init_gain", "embed_std", "loss_chunks"}  # they act on the first weights or on memory alone
+# They act on the first weights, on memory or on training alone; or, in two layers, nowhere.
+SILENT = {"zero_init", "init_gain", "embed_std", "loss_chunks", "mtp", "prefix_loss", "sampled_softmax", "kernels",
+          "shared_attention_input"}
 
 
 @pytest.mark.parametrize("name", [name for name in FLAGS if name not in SILENT | OTHER_SHAPE])
@@ -285,7 +323,7 @@ def twin_embedding(w, tokens):
     for t, token in enumerate(tokens):
         opens = t == 0 or token == START
         bucket = 36 if opens else (token * 36_313 ^ tokens[t - 1] * 27_191) % 36
-        plain.append(twin_norm(w["embed"][token], w["norm_embed.gains"]) + w["bigram.table"][bucket])
+        plain.append(twin_norm(w["embed"][token], w["norm_embed.gains"]) + w["ngrams.0.table"][bucket])
         gate = torch.sigmoid(w["smear.gate"][0] @ plain[t][:12]) * w["smear.strength"]
         out.append(plain[t] if opens else plain[t] + gate * plain[t - 1])
     return torch.stack(out)
@@ -318,7 +356,7 @@ def twin(w, tokens, config):
         normed = twin_norm(x, block["norm1.gains"])
         values = twin_linear(normed, attention, "v")
         if i > 0:
-            own, other = attention["value_mix"]
+            own, other = attention["mix_value.weight"]
             values = own * values + other * w[f"value_embeds.{i - 1}"][tokens]
         x = x + twin_attention(attention, normed, tokens, config, values)
         hidden = twin_linear(twin_norm(x, block["norm2.gains"]), mlp, "up").clamp(min=0) ** 2
@@ -416,7 +454,7 @@ def test_smear_equals_the_loop(dim):
 
 @pytest.mark.parametrize("buckets", [1, 2, 37, 16_384])
 def test_bigram_rows_equal_the_hash_in_python_integers(buckets):
-    embedding = BigramEmbedding(replace(PLAIN, dim=1, head_dim=1, position="none", bigram_buckets=buckets))
+    embedding = NgramEmbedding(replace(PLAIN, dim=1, head_dim=1, position="none", bigram_buckets=buckets))
     assert not embedding.table.any()
     with torch.no_grad():
         embedding.table.copy_(torch.arange(buckets)[:, None])
@@ -430,7 +468,7 @@ def test_bigram_rows_equal_the_hash_in_python_integers(buckets):
 
 
 def test_bigram_tells_orders_apart_and_spreads_pairs():
-    embedding = BigramEmbedding(replace(PLAIN, dim=1, head_dim=1, position="none", bigram_buckets=1001))
+    embedding = NgramEmbedding(replace(PLAIN, dim=1, head_dim=1, position="none", bigram_buckets=1001))
     with torch.no_grad():
         embedding.table.copy_(torch.arange(1001)[:, None])
     pairs = torch.cartesian_prod(torch.arange(100), torch.arange(100))
@@ -448,8 +486,8 @@ def test_x0_skip_mixes_the_stream_with_its_start():
     stream, start = block.skip.tolist()
     plain = Block(replace(config, x0_skip=False), 8, mixes_value_embed=False, kernel=lambda q, k, v, mask, scale: v)
     plain.load_state_dict({name: value for name, value in block.state_dict().items() if name != "skip"})
-    expected = plain(stream * x + start * x0, x0, None, None)
-    torch.testing.assert_close(block(x, x0, None, None), expected, atol=1e-5, rtol=0)
+    expected = plain(stream * x + start * x0, Around())
+    torch.testing.assert_close(block(x, Around(x0=x0)), expected, atol=1e-5, rtol=0)
     assert Block(config, 8, mixes_value_embed=False, kernel=None).skip.tolist() == [1.0, 0.0]
 
 

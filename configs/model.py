@@ -1,0 +1,252 @@
+"""The GPT: sizes, and one flag per technique."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from configs.refuse import refuse, refuse_below
+from configs.skips import parse_skips
+
+# The sphere has norms everywhere and gains nowhere, and a zero vector has no direction.
+SPHERE_NEEDS = {"zero_init_projections": False, "norm_gains": False, "biases": False, "tied_head": False, "qk_norm": True,
+                "norm_embedding": True, "inject": False, "residual_growth": 0.0, "skips": (), "backout": None,
+                "dense": "none"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """The GPT: sizes, and one flag per technique; a technique that is off costs nothing and changes nothing."""
+
+    layers: int = 2
+    dim: int = 128
+    """Width of the residual stream."""
+    head_dim: int = 64
+    """dim / head_dim heads."""
+    mlp_dim: int | None = None
+    """Hidden width of the MLP; None: 4 dim."""
+    vocab_multiple: int = 64
+    """The vocabulary is padded up to a multiple of this (efficient matrix shapes)."""
+    position: Literal["none", "learned", "rotary", "half_rotary"] = "rotary"
+    """Learned table (GPT-2), rotary (Su et al. 2021, arXiv 2104.09864), or rotary on half the dimensions."""
+    rotary_base: float = 1024.0
+    """Longest wavelength of the rotary embedding, over 2 pi."""
+    qk_norm: bool = True
+    """RMS-normalised queries and keys (Henry et al. 2020, arXiv 2010.04245)."""
+    attention_scale: float | None = None
+    """Softmax scale; None: 1 / sqrt(head_dim)."""
+    activation: Literal["relu2", "gelu", "swiglu"] = "relu2"
+    """ReLU squared (So et al. 2021, arXiv 2109.08668), GELU, or SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+    norm_gains: bool = False
+    """Learned gains in the RMS norms."""
+    biases: bool = False
+    """Biases in all linear maps."""
+    norm_embedding: bool = True
+    """RMS norm right after the token embedding."""
+    zero_init_projections: bool = True
+    """The maps that write to the stream, and the head, start at zero (muP's advice, Yang et al. 2022, arXiv 2203.03466)."""
+    tied_head: bool = False
+    """The head is the token embedding, transposed."""
+    init_gain: float = 0.33
+    """Hidden matrices start with variance init_gain / fan_in (speedrun)."""
+    embed_std: float = 1.0
+    """Standard deviation of the token embedding's start."""
+    softcap: Literal["none", "tanh", "rational", "sigmoid", "asymmetric"] = "tanh"
+    """Bounded logits: c tanh(z/c) (Gemma 2, 2024, arXiv 2408.00118), c z / sqrt(z^2 + c^2), the speedrun's
+    2c sigmoid(2z/c) - c, which is tanh's function by another kernel, or its 23 sigmoid((z + 5) / 7.5)."""
+    softcap_value: float = 15.0
+    """The bound c."""
+    x0_skip: bool = False
+    """Each block reads lambda_r x + lambda_0 x0, x0 the normed embedding (speedrun, Nov 2024)."""
+    smear: bool = False
+    """x_t += lambda sigmoid(gate(x_t)) x_{t-1} right after the embedding (speedrun, Sep 2025)."""
+    value_embeds: int = 0
+    """So many last layers mix a second token embedding into their values (speedrun, Dec 2024)."""
+    bigram_buckets: int = 0
+    """Rows of a hashed table of (previous, current) token pairs, added to the embedding; 0: none (speedrun, Jan 2026)."""
+    window_tokens: int | None = None
+    """Sliding-window attention: each token sees so many last tokens; None: all."""
+    full_attention_every: int = 0
+    """With a window: every so-many-th layer still sees everything; 0: none does."""
+    document_mask: bool = False
+    """Attention stays within a document."""
+    attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
+    """Kernel; auto: sdpa, or flex on CUDA where a window or document mask is on."""
+    embed_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Storage of the token embedding (and of its optimizer state)."""
+    loss_chunk_tokens: int = 0
+    """Head and loss in chunks of so many tokens, recomputed in the backward pass; 0: all at once."""
+    geometry: Literal["euclidean", "sphere"] = "euclidean"
+    """sphere: vectors of the stream have length 1 and layers move them along it (nGPT, Loshchilov et al. 2024,
+    arXiv 2410.01131); it belongs to the constraint sphere of the matrices, embeddings and head. attention_scale None is then
+    sqrt(head_dim)."""
+    eigen_lr: float = 0.05
+    """On the sphere: the share of the way to a layer's suggestion that its step goes at the start; the paper's, for 24 and
+    36 layers, about 1 / layers."""
+    logit_scale: float = 1.0
+    """On the sphere: the factor of the cosines that are the logits, at the start."""
+    fused: Literal["auto", "off"] = "auto"
+    """Loss, and linear map + ReLU^2, by fused Triton kernels; auto: where the device has them (CUDA, bfloat16 activations).
+    With loss_chunk_tokens the head's product is inside the loss, and nothing is recomputed."""
+    fp8: Literal["none", "head", "head_mlp"] = "none"
+    """Training's matrix products in 8-bit floats: the head's, forward and backward, or also the MLP's, forward only
+    (speedrun, 2025 and 2026); compute capability 8.9 or later."""
+    fp8_scales: Literal["static", "dynamic", "delayed"] = "dynamic"
+    """8-bit numbers are scaled for entries up to fp8_x_max and fp8_weight_max; up to the tensor's greatest; or up to the
+    previous pass's greatest times the headroom."""
+    fp8_x_max: float = 100.0
+    """Static scales: the greatest entry of a map's input (the speedrun's, of the head)."""
+    fp8_weight_max: float = 1.6
+    """Static scales: the greatest weight (the speedrun's, of the head)."""
+    fp8_grad_max: float = 0.0
+    """The greatest gradient by a logit, the loss's factor included: .75 in the speedrun, over the step's tokens where
+    train.loss_reduction is mean; 0: measured at each call."""
+    fp8_x_headroom: float = 1.8
+    """Delayed scales: room for the next input, over the last one's greatest entry (speedrun, 2026)."""
+    fp8_weight_headroom: float = 1.12
+    """Delayed scales: the same for the weights (speedrun, 2026)."""
+
+    long_window_tokens: int | None = None
+    """With a window: the window of the layers that see further; None: everything."""
+    full_attention_layers: tuple[int, ...] = ()
+    """With a window: layers, from 0, that see further, beside those of full_attention_every."""
+    yarn: bool = False
+    """Where windows grow, slow rotary frequencies are stretched and the softmax scale rises (YaRN, Peng et al. 2023,
+    arXiv 2309.00071), in one go from the first window."""
+    head_gates: bool = False
+    """Each head's output times a gate that reads the layer's input (speedrun, Aug 2025)."""
+    xsa: bool = False
+    """Heads lose a learned share of their component along the token's own value (arXiv 2603.09078)."""
+    paired_heads: tuple[int, ...] = ()
+    """Layers whose heads attend in pairs to each other's keys, at half the window (speedrun, Dec 2025)."""
+    key_offset: bool = False
+    """Layers that see far take the unrotated dimensions of their keys from the token before (speedrun, Dec 2025)."""
+    dynamic_heads: tuple[int, ...] = ()
+    """Layers whose heads mix their attention, as each token says (Xiao et al. 2024, arXiv 2405.08553); T x T attention."""
+    dynamic_window: int = 112
+    """Tokens that the mixture sees."""
+    attention_free: tuple[int, ...] = ()
+    """Layers that are an MLP alone."""
+    shared_attention_input: int | None = None
+    """Attention of all layers after this one reads what this one wrote, in place of the stream (speedrun, 2026)."""
+    projection_gains: bool = False
+    """Learned factors of attention's input and output maps (speedrun, 2025)."""
+    value_gates: bool = False
+    """Value embeddings through gates of each head, in place of a learned mean (speedrun, Jan 2026)."""
+    value_embed_layers: tuple[int, ...] = ()
+    """The layers that mix in value embeddings; none: the last ones."""
+    bigram_signs: int = 0
+    """Rows of the +-1 table that tells hashed n-grams apart that share a vector; 0: none (speedrun, 2026: 8192)."""
+    ngram_orders: tuple[int, ...] = ()
+    """Further hashed tables, each of bigram_buckets rows, of n-grams this long, beside the pairs (speedrun, 2026)."""
+    inject: bool = False
+    """Stream's start and hashed embeddings are added again after each attention, by learned weights (speedrun, 2026)."""
+    residual_growth: float = 0.0
+    """Learned factors of the stream and of what is added to it, the stream's growing it so much a layer at the start
+    (speedrun, 2026: 1.1); 0: none."""
+    skips: tuple[str, ...] = ()
+    """Skips between layers: `3>6` from what layer 3 wrote to what layer 6 reads; `unet` first to last (speedrun, 2024)."""
+    skip_weight: float = 0.18
+    """Learned weight of each skip at the start (speedrun: 1 for its U-net, .18 for its single skip)."""
+    backout: int | None = None
+    """A learned share, from 1/2, of what this layer wrote is taken back before the head (speedrun, Oct 2025)."""
+    dense: Literal["none", "denseformer", "mudd"] = "none"
+    """Each layer passes on a learned mixture of all streams so far (DenseFormer, Pagliardini et al. 2024, arXiv 2402.02622),
+    or one that each token chooses (MUDD, Xiao et al. 2025, arXiv 2502.12170)."""
+    mtp_weights: tuple[float, ...] = ()
+    """In training the head also predicts the next tokens but one, but two, ...: weights of their nats (Gloeckle et al. 2024,
+    arXiv 2404.19737)."""
+    prefix_loss: float = 0.0
+    """In training: weight of the nats of the longest token that is a proper prefix of the right one (speedrun, Jul 2026)."""
+    sampled_softmax: int = 0
+    """In training: the softmax sees the right token and so many drawn ones (Jean et al. 2015, arXiv 1412.2007); 0: all."""
+
+    def __post_init__(self) -> None:
+        refuse_below(self, 1, "layers", "dim", "head_dim", "mlp_dim", "vocab_multiple", "window_tokens",
+                     "long_window_tokens", "dynamic_window")
+        refuse_below(self, 0, "value_embeds", "bigram_buckets", "full_attention_every", "loss_chunk_tokens", "bigram_signs",
+                     "residual_growth", "prefix_loss", "sampled_softmax")
+        refuse(self.dim % self.head_dim != 0, f"head_dim must divide dim, got {self.head_dim} and {self.dim}")
+        refuse(self.position in ("rotary", "half_rotary") and self.head_dim % 4 != 0,
+               f"{self.position} needs head_dim divisible by 4, got {self.head_dim}")
+        refuse(self.softcap != "none" and self.softcap_value <= 0,
+               f"softcap_value must be positive, got {self.softcap_value}")
+        refuse(self.attention == "varlen" and not self.document_mask,
+               "--model.attention varlen packs documents: it needs --model.document_mask")
+        self._refuse_layers()
+        self._refuse_heads()
+        self._refuse_losses()
+        self._refuse_sphere()
+        self._refuse_fp8()
+
+    def _refuse_layers(self) -> None:
+        """Numbers of layers that there are not."""
+        refuse(self.value_embeds > self.layers,
+               f"value_embeds must be at most layers ({self.layers}), got {self.value_embeds}")
+        named = {name: getattr(self, name) for name in ("full_attention_layers", "paired_heads", "dynamic_heads",
+                                                        "attention_free", "value_embed_layers")}
+        named |= {name: (value,) for name in ("shared_attention_input", "backout")
+                  if (value := getattr(self, name)) is not None}
+        for name, layers in named.items():
+            missing = [layer for layer in layers if not 0 <= layer < self.layers]
+            refuse(bool(missing), f"{name}: there is no layer {missing[:1]}; layers are 0 to {self.layers - 1}")
+        refuse(len(self.value_embed_layers) not in (0, self.value_embeds),
+               f"value_embed_layers names {len(self.value_embed_layers)} layers for {self.value_embeds} value_embeds")
+        parse_skips(self.skips, self.layers)
+
+    def _refuse_heads(self) -> None:
+        """Windows and heads that cannot be."""
+        far = self.full_attention_every > 0 or bool(self.full_attention_layers)
+        refuse(far and self.window_tokens is None,
+               "full_attention_every and full_attention_layers have no effect without --model.window_tokens")
+        refuse(self.long_window_tokens is not None and not far,
+               "long_window_tokens needs --model.full_attention_every or full_attention_layers")
+        refuse(bool(self.paired_heads) and self.dim // self.head_dim % 2 != 0,
+               f"paired_heads needs an even number of heads, got {self.dim // self.head_dim}")
+        refuse(bool(set(self.paired_heads) & set(self.dynamic_heads)), "a layer's heads are paired or dynamic, not both")
+        refuse(self.key_offset and self.position != "half_rotary",
+               f"key_offset moves dimensions that stand still: --model.position half_rotary, got {self.position}")
+        refuse(self.yarn and (self.window_tokens is None or "rotary" not in self.position),
+               "yarn follows a growing window: it needs --model.window_tokens and a rotary position")
+        refuse(self.value_gates and not self.value_embeds, "value_gates has no effect without --model.value_embeds")
+
+    def _refuse_losses(self) -> None:
+        """Hashed tables and losses that exclude each other."""
+        refuse(bool(self.bigram_signs or self.ngram_orders) and not self.bigram_buckets,
+               "bigram_signs and ngram_orders need --model.bigram_buckets")
+        bad = [n for n in self.ngram_orders if not 3 <= n <= 6]
+        refuse(bool(bad), f"ngram_orders are numbers from 3 to 6 (pairs are there anyway), got {bad[:1]}")
+        extra = bool(self.mtp_weights) or self.prefix_loss > 0
+        refuse(extra and self.sampled_softmax > 0, "sampled_softmax has no logits for mtp_weights or prefix_loss")
+        refuse((extra or self.sampled_softmax > 0) and self.loss_chunk_tokens > 0,
+               "mtp_weights, prefix_loss and sampled_softmax need whole logits: --model.loss_chunk_tokens 0")
+        refuse(self.sampled_softmax > 0 and (self.biases or self.geometry == "sphere"),
+               "sampled_softmax needs a head that is a matrix alone: no biases, geometry euclidean")
+
+    def _refuse_sphere(self) -> None:
+        """What has no meaning on the sphere."""
+        refuse(not 0 < self.eigen_lr <= 1, f"eigen_lr must lie in (0, 1], got {self.eigen_lr}")
+        refuse(not 0 < self.logit_scale < math.inf, f"logit_scale must be positive, got {self.logit_scale}")
+        for name, wanted in SPHERE_NEEDS.items():
+            refuse(self.geometry == "sphere" and getattr(self, name) != wanted,
+                   f"geometry sphere needs --model.{name if wanted is not False else 'no_' + name}"
+                   f"{'' if isinstance(wanted, bool) else ' ' + str(wanted)}, got {getattr(self, name)}")
+
+    def _refuse_fp8(self) -> None:
+        """8-bit products: what they cannot be, and sizes that the hardware's tiles cannot hold."""
+        refuse_below(self, 0, "fp8_grad_max")
+        refuse_below(self, 1, "fp8_x_headroom", "fp8_weight_headroom")
+        for name in ("fp8_x_max", "fp8_weight_max"):
+            refuse(not 0 < getattr(self, name) < math.inf, f"{name} must be positive, got {getattr(self, name)}")
+        refuse(self.fp8 == "none" and self.fp8_scales != "dynamic",
+               f"fp8_scales {self.fp8_scales} has no effect without --model.fp8 head or head_mlp")
+        if self.fp8 == "none":
+            return
+        refuse(self.tied_head, f"fp8 {self.fp8} needs a head of its own: --model.no_tied_head")
+        refuse(self.geometry == "sphere", f"fp8 {self.fp8} belongs to geometry euclidean, got {self.geometry}")
+        refuse(self.fp8_scales == "delayed" and self.loss_chunk_tokens > 0,
+               "fp8_scales delayed would move between a chunk and its recomputation; use static or dynamic, or "
+               "--model.loss_chunk_tokens 0")
+        for name in ("dim", "mlp_dim", "vocab_multiple"):
+            size = getattr(self, name) or 16
+            refuse(size % 16 != 0,
+                   f"fp8 {self.fp8} needs {name} divisible by 16, got {size}; nearest: {max(1, round(size / 16)) * 16}")
