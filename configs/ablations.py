@@ -4,12 +4,13 @@ TECHNIQUES says how each technique is switched off; `each_off` makes the rows th
 """
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import NamedTuple
 
 from configs.cli import nearest, parse_row
-from configs.groups import RULE_READS
+from configs.groups import RULE_READS, Optim
 from configs.presets import PRESETS
-from configs.schema import Run
+from configs.schema import Model, Run
 
 
 class Row(NamedTuple):
@@ -68,6 +69,31 @@ ROWS = (
                           "--model.no_zero_init_projections"),
     Row("spectral_clip", "bytes", "--optim.matrix.clip 0.05 --optim.matrix.clip_norm spectral"),
     Row("weight_average", "bytes", "--train.weight_average 0.95 --train.weight_average_start 0.5"),
+    Row("muonh", "bytes", "--optim.matrix.constraint hyperball --model.no_zero_init_projections"),
+    Row("sphere_adam", "ngpt_bytes", "--optim.matrix.rule adam --optim.matrix.lr 0.02"),
+    Row("sphere_geodesic", "ngpt_bytes", "--optim.matrix.retraction geodesic"),
+    Row("sphere_tangent", "ngpt_bytes", "--optim.matrix.tangent dual"),
+    Row("sphere_free", "ngpt_bytes", "--optim.matrix.constraint none"),
+    Row("asymmetric_softcap", "bytes", "--model.softcap asymmetric"),
+    Row("head_gates", "bytes", "--model.head_gates"),
+    Row("xsa", "bytes", "--model.xsa"),
+    Row("paired_heads", "bytes", "--model.paired_heads 0 2"),
+    Row("key_offset", "bytes", "--model.position half_rotary --model.key_offset"),
+    Row("dynamic_heads", "bytes", "--model.dynamic_heads 3"),
+    Row("attention_free", "bytes", "--model.attention_free 2"),
+    Row("shared_attention_input", "bytes", "--model.shared_attention_input 1"),
+    Row("projection_gains", "bytes", "--model.projection_gains"),
+    Row("inject", "bytes", "--model.inject --model.bigram_buckets 16384"),
+    Row("bigram_signs", "bytes", "--model.bigram_buckets 16384 --model.bigram_signs 256"),
+    Row("trigrams", "bytes", "--model.bigram_buckets 16384 --model.ngram_orders 3"),
+    Row("residual_growth", "bytes", "--model.residual_growth 1.1"),
+    Row("unet", "bytes", "--model.skips unet"),
+    Row("backout", "bytes", "--model.backout 2"),
+    Row("denseformer", "bytes", "--model.dense denseformer"),
+    Row("mudd", "bytes", "--model.dense mudd"),
+    Row("mtp", "bytes", "--model.mtp_weights 0.5"),
+    Row("prefix_loss", "tiny", "--model.prefix_loss 0.25"),
+    Row("sampled_softmax", "tiny", "--model.sampled_softmax 256"),
     Row("scion", "bytes", f"{SCION} --optim.embed.lr 0.03 --optim.head.lr 0.004"),
     Row("scion_constrained", "bytes", f"{SCION} {SCION_BALLS} --optim.matrix.lr 0.04 --optim.embed.lr 0.03 "
                                       "--optim.head.lr 0.005"),
@@ -90,7 +116,12 @@ class Technique(NamedTuple):
 
 
 def _averages(run: Run) -> bool:
-    return run.optim.matrix.rule == "steepest" and run.optim.matrix.averaging != "none"
+    return "averaging" in RULE_READS[run.optim.matrix.rule] and run.optim.matrix.averaging != "none"
+
+
+def _set(name: str, off: str = "") -> "Technique":
+    """A technique that is one field of the model, off by default."""
+    return Technique(name, lambda run: getattr(run.model, name) != getattr(Model(), name), f"--model.{off or 'no_' + name}")
 
 
 def _is_flat(run: Run) -> bool:
@@ -101,11 +132,17 @@ TECHNIQUES = (
     Technique("qk_norm", lambda run: run.model.qk_norm and _is_flat(run), "--model.no_qk_norm"),
     Technique("smear", lambda run: run.model.smear, "--model.no_smear"),
     Technique("x0_skip", lambda run: run.model.x0_skip, "--model.no_x0_skip"),
-    Technique("value_embeds", lambda run: run.model.value_embeds > 0, "--model.value_embeds 0"),
-    Technique("bigram", lambda run: run.model.bigram_buckets > 0, "--model.bigram_buckets 0"),
+    Technique("value_embeds", lambda run: run.model.value_embeds > 0,
+              "--model.value_embeds 0 --model.value_embed_layers --model.no_value_gates"),
+    _set("value_gates"),
+    Technique("bigram", lambda run: run.model.bigram_buckets > 0,
+              "--model.bigram_buckets 0 --model.bigram_signs 0 --model.ngram_orders"),
+    _set("bigram_signs", "bigram_signs 0"),
+    _set("ngram_orders", "ngram_orders"),
     Technique("softcap", lambda run: run.model.softcap != "none", "--model.softcap none"),
     Technique("zero_init_projections", lambda run: run.model.zero_init_projections, "--model.no_zero_init_projections"),
-    Technique("rotary", lambda run: run.model.position in ("rotary", "half_rotary"), "--model.position learned"),
+    Technique("rotary", lambda run: run.model.position in ("rotary", "half_rotary"),
+              "--model.position learned --model.no_key_offset --model.no_yarn"),
     Technique("relu2", lambda run: run.model.activation == "relu2", "--model.activation gelu"),
     Technique("norm_embedding", lambda run: run.model.norm_embedding and _is_flat(run), "--model.no_norm_embedding"),
     Technique("attention_scale", lambda run: run.model.attention_scale is not None, "--model.attention_scale None"),
@@ -113,12 +150,25 @@ TECHNIQUES = (
     Technique("biases", lambda run: run.model.biases, "--model.no_biases"),
     Technique("tied_head", lambda run: run.model.tied_head, "--model.no_tied_head"),
     Technique("window", lambda run: run.model.window_tokens is not None,
-              "--model.window_tokens None --model.full_attention_every 0 --schedule.window_tokens 1"),
+              "--model.window_tokens None --model.full_attention_every 0 --model.full_attention_layers --model.no_yarn "
+              "--model.long_window_tokens None --schedule.window_tokens 1 --schedule.long_window_tokens 1"),
+    Technique("window_growth", lambda run: run.schedule.window_tokens != "1",
+              "--schedule.window_tokens 1 --schedule.long_window_tokens 1"),
+    *(_set(name) for name in ("yarn", "head_gates", "xsa", "key_offset", "projection_gains", "inject")),
+    *(_set(name, name) for name in ("paired_heads", "dynamic_heads", "attention_free", "skips", "mtp_weights")),
+    *(_set(name, f"{name} None") for name in ("shared_attention_input", "backout")),
+    *(_set(name, f"{name} 0") for name in ("residual_growth", "prefix_loss", "sampled_softmax")),
+    _set("dense", "dense none"),
+    Technique("tied_start", lambda run: run.train.tied_until_frac > 0, "--train.tied_until_frac 0"),
     Technique("document_mask", lambda run: run.model.document_mask, "--model.no_document_mask --model.attention auto"),
     Technique("nesterov", lambda run: _averages(run) and run.optim.matrix.nesterov, "--optim.matrix.no_nesterov"),
     Technique("momentum", _averages, "--optim.matrix.averaging none"),
     Technique("momentum_curve", lambda run: _averages(run) and run.schedule.momentum is not None,
               "--schedule.momentum None"),
+    Technique("row_moments", lambda run: run.optim.matrix.rule == "normuon", "--optim.matrix.rule steepest"),
+    Technique("slow_adam", lambda run: run.optim.embed.update_every > 1,
+              " ".join(f"--optim.{role.name}.update_every 1" for role in fields(Optim))),
+    Technique("cautious_decay", lambda run: run.optim.matrix.decay == "cautious", "--optim.matrix.decay decoupled"),
     Technique("weight_decay", lambda run: run.optim.matrix.weight_decay > 0, "--optim.matrix.weight_decay 0"),
     Technique("batch_growth", lambda run: run.schedule.batch_tokens != "1", "--schedule.batch_tokens 1"),
     Technique("sequence_growth", lambda run: run.schedule.sequence_tokens != "1", "--schedule.sequence_tokens 1"),

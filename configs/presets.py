@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 
 from configs.groups import Group, Optim
 from configs.schema import Data, Identity, Log, Model, Run, Schedule, Train
+from configs.speedrun import medium, speedrun, speedrun_1gpu, speedrun_consumer, speedrun_cpu
 
 
 def every_group(optim: Optim, **changes: object) -> Optim:
@@ -161,5 +162,7 @@ PRESETS: dict[str, Callable[[], Run]] = {
     "tiny": tiny, "tiny_adamw": tiny_adamw, "bytes": bytes_, "bytes_adamw": bytes_adamw,
     "bench_cpu": bench_cpu, "bench_cpu_prose": bench_cpu_prose, "bench_gpu": bench_gpu,
     "track3": track3, "track3_adamw": track3_adamw,
+    "speedrun": speedrun, "speedrun_1gpu": speedrun_1gpu, "speedrun_consumer": speedrun_consumer,
+    "speedrun_cpu": speedrun_cpu, "medium": medium,
     "ngpt_tiny": ngpt_tiny, "ngpt_bytes": ngpt_bytes, "ngpt": ngpt, "gpt_paper": gpt_paper,
 }

@@ -1,0 +1,104 @@
+"""The speedrun's record recipe, from eight H100s to a laptop (KellerJordan/modded-nanogpt, record 89, July 2026).
+
+Left out, and why: the record's dynamic head composition in layer 10 (ours materialises the attention; its kernel is for one
+GPU), its separate lr of the MLP's down projections, its weights in bfloat16 (ours are float32), 8-bit products (one flag:
+--model.fp8 head). Its gates are products of two networks for all layers; ours are each technique's own.
+"""
+
+from dataclasses import replace
+
+from configs.groups import Group, Optim
+from configs.schema import Data, Identity, Log, Model, Run, Schedule, Train
+
+STEPS, STAGES = 1285, (423, 847, 1270)  # the record's length, and where its stages begin
+LR = "0=1 hold 423=1.52 508=1.52 846=0.912 hold 847=1.027 1270=0.15 100%=0.15"
+
+
+def stages(first: float, *later: float) -> str:
+    """A curve that jumps at the record's stages."""
+    return " ".join([f"0={first:g}", *(f"hold {step}={value:.8g}" for step, value in zip(STAGES, later, strict=False))])
+
+
+def record_optim() -> Optim:
+    """NorMuon for matrices, Adam at every second step for the rest, cautious decay falling with the square of the lr."""
+    adam = Group(lr=0.008, beta1=0.5, beta2=0.95, eps=1e-10, weight_decay=0.006, decay="cautious", update_every=2)
+    table = replace(adam, lr=0.6, beta1=0.75, weight_decay=0.015)
+    small = replace(adam, lr=0.008, beta1=0.9, beta2=0.99, weight_decay=0.0)
+    matrix = Group(rule="normuon", norm="spectral", unit="at_least_one", normalise="longer", lr=0.023, beta2=0.9, eps=1e-10,
+                   weight_decay=0.0276, decay="cautious")
+    return Optim(matrix=matrix, embed=adam, head=adam, value_embed=table, bigram_embed=replace(table, sparse_rows=True),
+                 gate=small, scalar=replace(small, lr=0.04), gain=small, bias=small)
+
+
+def speedrun() -> Run:
+    """The record's recipe: 1285 steps and 338.8 M tokens of FineWeb to 3.28 nats, meant for 8 H100s; any number will do."""
+    return Run(
+        preset="speedrun",
+        run=Identity(target_loss_nats=3.28),
+        data=Data(source="shards", tokenizer="gpt2", order="documents", sequence_tokens=16_384, max_document_tokens=2048,
+                  train_files=("data/fineweb10B/fineweb_train_*.bin",), val_files=("data/fineweb10B/fineweb_val_*.bin",)),
+        model=Model(layers=11, dim=768, head_dim=128, position="half_rotary", attention_scale=0.1, softcap="asymmetric",
+                    embed_std=0.005, init_gain=0.25, smear=True, document_mask=True, value_embeds=5,
+                    value_embed_layers=(1, 2, 8, 9, 10), value_gates=True, bigram_buckets=377_280, bigram_signs=8192,
+                    inject=True, window_tokens=128, long_window_tokens=384, full_attention_layers=(3, 10), yarn=True,
+                    paired_heads=(0, 2, 5, 9), key_offset=True, xsa=True, head_gates=True, attention_free=(6,),
+                    shared_attention_input=7, projection_gains=True, residual_growth=1.1, skips=("3>6",), dense="mudd",
+                    mtp_weights=(0.5, 0.25), prefix_loss=0.25),
+        optim=record_optim(),
+        schedule=Schedule(lr=LR, weight_decay=LR, momentum="0=0.85 300=0.95 -50=0.95 100%=0.85",
+                          batch_tokens=stages(1, 2, 3), window_tokens=stages(1, 3, 5, 6),
+                          long_window_tokens=stages(1, 896 / 384, 1408 / 384, 1664 / 384),
+                          mtp="0=2 423=1 847=0", prefix_loss="0=1 423=1 847=0"),
+        train=Train(steps=STEPS, batch_tokens=131_072, micro_tokens=16_384, val_every_steps=250,
+                    tied_until_frac=STAGES[1] / STEPS),
+        log=Log(every_steps=25),
+    )
+
+
+def speedrun_1gpu() -> Run:
+    """`speedrun` on one GPU of 24 to 141 GB: the same tokens and updates by accumulation."""
+    return replace(speedrun(), preset="speedrun_1gpu")
+
+
+def speedrun_consumer() -> Run:
+    """`speedrun` for an RTX 3090 or 4090: rows of 2048 tokens, small portions, no kernel that needs Hopper."""
+    run = speedrun()
+    return replace(run, preset="speedrun_consumer", data=replace(run.data, sequence_tokens=2048),
+                   train=replace(run.train, micro_tokens=4096))
+
+
+def medium() -> Run:
+    """The speedrun's second track: a GPT of 350 M active parameters to 2.92 nats in 4740 steps, without the tables."""
+    run, steps = speedrun(), 4740
+    twelfths = "0=1 hold 8.3333%=2 hold 16.6667%=3 hold 25%=4"
+    model = replace(run.model, layers=16, dim=1024, value_embeds=0, value_embed_layers=(), value_gates=False,
+                    bigram_buckets=0, bigram_signs=0, full_attention_layers=(3, 7, 11, 15), paired_heads=(),
+                    attention_free=(),
+                    shared_attention_input=None, skips=("3>8",), dense="none", backout=11, window_tokens=384,
+                    long_window_tokens=384, mtp_weights=(), prefix_loss=0.0)
+    optim = replace(run.optim, matrix=replace(run.optim.matrix, lr=0.015, weight_decay=0.018))
+    lr = "0=1 30%=1 100%=0.1"
+    return replace(
+        run, preset="medium", run=Identity(target_loss_nats=2.92), model=model, optim=optim,
+        schedule=Schedule(lr=lr, weight_decay=lr, momentum="0=0.85 300=0.95 -50=0.95 100%=0.85", batch_tokens=twelfths,
+                          window_tokens="0=1 50%=2 100%=3", long_window_tokens="0=1 100%=7.6667"),
+        train=replace(run.train, steps=steps, tied_until_frac=2 / 12))
+
+
+def speedrun_cpu() -> Run:
+    """The whole recipe shrunk to a laptop, everything on: a BPE model on Python's own source code."""
+    run, steps = speedrun(), 160
+    token = replace(run.optim.embed, lr=0.03, weight_decay=0.0)
+    optim = replace(run.optim, embed=token, head=token, bigram_embed=replace(run.optim.bigram_embed, sparse_rows=False))
+    model = replace(run.model, layers=5, dim=64, head_dim=16, embed_std=0.05, value_embeds=2, value_embed_layers=(1, 4),
+                    bigram_buckets=16_384, bigram_signs=256, ngram_orders=(3,), window_tokens=32, long_window_tokens=64,
+                    full_attention_layers=(1, 4), paired_heads=(0, 2), attention_free=(3,), shared_attention_input=3,
+                    skips=("1>3",), backout=2, dynamic_heads=(4,), dynamic_window=16)
+    lr = "0=1 hold 33%=1.52 40%=1.52 66%=0.91 hold 67%=1.03 100%=0.15"
+    return replace(
+        run, preset="speedrun_cpu", run=Identity(), data=Data(sequence_tokens=128, val_bytes=65_536), model=model,
+        optim=optim, schedule=Schedule(
+            lr=lr, weight_decay=lr, momentum="0=0.85 25%=0.95 95%=0.95 100%=0.85", batch_tokens="0=1 hold 33%=2 hold 67%=3",
+            window_tokens="0=1 hold 33%=2 hold 67%=3", long_window_tokens="0=1 hold 33%=1.5 hold 67%=2",
+            mtp="0=2 33%=1 67%=0", prefix_loss="0=1 33%=1 67%=0"),
+        train=Train(steps=steps, batch_tokens=512, micro_tokens=8192, val_every_steps=80, tied_until_frac=0.66))
