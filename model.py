@@ -188,18 +188,16 @@ class GPT(nn.Module):
             tokens_T = torch.cat((tokens_T, index[pick]))
         return tokens_T
 
-    def flops_per_token(self, sequence_tokens: int, window: int | None = None) -> float:
+    def flops_per_token(self, sequence_tokens: int, window: int | None = None, long_window: int | None = None) -> float:
         """Floating-point operations of one token's forward and backward: 6 per matrix weight that it meets, 12 C per
         position it attends to (counted exactly: causal, windowed, not document-masked)."""
-        window = self.config.window_tokens if window is None else window
+        config, layers = self.config, range(len(self.blocks))
+        window, long_window = window or config.window_tokens, long_window or config.long_window_tokens
+        far = [window is not None and attends_far(config, i) for i in layers]
         matrices = sum(p.numel() for name, p in self.named_parameters() if self._roles[name] in ("matrix", "head", "gate"))
         matrices += self.embed.numel() if self.head is None else 0
-        spans = 0.0
-        for i in range(len(self.blocks)):
-            far = window is None or attends_far(self.config, i)
-            reach = (self.config.long_window_tokens if window is not None else None) if far else window
-            spans += (i not in self.config.attention_free) * mean_span(sequence_tokens, reach or sequence_tokens)
-        return 6 * matrices + 12 * self.config.dim * spans
+        reach = [long_window if far[i] else window for i in layers if i not in config.attention_free]
+        return 6 * matrices + 12 * config.dim * sum(mean_span(sequence_tokens, w or sequence_tokens) for w in reach)
 
     def activation_bytes(self, tokens: int) -> int:
         """Estimate of what one forward-backward on `tokens` tokens keeps: 12 C + 3 hidden numbers a layer, and the logits

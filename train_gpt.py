@@ -238,7 +238,7 @@ class Trainer:
     def flops_per_token(self) -> float:
         """Floating-point operations of a training token of the last step."""
         values = self.schedule.values(max(0, self.progress.step - 1))
-        return self.model.flops_per_token(values.sequence_tokens, values.window_tokens)
+        return self.model.flops_per_token(*values[4:7])
 
 
 def share_gradients(*tied: Tensor) -> None:

@@ -3,6 +3,9 @@
 Shapes: B sequences, T tokens, C model dimension, H heads, D head dimension.
 """
 
+import functools
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,14 +52,15 @@ class NgramEmbedding(nn.Module):
     def forward(self, tokens_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
         """(B, T) -> (B, T, C)."""
         last, before = self.table.size(0) - 1, self.order - 1
-        grams = [tokens_BT[:, before - k:tokens_BT.size(1) - k] for k in range(self.order)]
-        mixed, plain = grams[0] * HASH[0], grams[0]
-        for k in range(1, self.order):
-            mixed, plain = mixed ^ grams[k] * HASH[k], plain ^ grams[k]
-        bucket, row = F.pad(mixed % max(last, 1), (before, 0), value=last), F.pad(plain, (before, 0))
+        past = F.pad(tokens_BT, (before, 0))
+        grams = [past[:, before - k:past.size(1) - k] for k in range(self.order)]  # now, before, ...
+        mixed = functools.reduce(operator.xor, (gram * factor for gram, factor in zip(grams, HASH, strict=False)))
+        bucket, row = mixed % max(last, 1), functools.reduce(operator.xor, grams)
+        crosses = torch.arange(tokens_BT.size(1), device=tokens_BT.device) < before
         if starts_BT is not None:
-            crosses = sum(F.pad(starts_BT[:, :starts_BT.size(1) - k], (k, 0)) for k in range(before)).bool()
-            bucket, row = bucket.masked_fill(crosses, last), row.masked_fill(crosses, 0)
+            starts = F.pad(starts_BT, (before, 0))
+            crosses = crosses | sum(starts[:, before - k:starts.size(1) - k] for k in range(before)).bool()
+        bucket, row = bucket.masked_fill(crosses, last), row.masked_fill(crosses, 0)
         # On CPUs the gradient's rows are added into the buffer that is there: no table-sized temporary.
         sparse = self.table.grad is not None and self.table.device.type == "cpu"
         found = F.embedding(bucket, self.table, sparse=sparse)

@@ -1,7 +1,6 @@
 """Text from a trained model: `python -m scripts.sample runs/tiny --prompt "def main("`."""
 
-import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -31,23 +30,11 @@ def sample(args: Sample) -> str:
     """The prompt and its continuation. Raises ValueError for a folder without a run, or one that does not fit."""
     import torch
 
-    from data.checkpoint import load_checkpoint
-    from data.runs import config_from_dict
-    from data.sources import open_source
-    from model import GPT
+    from scripts.lab.models import load_trained
 
-    if not (args.folder / "config.json").exists():
-        raise ValueError(f"{args.folder} holds no run (config.json is missing); train one with python train_gpt.py")
-    run = config_from_dict(json.loads((args.folder / "config.json").read_text()))
-    source = open_source(run.data, cache_dir=Path(__file__).resolve().parent.parent / ".cache", seed=run.run.seed)
+    run, source, model = load_trained(args.folder)
     if source.tokenizer is None:
         raise ValueError(f"the data of {args.folder} ({run.data.source}) has no tokenizer: nothing to write with")
-    tensors, _ = load_checkpoint(args.folder / "checkpoint.safetensors")
-    weights = {name.removeprefix("weights/"): tensor for name, tensor in tensors.items() if name.startswith("weights/")}
-    max_tokens = len(weights["positions"]) if "positions" in weights else run.data.sequence_tokens
-    anywhere = replace(run.model, attention="sdpa")  # the weights do not depend on the kernel
-    model = GPT(anywhere, vocab_size=source.vocab_size, max_tokens=max_tokens, document_start=source.document_start)
-    model.load_state_dict(weights)
     start = [source.tokenizer.end_of_text] if not args.prompt else []
     prompt = torch.tensor(start + source.tokenizer.encode(args.prompt).tolist(), dtype=torch.int64)
     tokens = model.generate(prompt, args.tokens, temperature=args.temperature, top_k=args.top_k,

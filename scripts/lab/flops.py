@@ -1,7 +1,6 @@
 """Floating-point operations that a run has spent, from its configuration alone."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 from itertools import accumulate
 
 from configs.schema import Data, Run
@@ -27,18 +26,19 @@ def flops_by_step(run: Run, *, parameters: int | None) -> list[float] | None:
     import torch
 
     from model import GPT
+    from scripts.lab.models import anywhere
 
     schedule = Schedule(run)
     values = [schedule.values(step) for step in range(run.train.steps)]
     longest = max(max(now.sequence_tokens for now in values), run.data.val_sequence_tokens or 0)
     with torch.device("meta"):  # shapes without numbers: nothing is allocated
-        model = GPT(replace(run.model, attention="sdpa"), vocab_size=vocabulary(run.data), max_tokens=longest,
+        model = GPT(anywhere(run.model), vocab_size=vocabulary(run.data), max_tokens=longest,
                     document_start=0)
     if parameters is not None and sum(weight.numel() for weight in model.parameters()) != parameters:
         return None
     cost = {shape: model.flops_per_token(*shape) for shape in _shapes(values)}
-    return [0.0, *accumulate(now.batch_tokens * cost[now.sequence_tokens, now.window_tokens] for now in values)]
+    return [0.0, *accumulate(now.batch_tokens * cost[now[4:7]] for now in values)]
 
 
-def _shapes(values: Iterable) -> set[tuple[int, int | None]]:
-    return {(now.sequence_tokens, now.window_tokens) for now in values}
+def _shapes(values: Iterable) -> set[tuple[int, int | None, int | None]]:
+    return {now[4:7] for now in values}  # sequence and windows

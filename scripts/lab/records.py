@@ -190,12 +190,13 @@ def count_parameters(run: Run) -> int | None:
     import torch
 
     from model import GPT
+    from scripts.lab.models import anywhere
+
     vocab = {"bytes": 257, "gpt2": 50_257}.get(run.data.tokenizer)
     if vocab is None:
         return None
     with torch.device("meta"):
-        model = GPT(run.model, vocab_size=vocab, max_tokens=run.data.sequence_tokens, document_start=None, on_cuda=False,
-                    dtype=torch.float32)
+        model = GPT(anywhere(run.model), vocab_size=vocab, max_tokens=run.data.sequence_tokens, document_start=0)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -27,7 +27,7 @@ def test_learning_rates_fall_to_little(name):
     run = PRESETS[name]()
     knots = parse_curve(run.schedule.lr)
     assert evaluate_curve(knots, run.train.steps - 1, run.train.steps) < 0.17
-    assert max(evaluate_curve(knots, step, run.train.steps) for step in range(run.train.steps)) == 1
+    assert max(evaluate_curve(knots, step, run.train.steps) for step in range(run.train.steps)) >= 1
 
 
 @pytest.mark.parametrize(("name", "base"), [("tiny_adamw", "tiny"), ("bytes_adamw", "bytes")])

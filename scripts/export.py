@@ -1,0 +1,50 @@
+"""A trained model's weights alone, as one file: `python -m scripts.export runs/tiny tiny.safetensors`.
+
+The file's metadata hold the configuration as JSON and the vocabulary's size, so that the model can be built again.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from configs.cli import fail
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arguments:
+    """What to export, and where to."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """A run's folder."""
+    target: Annotated[Path, tyro.conf.Positional]
+    """The file to write, .safetensors."""
+
+
+def export(folder: Path, target: Path) -> int:
+    """Write the weights of a run's checkpoint, float32 as stored; their number. Raises ValueError as `load_trained`."""
+    from safetensors.torch import save_file
+
+    from data.files import replacing
+    from data.runs import config_to_dict
+    from scripts.lab.models import load_trained
+
+    if target.suffix != ".safetensors":
+        raise ValueError(f"{target} must end in .safetensors")
+    run, source, model = load_trained(folder)
+    metadata = {"format": "pt", "config": json.dumps(config_to_dict(run)), "vocab_size": str(source.vocab_size),
+                "document_start": json.dumps(source.document_start)}
+    weights = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+    with replacing(target) as aside:
+        save_file(weights, aside, metadata=metadata)
+    return sum(tensor.numel() for tensor in weights.values())
+
+
+if __name__ == "__main__":
+    try:
+        ARGUMENTS = tyro.cli(Arguments, description=__doc__)
+        print(f"{ARGUMENTS.target}: {export(ARGUMENTS.folder, ARGUMENTS.target):,} parameters")
+    except ValueError as error:
+        fail(str(error))

@@ -1,0 +1,109 @@
+"""Evaluating and exporting a trained run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import train_gpt
+from configs.cli import parse
+from data.runs import config_from_dict
+from model import GPT
+from scripts.evaluate import Arguments as Evaluation
+from scripts.evaluate import Question, contexts, hellaswag, main, nats_of_ending, questions
+from scripts.export import export
+from scripts.lab.models import anywhere, load_trained
+
+TEXT = "steepest descent under a norm. the norm is chosen by the role of the tensor. "
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short run with windows that grow, on a text of one sentence."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    (folder / "my.txt").write_text(TEXT * 300)
+    flags = ["--data.source", "text", "--data.tokenizer", "bytes", "--data.train_files", str(folder / "my.txt"),
+             "--data.sequence_tokens", "32", "--model.dim", "32", "--model.head_dim", "16", "--model.bigram_buckets", "64",
+             "--model.window_tokens", "8", "--schedule.window_tokens", "0=1 100%=2", "--train.steps", "30",
+             "--train.batch_tokens", "512", "--train.val_every_steps", "0", "--log.wandb", "disabled",
+             "--log.sample_tokens", "0", "--run.dir", str(folder), "--run.name", "run"]
+    train_gpt.main(parse(["tiny", *flags]))
+    return folder / "run"
+
+
+def evaluated(run: Path, capsys, *, context: str = "1x", **options: object) -> dict:
+    main(Evaluation(folder=run, context=context, json=True, **options))
+    return json.loads(capsys.readouterr().out)
+
+
+def test_at_the_training_context_it_is_the_loss_of_the_summary(run, capsys):
+    summary = json.loads((run / "summary.json").read_text())
+    row = evaluated(run, capsys)["contexts"][0]
+    assert row["context_tokens"] == 32
+    assert row["val_loss_nats"] == pytest.approx(summary["val_loss_nats"], abs=1e-6)
+    assert row["val_bits_per_byte"] == pytest.approx(summary["val_bits_per_byte"], abs=1e-6)
+
+
+def test_several_contexts(run, capsys):
+    rows = evaluated(run, capsys, context="1x,2x,100")["contexts"]
+    assert [row["context_tokens"] for row in rows] == [32, 64, 100]
+    assert len({row["val_loss_nats"] for row in rows}) == 3
+
+
+@pytest.mark.parametrize("text", ["2y", "x", "0x", "", "1x,,2x"])
+def test_words_that_are_no_context_are_quoted(text):
+    with pytest.raises(ValueError, match=r"--context takes words like 2x or 512"):
+        contexts(text, 32)
+
+
+def test_endings_are_scored_by_the_mean_of_their_tokens(run):
+    trained = load_trained(run)
+    tokens = [trained.source.tokenizer.end_of_text, *b"steepest des", *b" cent"]
+    logits = trained.model(torch.tensor([tokens[:-1]]))[0].log_softmax(-1)
+    expected = -sum(logits[i - 1, tokens[i]] for i in range(len(tokens) - 5, len(tokens))) / 5
+    with torch.no_grad():
+        torch.testing.assert_close(nats_of_ending(trained, "steepest des", "cent"), expected)
+
+
+def test_hellaswag_counts_right_endings(run, tmp_path):
+    file = tmp_path / "questions.jsonl"
+    good = {"ctx": "steepest descent", "endings": ["qqq zzz", "under a norm.", "#!?", "XYZXYZ"], "label": 1}
+    file.write_text("\n".join(json.dumps(row) for row in (good, good | {"label": 0})) + "\n")
+    assert list(questions(file))[1] == Question(good["ctx"], good["endings"], 0)
+    assert hellaswag(load_trained(run), file) == {"hellaswag_accuracy": 0.5, "hellaswag_questions": 2}
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "does not exist"), ('{"ctx": 1}\n', "line 1"), ("no json\n", "line 1"),
+                                                  ("", "holds no question")])
+def test_files_that_are_no_hellaswag(run, tmp_path, content, message):
+    file = tmp_path / "file.jsonl"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        hellaswag(load_trained(run), file)
+
+
+def test_an_exported_model_is_built_again_from_its_file_alone(run, tmp_path):
+    target = tmp_path / "model.safetensors"
+    trained = load_trained(run)
+    assert export(run, target) == sum(p.numel() for p in trained.model.parameters())
+    with safe_open(target, "pt") as file:
+        about, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    config = config_from_dict(json.loads(about["config"]))
+    again = GPT(anywhere(config.model), vocab_size=int(about["vocab_size"]), max_tokens=32,
+                document_start=json.loads(about["document_start"]))
+    again.load_state_dict(weights)
+    tokens = torch.arange(32).view(1, 32)
+    assert torch.equal(again(tokens), trained.model(tokens))
+
+
+def test_targets_that_are_no_safetensors_are_refused(run, tmp_path):
+    with pytest.raises(ValueError, match=r"model.bin must end in .safetensors"):
+        export(run, tmp_path / "model.bin")
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no run"):
+        main(Evaluation(folder=tmp_path))
