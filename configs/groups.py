@@ -8,7 +8,7 @@ from configs.newton_schulz import check_ns
 from configs.refuse import refuse, refuse_below
 
 RuleName = Literal["steepest", "adam", "normuon", "muon2", "muown", "dion", "dion2",
-                   "sm3", "prodigy", "agd", "swan", "shampoo", "soap", "soap_muon", "psgd"]
+                   "sm3", "prodigy", "agd", "swan", "shampoo", "soap", "soap_muon", "psgd", "stiefel"]
 NormName = Literal["spectral", "rms_operator", "schatten", "row", "column", "sign", "frobenius"]
 
 # The norms that have a unit beside their plain one.
@@ -38,6 +38,7 @@ RULE_READS: dict[str, frozenset[str]] = {
     "shampoo": EVERY_RULE_READS | AVERAGE_READS | {"gram_beta", "every_steps", "eps", "sides", "exponent", "root"},
     "soap": EVERY_RULE_READS | {"beta1", "beta2", "eps", "gram_beta", "every_steps"},
     "soap_muon": STEEPEST_READS | {"beta2", "eps", "gram_beta", "every_steps"},
+    "stiefel": EVERY_RULE_READS | AVERAGE_READS | {"dual_steps"},
     "psgd": EVERY_RULE_READS | {"beta1", "eps", "factor_lr", "step_rms"},
 }
 
@@ -56,10 +57,10 @@ class Group:
     decay: Literal["decoupled", "independent", "corrected", "cautious", "none"] = "decoupled"
     """W -= lr wd W; W -= wd (lr / peak lr) W; W -= wd lr (lr / peak lr) W (Defazio 2025, arXiv 2506.02285); the first, only
     where update and weight agree in sign (Chen et al. 2025, arXiv 2510.12402); or none."""
-    constraint: Literal["none", "hyperball", "sphere", "radial"] = "none"
+    constraint: Literal["none", "hyperball", "sphere", "radial", "stiefel"] = "none"
     """hyperball: each matrix keeps the Frobenius norm that it started with (Wen et al. 2025, MuonH and AdamH); sphere: every
     vector along the model dimension has length 1 (nGPT, Loshchilov et al. 2024, arXiv 2410.01131); radial: a matrix's norm
-    changes by its step's radial part alone (speedrun track 3, result 44)."""
+    changes by its step's radial part alone (speedrun track 3, result 44); stiefel: all singular values are 1."""
     retraction: Literal["normalise", "geodesic"] = "normalise"
     """On the sphere: a straight step, divided by its length; or along the great circle."""
     tangent: Literal["none", "gradient", "momentum", "dual"] = "none"
@@ -145,10 +146,13 @@ class Group:
     stays, and the larger, the less white what they make of a noisy one."""
     step_rms: float = 1.1
     """PSGD: largest RMS of a direction; white ones have 1."""
+    dual_steps: int = 20
+    """Stiefel: iterations for the step's tangency."""
 
     def __post_init__(self) -> None:
         refuse_below(self, 0, "lr", "weight_decay", "eps", "clip", "row_floor")
-        refuse_below(self, 1, "ns_steps", "averages", "whiten_steps", "every_steps", "update_every")
+        refuse_below(self, 1, "ns_steps", "averages", "whiten_steps", "every_steps", "update_every",
+                     "dual_steps")
         refuse(not 0 <= self.gram_beta <= 1, f"gram_beta must lie in [0, 1], got {self.gram_beta}")
         refuse(self.exponent is not None and not -1 <= self.exponent < 0,
                f"exponent must lie in [-1, 0), got {self.exponent}")
@@ -157,6 +161,8 @@ class Group:
         refuse(bool(self.graft) and self.rule in ("prodigy", "agd", "muown"),
                f"rule {self.rule} sets its own length: it cannot be grafted")
         refuse(not 0 < self.distance_start < math.inf, f"distance_start must be positive, got {self.distance_start}")
+        refuse((self.rule == "stiefel") != (self.constraint == "stiefel"),
+               f"rule stiefel and constraint stiefel need each other, got {self.rule} and {self.constraint}")
         for name in ("momentum", "momentum_fast", "beta1", "beta2"):
             value = getattr(self, name)
             refuse(not 0 <= value < 1, f"{name} must lie in [0, 1), got {value}")

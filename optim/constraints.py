@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from configs.groups import Group
+from optim.newton_schulz import orthogonalize_svd
 from optim.norms import Scope
 from optim.shape import TINY, length
 
@@ -92,6 +93,34 @@ class Radial(Free):
         weights.mul_(wanted / length(weights, (-2, -1)).clamp_min(TINY))
 
 
+POLAR_STEPS = 8  # of Newton's cubic: from singular values of .5 to 1 - 1e-7
+
+
+@dataclass(frozen=True, slots=True)
+class Stiefel(Free):
+    """All singular values are 1 (Bernstein 2025, "Modular Manifolds"); a step is W - lr D, and its polar factor."""
+
+    @property
+    def scope(self) -> Scope:
+        """Whole matrices."""
+        return "matrix"
+
+    def enter(self, weights: Tensor) -> None:
+        """The polar factor, exactly. Raises ValueError for a matrix without full rank, whose polar factor is not unique."""
+        if (torch.linalg.matrix_rank(weights) < min(weights.shape[-2:])).any():
+            raise ValueError("a matrix without full rank has no place on the Stiefel manifold: start with "
+                             "--model.no_zero_init_projections")
+        weights.copy_(orthogonalize_svd(weights))
+
+    def retract(self, weights: Tensor, state: dict[str, Tensor]) -> None:
+        """X <- X (3 - X^T X) / 2, float32: a tangent step has singular values of at least 1 before it is scaled down."""
+        X = weights.mT if weights.size(-2) < weights.size(-1) else weights.clone()
+        X = X / (X.mT @ X).abs().sum(-1).amax(-1)[:, None, None].sqrt().clamp_min(TINY)
+        for _ in range(POLAR_STEPS):
+            X = torch.baddbmm(X, X, X.mT @ X, beta=1.5, alpha=-0.5)
+        weights.copy_(X.mT if weights.size(-2) < weights.size(-1) else X)
+
+
 @dataclass(frozen=True, slots=True)
 class Sphere(Free):
     """Every vector along the model dimension has length 1 (nGPT, Loshchilov et al. 2024, arXiv 2410.01131).
@@ -161,4 +190,4 @@ def build_constraint(group: Group) -> Free:
     """The constraint that a group's configuration describes."""
     if group.constraint == "sphere":
         return Sphere(retraction=group.retraction, tangent=group.tangent)
-    return {"hyperball": Hyperball, "radial": Radial, "none": Free}[group.constraint]()
+    return {"hyperball": Hyperball, "radial": Radial, "stiefel": Stiefel, "none": Free}[group.constraint]()

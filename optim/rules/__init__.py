@@ -19,13 +19,14 @@ from optim.rules.shampoo import Shampoo
 from optim.rules.sm3 import SM3
 from optim.rules.soap import Soap, SoapMuon
 from optim.rules.steepest import Steepest
+from optim.rules.stiefel import Stiefel
 from optim.rules.swan import SWAN
 
 RULES: dict[str, type[Rule]] = {
     "steepest": Steepest, "adam": Adam, "normuon": NorMuon, "muon2": Muon2, "muown": Muown,
     "dion": Dion, "dion2": Dion2,
     "sm3": SM3, "prodigy": Prodigy, "agd": AGD, "swan": SWAN,
-    "shampoo": Shampoo, "soap": Soap, "soap_muon": SoapMuon, "psgd": PSGD,
+    "shampoo": Shampoo, "soap": Soap, "soap_muon": SoapMuon, "psgd": PSGD, "stiefel": Stiefel,
 }
 
 

@@ -27,7 +27,7 @@ BENCHMARKS = ("bench_cpu", "bench_cpu_prose", "bench_gpu", "track3")
 """Presets of the optimization benchmark: fixed model, data and batch; one forward-backward a step."""
 FREE = ("preset", "optim.", "schedule.lr", "schedule.momentum", "schedule.weight_decay", "train.steps", "train.micro_tokens",
         "train.val_every_steps", "train.final_val_every_steps", "train.warmup_steps", "train.weight_average",
-        "model.zero_init_projections", "model.init_gain", "model.embed_std", "run.", "log.")
+        "train.lookahead", "model.zero_init_projections", "model.init_gain", "model.embed_std", "run.", "log.")
 """What an entry of the benchmark may choose: settings by name, or by the beginning of their names."""
 
 

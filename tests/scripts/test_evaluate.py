@@ -75,8 +75,8 @@ def test_hellaswag_counts_right_endings(run, tmp_path):
     assert hellaswag(load_trained(run), file) == {"hellaswag_accuracy": 0.5, "hellaswag_questions": 2}
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "does not exist"), ('{"ctx": 1}\n', "line 1"), ("no json\n", "line 1"),
-                                                  ("", "holds no question")])
+@pytest.mark.parametrize(("content", "message"), [(None, "does not exist"), ('{"ctx": 1}\n', "line 1"),
+                                                  ("no json\n", "line 1"), ("", "holds no question")])
 def test_files_that_are_no_hellaswag(run, tmp_path, content, message):
     file = tmp_path / "file.jsonl"
     if content is not None:
