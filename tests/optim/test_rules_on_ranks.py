@@ -29,6 +29,9 @@ STEPS, HALF, REFUSED = 4, 2, 6
 SHAPES = {**{f"wide{i}": (56, 88) for i in range(4)}, "tall": (331, 50), "small": (12, 20), "vector": (37,)}
 CASES: dict[str, dict] = {rule: {"rule": rule} for rule in RULES} | {
     "prodigy": {"rule": "prodigy", "lr": 1.0, "distance_start": 1e-3},
+    "stiefel": {"rule": "stiefel", "constraint": "stiefel"},
+    "adam_sphere": {"rule": "adam", "constraint": "sphere", "tangent": "momentum"},
+    "muon_sphere": {"rule": "steepest", "constraint": "sphere", "retraction": "geodesic"},
     "adam_hyperball": {"rule": "adam", "constraint": "hyperball"},
     "adam_clipped": {"rule": "adam", "clip": 3.0, "clip_norm": "column"},
     "prodigy_clipped": {"rule": "prodigy", "lr": 1.0, "distance_start": 1e-3, "clip": 3.0},

@@ -19,7 +19,8 @@ SHAPES = {"a": (6, 10), "b": (10, 6)}
 
 def make(rule: str, **options: bool) -> tuple[dict[str, nn.Parameter], ShardedOptimizer]:
     params = {name: nn.Parameter(gaussian(*shape, scale=0.1)) for name, shape in SHAPES.items()}
-    optim = Optim(matrix=Group(rule=rule, lr=0.02, weight_decay=0.1))
+    constraint = "stiefel" if rule == "stiefel" else "none"
+    optim = Optim(matrix=Group(rule=rule, lr=0.02, weight_decay=0.1, constraint=constraint))
     return params, ShardedOptimizer(build_groups(params, dict.fromkeys(params, "matrix"), optim), Comm(), **options)
 
 

@@ -1,0 +1,159 @@
+"""The record recipe: its figures, and that it trains alike on any number of ranks, through the untying of its head."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_gpt
+from configs.cli import parse
+from configs.presets import PRESETS
+from data.runs import read_metrics
+from model import GPT
+from optim.schedule import Schedule
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ("--data.source text --data.tokenizer bytes --data.train_files my.txt --data.sequence_tokens 16 "
+         "--data.val_bytes 600 --model.dim 32 --model.head_dim 8 --model.bigram_buckets 2048 --model.window_tokens 4 "
+         "--model.long_window_tokens 8 --model.dynamic_window 4 --train.batch_tokens 192 --train.steps 12 "
+         "--train.val_every_steps 4 --log.every_steps 1 --log.wandb disabled --log.sample_tokens 0").split()
+SPARSE = ("--optim.bigram_embed.sparse_rows", "--optim.value_embed.sparse_rows")
+
+
+# ---- The plan ------------------------------------------------------------------------------------------------------------
+
+
+def parameters(name: str) -> dict[str, int]:
+    with torch.device("meta"):
+        model = GPT(PRESETS[name]().model, vocab_size=50_257, max_tokens=16_384, document_start=50_256,
+                    prefix_of=[-1] * 50_257)
+    counts: dict[str, int] = {}
+    for parameter, role in zip(model.parameters(), model.roles().values(), strict=True):
+        counts[role] = counts.get(role, 0) + parameter.numel()
+    return counts
+
+
+def test_parameters_are_the_records():
+    """643.8 M in the record, whose banks of matrices are padded to divide by 8: 64 for 60, 24 for 20, 24 for 22."""
+    counts = parameters("speedrun")
+    assert counts["embed"] == counts["head"] == 50_304 * 768
+    assert counts["value_embed"] == 5 * 50_304 * 768 and counts["bigram_embed"] == 377_280 * 768
+    assert counts["matrix"] == 10 * 4 * 768**2 + 11 * 2 * 768 * 3072
+    padding = (64 - 60) * 256 * 768 + (24 - 20) * 768**2 + (24 - 22) * 3072 * 768
+    gates = counts["gate"] + counts["scalar"]  # ours are each technique's own: .55 M for .2 M
+    assert sum(counts.values()) - gates + padding == pytest.approx(643.8e6 - 0.2e6, abs=0.1e6)
+
+
+def test_tokens_and_steps_are_the_records():
+    run = PRESETS["speedrun"]()
+    assert run.train.steps == 1285
+    assert Schedule(run).tokens_before(1285) == 423 * 131_072 + 424 * 262_144 + 438 * 393_216 == 338_821_120
+
+
+@pytest.mark.parametrize(("step", "batch", "windows"), [
+    (0, 131_072, (128, 384)), (422, 131_072, (128, 384)), (423, 262_144, (384, 896)), (846, 262_144, (384, 896)),
+    (847, 393_216, (640, 1408)), (1269, 393_216, (640, 1408)), (1270, 393_216, (768, 1664)), (1284, 393_216, (768, 1664))])
+def test_every_stage_has_the_records_batch_and_windows(step, batch, windows):
+    values = Schedule(PRESETS["speedrun"]()).values(step)
+    assert values.batch_tokens == batch and (values.window_tokens, values.long_window_tokens) == windows
+
+
+@pytest.mark.parametrize(("step", "lr"), [(0, 1.0), (422, 1.0), (423, 1.52), (508, 1.52), (846, 0.912), (847, 1.027),
+                                          (1000, 0.710), (1200, 0.295), (1270, 0.15), (1284, 0.15)])
+def test_learning_rates_are_the_records(step, lr):
+    values = Schedule(PRESETS["speedrun"]()).values(step)
+    assert values.lr == pytest.approx(lr, abs=5e-4) and values.weight_decay == values.lr
+
+
+@pytest.mark.parametrize(("step", "momentum"), [(0, 0.85), (150, 0.9), (300, 0.95), (1235, 0.95), (1260, 0.9), (1285, 0.85)])
+def test_momentum_is_the_records(step, momentum):
+    assert Schedule(PRESETS["speedrun"]()).values(step).momentum == pytest.approx(momentum, abs=2e-3)
+
+
+@pytest.mark.parametrize(("step", "reach"), [(0, 2), (423, 1), (847, 0), (1284, 0)])
+def test_further_tokens_fade_with_the_stages(step, reach):
+    assert Schedule(PRESETS["speedrun"]()).values(step).mtp == pytest.approx(reach, abs=0.01)
+
+
+def test_one_gpu_takes_the_same_steps():
+    one, eight = Schedule(PRESETS["speedrun_1gpu"]()), Schedule(PRESETS["speedrun"]())
+    assert all(one.values(step) == eight.values(step) for step in range(1285))
+
+
+# ---- Ranks, tied then untied ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a text, and the shrunk recipe trained there on one rank."""
+    made, rng = tmp_path_factory.mktemp("speedrun"), random.Random(0)
+    (made / "my.txt").write_text(" ".join(rng.choice(["steepest", "descent", "norm", "\n"]) for _ in range(3000)))
+    train(made, 1, "--run.name", "one")
+    return made
+
+
+def train(folder: Path, ranks: int, *flags: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+               str(ROOT / "train_gpt.py"), "speedrun_cpu", *SMALL, *flags]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def losses(folder: Path, name: str) -> list[float]:
+    return [line["train/loss_nats"] for line in read_metrics(folder / "runs" / name / "metrics.jsonl")
+            if "train/loss_nats" in line]
+
+
+@pytest.mark.parametrize(("ranks", "flags"), [(2, SPARSE), (4, ()), (4, SPARSE)], ids=["2-sparse", "4-dense", "4-sparse"])
+def test_ranks_agree_with_dense_and_sparse_communication(folder, ranks, flags):
+    name = f"ranks{ranks}{len(flags)}"
+    train(folder, ranks, "--run.name", name, *flags)
+    assert losses(folder, name) == pytest.approx(losses(folder, "one"), abs=2e-4)
+
+
+def trainer(folder: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> train_gpt.Trainer:
+    monkeypatch.chdir(folder)
+    return train_gpt.Trainer(parse(["speedrun_cpu", *SMALL, *flags]))
+
+
+def test_the_head_is_the_embedding_until_it_is_untied(folder, monkeypatch):
+    """And the loss is continuous there: at the switch both are still equal."""
+    made = trainer(folder, monkeypatch)
+    batches, model = made.start_batches(), made.model
+    for step in range(12):
+        made.step(batches)
+        assert torch.equal(model.embed, model.head.weight) or step >= 0.66 * 12
+    batches.close()
+    assert not torch.equal(model.embed, model.head.weight)
+
+
+def test_a_run_resumed_after_the_untying_is_the_same_run(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    flags = [*SMALL, "--run.checkpoint_every_steps", "9", "--run.name"]
+    train_gpt.main(parse(["speedrun_cpu", *flags, "whole"]))
+    stopped = train_gpt.Trainer(parse(["speedrun_cpu", *flags, "cut"]))
+    batches = stopped.start_batches()
+    for _ in range(9):
+        stopped.step(batches)
+    batches.close()
+    (folder / "runs" / "cut").mkdir()
+    stopped.save(folder / "cut.safetensors")
+    resumed = train_gpt.Trainer(parse(["speedrun_cpu", *flags, "cut"]))
+    resumed.load(folder / "cut.safetensors")
+    batches = resumed.start_batches()
+    for _ in range(3):
+        resumed.step(batches)
+    batches.close()
+    whole, _ = train_gpt.load_checkpoint(folder / "runs" / "whole" / train_gpt.CHECKPOINT)
+    for name, parameter in resumed.model.named_parameters():
+        assert torch.equal(parameter, whole[f"weights/{name}"]), name
+
+
+@pytest.mark.parametrize("flags", [["--optim.head.lr", "0.5"], ["--model.tied_head"], ["--model.embed_dtype", "bfloat16"]])
+def test_what_cannot_be_tied_is_refused(flags, capsys):
+    with pytest.raises(SystemExit):
+        parse(["speedrun_cpu", *flags])
+    assert "tied_until_frac" in capsys.readouterr().err
