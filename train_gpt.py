@@ -293,7 +293,7 @@ def plan(trainer: Trainer) -> str:
              f"activations {str(model.dtype)[6:]}, attention {model.kernel}, compile {'on' if trainer.compiled else 'off'}",
              f"data {source.name}, hash {source.data_hash}, {sum(map(len, source.train)):,} training tokens, "
              f"{len(source.validation) - 1:,} validation tokens, vocabulary {source.vocab_size:,}",
-             *source.notes,
+             *source.notes, *([model.paths.line()] if trainer.device.type == "cuda" else []),
              f"{parameters:,} parameters, {trainer.flops_per_token() / 1e6:.1f} MFLOP a token; {steps:,} steps, "
              f"{trainer.schedule.tokens_before(steps):,} tokens; memory a rank: weights, gradients and optimizer state "
              f"{state / 2**20:,.0f} MiB, activations about {model.activation_bytes(micro) / 2**20:,.0f} MiB"]

@@ -53,7 +53,8 @@ def plan(args: Arguments, flags: list[str]) -> dict:
                  for name, machine in MACHINES.items()}
     return {"preset": args.preset, "device": args.device, "gpus": args.gpus, "efficiency": share._asdict(),
             "sizes": sizes._asdict(), "steps": run.train.steps,
-            "tokens": sum(s.steps * s.values.batch_tokens for s in stages), "flops": sum(s.steps * s.flops for s in stages), "stages": rows,
+            "tokens": sum(s.steps * s.values.batch_tokens for s in stages),
+            "flops": sum(s.steps * s.flops for s in stages), "stages": rows,
             "seconds": seconds_of(stages, sizes, MACHINES[args.device], gpus=args.gpus, share=share), "elsewhere": elsewhere}
 
 

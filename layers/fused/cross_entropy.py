@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from layers.head import softcap
+from layers.head import ASYMMETRIC, softcap
 
-KINDS = ("none", "tanh", "rational", "sigmoid")  # of layers/head.py, those that the kernel knows
+KINDS = ("none", "tanh", "rational", "sigmoid", "asymmetric")  # of layers/head.py, those that the kernel knows
 BLOCK = 4096  # columns of a row at a time
 
 
@@ -33,6 +33,8 @@ def family(kind: str, c: float) -> tuple[str, tuple[float, float, float, float]]
 
     Of the sigmoids y = height sigmoid((z + shift) / width) + base is tanh one: c tanh(z / c) = 2c sigmoid(2z / c) - c.
     """
+    if kind == "asymmetric":
+        return "sigmoid", (*ASYMMETRIC, 0.0)
     if kind in ("tanh", "sigmoid"):
         return "sigmoid", (2 * c, 0.0, c / 2, -c)
     return {"none": "identity", "rational": "rational"}[kind], (c, 0.0, 1.0, 0.0)
