@@ -17,7 +17,6 @@ if __name__ == "__main__":
 
 # ruff: noqa: E402
 import math
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -29,6 +28,7 @@ from torch import Tensor
 from configs.schema import Identity, Run
 from data.batches import Batches
 from data.checkpoint import load_checkpoint, match_tensors, save_checkpoint
+from data.clock import Clock, Interruption
 from data.device import choose_device, device_name, peak_memory_bytes
 from data.environment import peak_flops
 from data.evaluate import Score, evaluate
@@ -37,6 +37,7 @@ from data.reporter import Progress, Reporter
 from data.runs import config_to_dict, flatten, open_run_folder
 from data.sources import Source, open_source
 from data.tokenizers import prefix_tokens
+from layers.diagnostics import Measures, feature_measures, weight_measures
 from layers.head import Terms
 from model import GPT
 from optim.comm import Comm, local_rank
@@ -56,48 +57,6 @@ GPU_SIGNAL_POLL_STEPS = 16  # agreeing on a signal waits for the device; on CPUs
 
 class DivergedError(RuntimeError):
     """The loss or a gradient is not finite."""
-
-
-# ---- Time and signals --------------------------------------------------------------------------------------------------
-
-
-class Clock:
-    """Training seconds: runs between start and stop, waits for the device at both."""
-
-    def __init__(self, device: torch.device, seconds: float = 0.0) -> None:
-        self._device, self._seconds, self._since = device, seconds, None
-
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def start(self) -> None:
-        """Go on counting."""
-        self._synchronize()
-        self._since = time.perf_counter()
-
-    def stop(self) -> None:
-        """Stop counting."""
-        self._synchronize()
-        self._seconds, self._since = self.seconds, None
-
-    @property
-    def seconds(self) -> float:
-        """Seconds counted so far."""
-        return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
-
-
-class Interruption:
-    """SIGINT and SIGTERM become a flag that the loop reads between steps; a second signal acts as usual."""
-
-    def __init__(self) -> None:
-        self.received = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, _frame: object) -> None:
-        self.received = True
-        signal.signal(number, signal.SIG_DFL)
 
 
 # ---- The run's state ----------------------------------------------------------------------------------------------------
@@ -196,6 +155,13 @@ class Trainer:
                             sequence_tokens=self.run.data.val_sequence_tokens or values.sequence_tokens,
                             micro_tokens=self.run.train.micro_tokens, rank=self.comm.rank, world_size=self.comm.world_size,
                             device=self.device, sum_over_ranks=lambda x: self.comm.sum(x)[0])
+
+    def layer_measures(self) -> Measures:
+        """Features, spectra and factors of every layer, on the validation text's first tokens."""
+        values = self.schedule.values(max(0, self.progress.step - 1))
+        tokens = torch.from_numpy(self.source.validation[:values.sequence_tokens].astype("int64")).to(self.device)[None]
+        return weight_measures(self.model) | feature_measures(self.model, tokens, window=values.window_tokens,
+                                                              long_window=values.long_window_tokens)
 
     def warm_up(self) -> None:
         """Run every shape of the schedule on random tokens, so that all is compiled, then undo it."""
@@ -323,6 +289,11 @@ def train(trainer: Trainer, reporter: Reporter) -> bool:
         reporter.advance()
         if progress.step % run.log.every_steps == 0 or validates:
             record_train_loss(trainer, reporter, nats)
+        every = run.log.layers_every_steps
+        if every and progress.step % every == 0:
+            clock.stop()
+            reporter.layers(trainer.layer_measures() if reporter.active else {})
+            clock.start()
         if validates:
             clock.stop()
             score = trainer.validate()

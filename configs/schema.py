@@ -197,12 +197,15 @@ class Log:
     """What the seeds of one experiment share, say an ablation's name; reports and wandb group by it."""
     diagnostics: bool = True
     """Per group, at each validation: size of the weights, size and angle of the step."""
+    layers_every_steps: int = 0
+    """Sizes of features, spectra of weights and learned factors of every layer, each so many steps, with the clock stopped;
+    0: never."""
     sample_tokens: int = 96
     """Length of the continuation sampled at the end; 0: none."""
 
     def __post_init__(self) -> None:
         refuse_below(self, 1, "every_steps")
-        refuse_below(self, 0, "sample_tokens")
+        refuse_below(self, 0, "sample_tokens", "layers_every_steps")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

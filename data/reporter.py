@@ -8,6 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from configs.schema import Run
+from data.alarms import alarms
 from data.dashboard import open_dashboard
 from data.environment import code_files, code_hash, code_text, describe_environment
 from data.evaluate import Score
@@ -47,6 +48,7 @@ class Reporter:
         """Write config, code and environment, and open the logs; a resumed run's later lines are cut off."""
         self.run, self.folder, self.progress, self.active = run, folder, progress, active
         self._last = (progress.step, progress.tokens, progress.train_seconds)
+        self._alarmed_names: set[str] = set()
         if not active:
             return
         code = code_text(code_files(ROOT), ROOT)
@@ -69,8 +71,18 @@ class Reporter:
     def write(self, record: dict) -> None:
         """One line of metrics.jsonl, stamped with step, tokens and training seconds; the same to the dashboard."""
         stamp = {name: getattr(self.progress, name) for name in ("step", "tokens", "train_seconds")}
+        record |= self._alarmed(record)
         self.metrics.write(stamp | record)
         self.dashboard.log(stamp | record)
+
+    def _alarmed(self, record: dict) -> dict:
+        """Say what leaves its band, each measure once; and how many do, where any does."""
+        found = alarms(record) if self.run.log.diagnostics else []
+        for sentence in found:
+            if (name := sentence.split(" ")[0]) not in self._alarmed_names:
+                self._alarmed_names.add(name)
+                self.say(f"alarm at step {self.progress.step}: {sentence}")
+        return {"alarms": len(found)} if found else {}
 
     def training(self, loss_nats: float, *, flops_per_token: float, peak_flops: float | None) -> None:
         """Record the training loss of the last step, and the speed since the last record; `peak_flops` of all devices."""
@@ -96,6 +108,11 @@ class Reporter:
         bits = "" if score.bits_per_byte is None else f", {score.bits_per_byte:.4f} bits/byte"
         self.say(f"step {self.progress.step}/{self.run.train.steps}: validation {score.nats_per_token:.4f} "
                  f"nats/token{bits}, {self.progress.train_seconds:.1f} s")
+
+    def layers(self, measures: dict[str, float]) -> None:
+        """Record what was measured layer by layer."""
+        if self.active:
+            self.write(measures)
 
     def advance(self) -> None:
         """Move the progress bar by a step."""
