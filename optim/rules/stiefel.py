@@ -95,6 +95,8 @@ class Split(NamedTuple):
 def solve(W: Tensor, G: Tensor, S: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     """The tangent A and the dual S after so many iterations, float64; W and G (K, m, n) with n <= m, S (K, n, n)."""
     split, points, changes = Split.at(W, G), [], []
+    if W.size(-2) == W.size(-1):
+        return split.primal(torch.zeros_like(S)), torch.zeros_like(S)
     for _ in range(iterations):
         change = split.next(S) - S
         points, changes = [*points, S.flatten(1)][-MEMORY:], [*changes, change.flatten(1)][-MEMORY:]

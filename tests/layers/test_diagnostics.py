@@ -77,8 +77,9 @@ def test_every_band_is_one():
 @pytest.mark.parametrize("preset", ["tiny", "bytes", "ngpt_bytes"])
 def test_presets_raise_no_alarm_and_write_their_layers(preset, tmp_path, capsys):
     flags = ["--train.steps", "6", "--train.val_every_steps", "3", "--log.layers_every_steps", "3",
-             "--log.wandb", "disabled", "--data.val_bytes", "2048", "--log.sample_tokens", "0", "--run.dir", str(tmp_path),
-             "--run.name", "run", "--train.batch_tokens", "1024" if preset == "tiny" else "768", "--model.bigram_buckets", "64"]
+             "--log.wandb", "disabled", "--data.val_bytes", "2048", "--log.sample_tokens", "0",
+             "--run.dir", str(tmp_path), "--run.name", "run", "--model.bigram_buckets", "64",
+             "--train.batch_tokens", "1024" if preset == "tiny" else "768"]
     train_gpt.main(parse([preset, *flags]))
     lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "diag/logits/rms" in line]
     assert [line["step"] for line in lines] == [3, 6] and "diag/0.attention.q/spectral" in lines[0]
