@@ -15,6 +15,7 @@ from configs.schema import Model
 from layers.attention import Around
 from layers.basic import Linear, Norm, parameter, unit
 from layers.block import Block
+from layers.cache import LOOKS_BACK, Cache, caches, later_mask
 from layers.embeddings import NgramEmbedding, Smear
 from layers.fused import equip
 from layers.fused.cross_entropy import linear_nats, row_nats
@@ -104,8 +105,11 @@ class GPT(nn.Module):
         starts = tokens_BT == self.document_start if self.config.document_mask else None
         x, ngrams = self._start(tokens_BT, starts)
         around = Around(starts=starts, x0=x, ngrams=ngrams)
+        return self._layers(tokens_BT, x, around, self._where(tokens_BT, starts, window, long_window))
+
+    def _layers(self, tokens_BT: Tensor, x: Tensor, around: Around, places: list[dict]) -> Tensor:
+        """The stream through all layers and the last norm; `places` has each layer's window, mask and cache."""
         kept = [x]
-        places = self._where(tokens_BT, starts, window, long_window)
         for layer, (block, where) in enumerate(zip(self.blocks, places, strict=True)):
             around = around._replace(**where, value_embed=self._value_embed(layer, tokens_BT))
             if self.streams is None:
@@ -132,14 +136,16 @@ class GPT(nn.Module):
             return None
         return F.embedding(tokens_BT, self.value_embeds[self.value_layers.index(layer)]).to(self.dtype)
 
+    def _windows(self, window: int | None, long_window: int | None) -> list[int | None]:
+        """Each layer's; None: it sees everything."""
+        return [long_window if window is not None and attends_far(self.config, i) else window for i in range(len(self.blocks))]
+
     def _where(self, tokens_BT: Tensor, starts_BT: Tensor | None, window: int | None, long_window: int | None) -> list[dict]:
         """Each layer's window and mask; layers with the same window share the mask."""
         build, tokens = KERNELS[self.kernel][0], tokens_BT.size(1)
         document = None if starts_BT is None else document_index(starts_BT)
         doubled = None if document is None else document.repeat_interleave(2, dim=1)
-        layers = range(len(self.blocks))
-        windows = [long_window if window is not None and attends_far(self.config, i) else window for i in layers]
-        kinds = [(windows[i], i in self.config.paired_heads) for i in layers]
+        kinds = [(w, i in self.config.paired_heads) for i, w in enumerate(self._windows(window, long_window))]
         made = {(w, paired): build(2 * tokens, w, doubled, tokens_BT.device) if paired
                 else build(tokens, w, document, tokens_BT.device) for w, paired in dict.fromkeys(kinds)}
         return [{"window": kind[0], "mask": made[kind]} for kind in kinds]
@@ -180,23 +186,39 @@ class GPT(nn.Module):
     def generate(self, tokens_T: Tensor, count: int, *, temperature: float = 0.8, top_k: int = 50,
                  generator: torch.Generator | None = None) -> Tensor:
         """`count` tokens sampled after `tokens_T`, the context cropped to max_tokens: (T,) -> (T + count,)."""
+        cache = Cache(len(self.blocks)) if caches(self.config) else None
         for _ in range(count):
-            logits_V = self(tokens_T[None, -self.max_tokens:])[0, -1, :self.vocab_size]
-            best, index = logits_V.topk(min(top_k, self.vocab_size))
+            if cache is not None and len(tokens_T) <= self.max_tokens:
+                read = 0 if cache.tokens_Bt is None else cache.tokens_Bt.size(1)
+                logits_TV = self.extend(tokens_T[None, read:], cache)[0]
+            else:
+                logits_TV = self(tokens_T[None, -self.max_tokens:])[0]
+            best, index = logits_TV[-1, :self.vocab_size].topk(min(top_k, self.vocab_size))
             weights = (best / max(temperature, 1e-6)).softmax(dim=-1).cpu()
             pick = torch.multinomial(weights, 1, generator=generator).to(index.device)
             tokens_T = torch.cat((tokens_T, index[pick]))
         return tokens_T
 
+    def extend(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
+        """Logits of tokens that follow those of the cache, which takes them in: (B, T) -> (B, T, V), as of the whole."""
+        config, new = self.config, tokens_BT.size(1)
+        whole = tokens_BT if cache.tokens_Bt is None else torch.cat((cache.tokens_Bt, tokens_BT), dim=1)
+        x, ngrams = (part if part is None else part[:, -new:] for part in self._start(whole[:, -new - LOOKS_BACK:], None))
+        around = Around(x0=x, ngrams=ngrams)
+        windows = self._windows(config.window_tokens, config.long_window_tokens)
+        places = [{"window": window, "mask": later_mask(new, whole.size(1) - new, window, x.device), "cache": kept}
+                  for window, kept in zip(windows, cache.layers, strict=True)]
+        cache.tokens_Bt = whole
+        return self.logits(self._layers(tokens_BT, x, around, places))
+
     def flops_per_token(self, sequence_tokens: int, window: int | None = None, long_window: int | None = None) -> float:
         """Floating-point operations of one token's forward and backward: 6 per matrix weight that it meets, 12 C per
         position it attends to (counted exactly: causal, windowed, not document-masked)."""
-        config, layers = self.config, range(len(self.blocks))
-        window, long_window = window or config.window_tokens, long_window or config.long_window_tokens
-        far = [window is not None and attends_far(config, i) for i in layers]
+        config = self.config
+        windows = self._windows(window or config.window_tokens, long_window or config.long_window_tokens)
         matrices = sum(p.numel() for name, p in self.named_parameters() if self._roles[name] in ("matrix", "head", "gate"))
         matrices += self.embed.numel() if self.head is None else 0
-        reach = [long_window if far[i] else window for i in layers if i not in config.attention_free]
+        reach = [window for i, window in enumerate(windows) if i not in config.attention_free]
         return 6 * matrices + 12 * config.dim * sum(mean_span(sequence_tokens, w or sequence_tokens) for w in reach)
 
     def activation_bytes(self, tokens: int) -> int:

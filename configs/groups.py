@@ -147,8 +147,8 @@ class Group:
     step_rms: float = 1.1
     """PSGD: largest RMS of a direction; white ones have 1."""
     dual_steps: int = 6
-    """Stiefel: iterations for the step's tangency: 5 leave 1e-4 where one side is four times the other, 20 where it is a quarter
-    longer 1e-3; square matrices need none."""
+    """Stiefel: iterations for the step's tangency: 5 leave 1e-4 where one side is four times the other, 20 leave 1e-3 where
+    it is a quarter longer; square matrices need none."""
 
     def __post_init__(self) -> None:
         refuse_below(self, 0, "lr", "weight_decay", "eps", "clip", "row_floor")

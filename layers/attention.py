@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from configs.schema import Model
 from layers.basic import Linear, parameter, rms_norm
+from layers.cache import LayerCache
 from layers.heads import (
     DynamicHeads,
     ExclusiveHeads,
@@ -45,6 +46,8 @@ class Around(NamedTuple):
     """What the hashed embeddings say."""
     read: Tensor | None = None
     """An earlier stream that attention reads in place of the present one."""
+    cache: LayerCache | None = None
+    """Keys and values of earlier tokens, in generation."""
 
 
 class Rotary(nn.Module):
@@ -70,13 +73,13 @@ class Rotary(nn.Module):
             self.register_buffer("cos_TD", cos, persistent=False)
             self.register_buffer("sin_TD", sin, persistent=False)
 
-    def forward(self, x_BTHD: Tensor, window: int | None = None) -> Tensor:
-        """(B, T, H, D) -> (B, T, H, D), rotated in float32."""
-        x, length = x_BTHD.float(), x_BTHD.size(1)
+    def forward(self, x_BTHD: Tensor, window: int | None = None, first: int = 0) -> Tensor:
+        """(B, T, H, D) -> (B, T, H, D), rotated in float32; the first token stands at position `first`."""
+        x, at = x_BTHD.float(), slice(first, first + x_BTHD.size(1))
         if self.first_window:
-            cos_TD, sin_TD = rotation(self.positions_T[:length], self.slowed(window or self.first_window))
+            cos_TD, sin_TD = rotation(self.positions_T[at], self.slowed(window or self.first_window))
         else:
-            cos_TD, sin_TD = self.cos_TD[:length], self.sin_TD[:length]
+            cos_TD, sin_TD = self.cos_TD[at], self.sin_TD[at]
         partner = x.roll(x.size(-1) // 2, dims=-1)
         return torch.addcmul(x * cos_TD[:, None], partner, sin_TD[:, None]).type_as(x_BTHD)
 
@@ -124,7 +127,8 @@ class Attention(nn.Module):
         """(B, T, C) -> (B, T, C)."""
         q, k, v = self._queries_keys_values(x_BTC, around)
         scale = self.scale * (self.rotary.warmth(around.window) if self.rotary is not None else 1)
-        y = self.attend(q, k, v, around.mask, scale)
+        keys, values = (k, v) if around.cache is None else around.cache.extend(k, v)
+        y = self.attend(q, keys, values, around.mask, scale)
         if self.dynamic is not None:
             y = y + self.dynamic((q, k, v), x_BTC, around.starts, scale)
         y = unpair_heads(y) if self.paired else y
@@ -144,7 +148,8 @@ class Attention(nn.Module):
         if self.paired:
             q, k, v = pair_heads(q), pair_heads(k), pair_heads(v)
         if self.rotary is not None:
-            q, k = self.rotary(q, around.window), self.rotary(k, around.window)
+            first = 0 if around.cache is None else around.cache.tokens
+            q, k = (self.rotary(x, around.window, first) for x in (q, k))
         if self.offsets_keys:
             k = offset_keys(k, self.rotary.still_D, around.starts)
         return q, k, v
