@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from configs.schema import Model
 from layers.attention import Around
 from layers.basic import Linear, Norm, parameter, unit
-from layers.block import Block
+from layers.block import INJECT_START, Block
 from layers.cache import LOOKS_BACK, Cache, caches, later_mask
 from layers.embeddings import NgramEmbedding, Smear
 from layers.fused import equip
@@ -49,6 +49,7 @@ class GPT(nn.Module):
         self.positions = parameter(torch.randn(max_tokens, config.dim) * 0.02, "embed") if learned else None
         orders = (2, *config.ngram_orders) if config.bigram_buckets else ()
         self.ngrams = nn.ModuleList(NgramEmbedding(config, order) for order in orders)
+        self.ngram_share = parameter(torch.tensor(INJECT_START), "scalar") if config.inject and orders else None
         self.smear = Smear(config) if config.smear else None
         on_sphere = config.geometry == "sphere"
         self.norm_embed = unit if on_sphere else Norm(config) if config.norm_embedding else nn.Identity()
@@ -126,7 +127,8 @@ class GPT(nn.Module):
             x = x + self.positions[:tokens_BT.size(1)].to(self.dtype)
         x = self.norm_embed(x)
         ngrams = sum(table(tokens_BT, starts_BT).to(self.dtype) for table in self.ngrams) if self.ngrams else None
-        x = x if ngrams is None else x + ngrams
+        if ngrams is not None:
+            x = x + (ngrams if self.ngram_share is None else self.ngram_share.to(self.dtype) * ngrams)
         if self.smear is not None:
             x = self.smear(x, starts_BT)
         return self.norm_mixture(x), ngrams
@@ -138,7 +140,8 @@ class GPT(nn.Module):
 
     def _windows(self, window: int | None, long_window: int | None) -> list[int | None]:
         """Each layer's; None: it sees everything."""
-        return [long_window if window is not None and attends_far(self.config, i) else window for i in range(len(self.blocks))]
+        layers = range(len(self.blocks))
+        return [long_window if window is not None and attends_far(self.config, i) else window for i in layers]
 
     def _where(self, tokens_BT: Tensor, starts_BT: Tensor | None, window: int | None, long_window: int | None) -> list[dict]:
         """Each layer's window and mask; layers with the same window share the mask."""

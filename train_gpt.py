@@ -136,7 +136,7 @@ class Trainer:
         progress, values = self.progress, self.schedule.values(self.progress.step)
         inputs, targets, position = batches.next()
         nats = self.gradients(inputs, targets, values)
-        if progress.step < self.run.train.tied_until_frac * self.run.train.steps:
+        if self._is_tied():
             share_gradients(self.model.embed, self.model.head.weight)
         self.optimizer.step(values, progress.step + 1, remember=remember)
         self.optimizer.zero_grad()
@@ -144,6 +144,12 @@ class Trainer:
         progress.tokens += values.batch_tokens
         progress.position = position.as_dict()
         return nats
+
+    def _is_tied(self) -> bool:
+        """Whether this step moves the embedding, and the head with it. Gradients that wait for a later step are not shared
+        yet: what they add up to is, once."""
+        step, train = self.progress.step, self.run.train
+        return step < train.tied_until_frac * train.steps and (step + 1) % self.run.optim.embed.update_every == 0
 
     @torch.no_grad()
     def validate(self) -> Score:

@@ -1,24 +1,27 @@
 """Winning tickets: how much of a search space is good? One seeded random sweep for every optimizer, on a very short run.
 
-    python -m benchmarks.winning_tickets --draws 24 --jobs 2
+    python -m benchmarks.winning_tickets --draws 24
 
 After Nestler 2022: each optimizer gets the same number of draws of learning rate, average and weight decay, its lr over two
-decades; a ticket wins where its loss is within 2 % of the best that anyone found. Writes winning_tickets.json and, with
-Chromium, winning_tickets.png.
+decades; a ticket wins where its loss is within 2 % of the best that anyone found. All runs are made in one process; those
+that are there already are not made again. Writes winning_tickets.json and, with Chromium, winning_tickets.png.
 """
 
+import json
 import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import tyro
 
+import train_gpt
+from configs.cli import parse
 from data.environment import describe_environment
 from data.runs import write_json, write_text
 from scripts.lab.browser import screenshot
 from scripts.lab.spaces import draw, flags_of, parse_range
-from scripts.lab.sweep import Outcome, Trial, run_sweep
 
 HERE = Path(__file__).resolve().parent
 SHORT = ("--train.steps", "60", "--train.val_every_steps", "0")
@@ -45,26 +48,44 @@ class Arguments:
 
     draws: int = 24
     seed: int = 1
-    jobs: int = 1
     dir: Path = Path("runs") / "winning_tickets"
 
 
-def trials(args: Arguments) -> list[Trial]:
+class Ticket(NamedTuple):
+    """One draw of a method, and the loss that it ended with; infinite where it broke down."""
+
+    method: str
+    flags: tuple[str, ...]
+    loss: float
+
+
+def tickets(args: Arguments) -> list[Ticket]:
     """All draws of all methods, in turn over the methods."""
     drawn = {name: draw([parse_range(text) for text in space], args.draws, seed=args.seed, quasi=False)
              for name, (_, space) in METHODS.items()}
-    return [Trial(f"{name.replace('#', '-on-')}-draw{number:02}", name, "bench_cpu",
-                  (*shlex.split(METHODS[name][0]), *flags_of(drawn[name][number]), *SHORT), args.seed)
-            for number in range(args.draws) for name in METHODS]
+    found = []
+    for number in range(args.draws):
+        for name, (flags, _) in METHODS.items():
+            own = (*shlex.split(flags), *flags_of(drawn[name][number]), *SHORT)
+            found.append(Ticket(name, own, loss_of(f"{name.replace('#', '-on-')}-draw{number:02}", own, args)))
+    return found
 
 
-def losses(outcomes: list[Outcome]) -> dict[str, list[float]]:
-    """Every method's losses, sorted; a run that broke down has an infinite one."""
-    found: dict[str, list[float]] = {}
-    for outcome in outcomes:
-        loss = outcome.run.summary["val_loss_nats"] if outcome.run else None
-        found.setdefault(outcome.trial.experiment, []).append(math.inf if loss is None else loss)
-    return {name: sorted(values) for name, values in found.items()}
+def loss_of(folder: str, flags: tuple[str, ...], args: Arguments) -> float:
+    """Validation loss at the end of one run, in nats per token."""
+    summary = args.dir / folder / "summary.json"
+    if not summary.exists():
+        try:
+            train_gpt.main(parse(["bench_cpu", *flags, "--run.name", folder, "--run.dir", str(args.dir), "--run.seed",
+                                  str(args.seed), "--run.resume"]))
+        except train_gpt.DivergedError:
+            return math.inf
+    return json.loads(summary.read_text())["val_loss_nats"]
+
+
+def losses(found: list[Ticket]) -> dict[str, list[float]]:
+    """Every method's losses, sorted."""
+    return {name: sorted(ticket.loss for ticket in found if ticket.method == name) for name in METHODS}
 
 
 def share_within(values: list[float], best: float) -> float:
@@ -91,14 +112,14 @@ def plot(found: dict[str, list[float]], target: Path) -> None:
 
 def main(args: Arguments) -> None:
     """Run the sweep, write down every draw, and draw the picture."""
-    outcomes = run_sweep(trials(args), dir=args.dir, jobs=args.jobs)
-    found = losses(outcomes)
+    drawn = tickets(args)
+    found = losses(drawn)
     best = min(map(min, found.values()))
     environment = describe_environment()
     environment.pop("variables")
     shares = {name: share_within(values, best) for name, values in found.items()}
-    draws = [{"method": o.trial.experiment, "flags": " ".join(o.trial.flags),
-              "val_loss_nats": o.run.summary["val_loss_nats"] if o.run else None} for o in outcomes]
+    draws = [{"method": t.method, "flags": " ".join(t.flags), "val_loss_nats": None if math.isinf(t.loss) else t.loss}
+             for t in drawn]
     write_json(HERE / "winning_tickets.json", {
         "command": f"python -m benchmarks.winning_tickets --draws {args.draws} --seed {args.seed}",
         "environment": environment, "best_val_loss_nats": best, "share_within_2_percent": shares, "draws": draws})

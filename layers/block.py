@@ -14,6 +14,8 @@ from layers.attention import Around, Attention
 from layers.basic import MLP, Linear, Norm, parameter
 from layers.sphere import ScaledLinear, SphereStep, unit
 
+INJECT_START = 0.05  # weight of hashed embeddings wherever they are injected (speedrun, 2026)
+
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); with `x0_skip` the input is first mixed with x0.
@@ -73,7 +75,7 @@ class Inject(nn.Module):
 
     def __init__(self, config: Model) -> None:
         super().__init__()
-        self.weight = parameter(torch.tensor([0.0, 0.05] if config.bigram_buckets else [0.0]), "scalar")
+        self.weight = parameter(torch.tensor([0.0, INJECT_START] if config.bigram_buckets else [0.0]), "scalar")
 
     def forward(self, x_BTC: Tensor, around: Around) -> Tensor:
         """(B, T, C) -> (B, T, C)."""

@@ -130,6 +130,19 @@ def test_the_head_is_the_embedding_until_it_is_untied(folder, monkeypatch):
     assert not torch.equal(model.embed, model.head.weight)
 
 
+@pytest.mark.parametrize("every", ["1", "2", "3"])
+def test_tied_to_the_end_both_are_one_table(folder, monkeypatch, every):
+    """Also where the gradients of several steps add up before they are used: each counts once."""
+    slow = ["--optim.embed.update_every", every, "--optim.head.update_every", every]
+    found = []
+    for flags in (["--train.tied_until_frac", "1"], ["--train.tied_until_frac", "0", "--model.tied_head"]):
+        made = trainer(folder, monkeypatch, *slow, *flags)
+        batches = made.start_batches()
+        found.append([made.step(batches).item() / 192 for _ in range(8)])
+        batches.close()
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+
+
 def test_a_run_resumed_after_the_untying_is_the_same_run(folder, monkeypatch):
     monkeypatch.chdir(folder)
     flags = [*SMALL, "--run.checkpoint_every_steps", "9", "--run.name"]
