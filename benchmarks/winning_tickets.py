@@ -24,7 +24,7 @@ from scripts.lab.browser import screenshot
 from scripts.lab.spaces import draw, flags_of, parse_range
 
 HERE = Path(__file__).resolve().parent
-SHORT = ("--train.steps", "60", "--train.val_every_steps", "0")
+SHORT = ("--train.steps", "60", "--train.val_every_steps", "0", "--data.val_bytes", "32768")
 WITHIN = 1.02
 DECAY = "optim.matrix.weight_decay=0.001:1:log"
 BETA = "optim.matrix.beta1=0.5:0.98:one_minus"

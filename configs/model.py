@@ -139,8 +139,7 @@ class Model:
     ngram_orders: tuple[int, ...] = ()
     """Further hashed tables, each of bigram_buckets rows, of n-grams this long, beside the pairs (speedrun, 2026)."""
     inject: bool = False
-    """Hashed embeddings join the stream's start by a learned weight, and both are added again after each attention, by others
-    (speedrun, 2026)."""
+    """Learned weights: of hashed embeddings at the start; of both these and the start after attention (speedrun, 2026)."""
     residual_growth: float = 0.0
     """Learned factors of the stream and of what is added to it, the stream's growing it so much a layer at the start
     (speedrun, 2026: 1.1); 0: none."""

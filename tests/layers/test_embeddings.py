@@ -1,0 +1,90 @@
+"""Hashed n-grams, their signs and their injection, against loops."""
+
+from dataclasses import replace
+from functools import reduce
+from operator import xor
+
+import pytest
+import torch
+
+from configs.schema import Model
+from layers.attention import Around
+from layers.block import Inject
+from layers.embeddings import HASH, NgramEmbedding, fixed_signs
+from model import GPT
+
+CONFIG = Model(layers=2, dim=16, head_dim=8, zero_init_projections=False, bigram_buckets=37)
+START = 0
+
+
+def scrambled(config: Model, order: int = 2) -> NgramEmbedding:
+    embedding = NgramEmbedding(config, order)
+    embedding.table.data.normal_(generator=torch.Generator().manual_seed(order))
+    return embedding
+
+
+def some_tokens() -> torch.Tensor:
+    tokens = torch.randint(1, 50_257, (2, 12), generator=torch.Generator().manual_seed(1))
+    tokens[0, 4] = tokens[0, 6] = tokens[1, 0] = START
+    return tokens
+
+
+def gram(row: list[int], t: int, order: int, *, documents: bool) -> list[int] | None:
+    """The tokens t, t - 1, ..., order of them, or None where a document or the row is younger than that."""
+    begin = max([s for s in range(t + 1) if row[s] == START], default=0) if documents else 0
+    return row[t - order + 1:t + 1][::-1] if t - order + 1 >= begin else None
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("order", [2, 3, 4, 6])
+@pytest.mark.parametrize("signs", [0, 11])
+def test_hashed_ngrams_equal_the_loop(order, documents, signs):
+    embedding, tokens = scrambled(replace(CONFIG, bigram_signs=signs), order), some_tokens()
+    found = embedding(tokens, tokens == START if documents else None)
+    for b, row in enumerate(tokens.tolist()):
+        for t in range(len(row)):
+            grams = gram(row, t, order, documents=documents)
+            bucket = 36 if grams is None else reduce(xor, map(int.__mul__, grams, HASH)) % 36
+            sign = embedding.signs[0 if grams is None else reduce(xor, grams) % signs] if signs else 1
+            assert torch.equal(found[b, t], embedding.table[bucket] * sign), (b, t)
+
+
+def test_signs_are_balanced_fixed_and_draw_nothing():
+    state = torch.get_rng_state()
+    signs = fixed_signs(512, 64, seed=2)
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(signs, fixed_signs(512, 64, seed=2))
+    assert set(signs.unique().tolist()) == {-1.0, 1.0} and signs.mean().abs() < 4 / signs.numel()**0.5
+    overlap = signs @ signs.T / 64  # of two rows: 0 in the mean, deviation 1/8
+    assert (overlap - torch.eye(512)).abs().mean() < 0.12
+    assert not torch.equal(signs, fixed_signs(512, 64, seed=3))
+
+
+def test_signs_tell_apart_what_shares_a_vector():
+    one_bucket = replace(CONFIG, bigram_buckets=2)
+    pairs = torch.tensor([[5, 9], [5, 10]])
+    plain, signed = (scrambled(config)(pairs, None)[:, 1] for config in (one_bucket, replace(one_bucket, bigram_signs=64)))
+    assert torch.equal(plain[0], plain[1]) and not torch.equal(signed[0], signed[1])
+    assert torch.equal(signed.abs(), plain.abs())
+
+
+def test_injection_is_its_formula_and_starts_at_a_twentieth_of_the_ngrams():
+    inject = Inject(CONFIG)
+    x, x0, ngrams = (torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    around = Around(x0=x0, ngrams=ngrams)
+    torch.testing.assert_close(inject(x, around), x + 0.05 * ngrams)
+    inject.weight.data = torch.tensor([0.3, -2.0])
+    torch.testing.assert_close(inject(x, around), x + 0.3 * x0 - 2 * ngrams)
+    assert torch.equal(Inject(replace(CONFIG, bigram_buckets=0))(x, Around(x0=x0)), x)
+
+
+def test_where_they_are_injected_the_stream_starts_with_their_share():
+    tokens = some_tokens() % 40
+    starts = {}
+    for inject in (False, True):
+        torch.manual_seed(0)
+        model = GPT(replace(CONFIG, inject=inject, norm_embedding=False, ngram_orders=(3,)), vocab_size=40, max_tokens=12)
+        for table in model.ngrams:
+            table.table.data.normal_(generator=torch.Generator().manual_seed(table.order))
+        starts[inject], ngrams = model._start(tokens, None)
+        torch.testing.assert_close(ngrams, sum(table(tokens, None) for table in model.ngrams))
+        torch.testing.assert_close(starts[inject], model.embed[tokens] + (0.05 if inject else 1) * ngrams)
