@@ -165,13 +165,13 @@ def speedup() -> dict:
 
 
 def robustness() -> dict:
-    """Losses at nine learning rates over two decades, context 64, the shorter horizon, two seeds."""
+    """Losses at nine learning rates over two decades, context 64, the shorter horizon, one seed."""
     rows = []
     for name, method in NO_DECAY.items():
         for power in range(-4, 5):
             lr = CENTRES[name] * 10 ** (power / 4)
             losses = [loss("robust", name, method._replace(schedule="0=1 cos 100%=0"), lr=lr, context=64, steps=HORIZONS[0],
-                           seed=seed) for seed in SEEDS[:2]]
+                           seed=seed) for seed in SEEDS[:1]]
             rows.append({"method": name, "lr": lr, "losses": losses, "mean": statistics.mean(losses)})
     plot_robustness(rows, HERE / "ngpt_robustness.png")
     return {"rows": rows}

@@ -87,7 +87,7 @@ NAMED = [
     Entry("Shampoo, one-sided", Group(rule="shampoo", sides="smaller"), "spectral", "the smaller Gram matrix"),
     Entry("SOAP", Group(rule="soap"), "spectral", "both eigenbases, and a scale per entry there"),
     Entry("SOAP-Muon", Group(rule="soap_muon", **MUON), "spectral, Jordan's unit", "as SOAP"),
-    Entry("Manifold Muon", Group(rule="stiefel", constraint="stiefel"), "spectral, tangent", "none: the constraint does it"),
+    Entry("Manifold Muon", Group(rule="stiefel", dual_steps=6), "spectral, tangent", "none: the constraint does it"),
     Entry("PSGD", Group(rule="psgd", beta1=0.95), "spectral", "a whitening factor on each side"),
     Entry("Muon#AdamW", steepest(**MUON, graft="adam"), "spectral, AdamW's length", "a scale per entry"),
     Entry("Shampoo#AdamW, one-sided", Group(rule="shampoo", sides="smaller", graft="adam"), "spectral, AdamW's length",

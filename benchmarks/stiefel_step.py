@@ -75,7 +75,7 @@ def milliseconds(group: Group, shape: tuple[int, int]) -> float:
 
 def training(steps: int) -> dict[str, list[float]]:
     """Along `bytes`: at each step the largest distance of a singular value from 1, and the largest residual."""
-    flags = ["--optim.matrix.rule", "stiefel", "--optim.matrix.constraint", "stiefel", "--model.no_zero_init_projections",
+    flags = ["--optim.matrix.rule", "stiefel", "--optim.matrix.dual_steps", "6", "--model.no_zero_init_projections",
              "--run.device", "cpu", "--train.steps", str(steps)]
     trainer = Trainer(parse(["bytes", *flags]))
     batches, found = trainer.start_batches(), {"singular_values": [], "residuals": []}
@@ -98,7 +98,7 @@ def main(steps: int = 60) -> None:
     environment = describe_environment()
     environment.pop("variables")
     shapes = {f"{m} x {n}": {"residuals": residuals((m, n)) if m <= 512 else None,
-                             "stiefel_ms": milliseconds(Group(rule="stiefel", constraint="stiefel"), (m, n)),
+                             "stiefel_ms": milliseconds(Group(rule="stiefel", dual_steps=6), (m, n)),
                              "muon_ms": milliseconds(Group(rule="steepest"), (m, n))} for m, n in SHAPES}
     run = training(steps)
     write_json(HERE / "stiefel_step.json", {

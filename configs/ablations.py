@@ -69,7 +69,7 @@ ROWS = (
                           "--model.no_zero_init_projections"),
     Row("spectral_clip", "bytes", "--optim.matrix.clip 0.05 --optim.matrix.clip_norm spectral"),
     Row("weight_average", "bytes", "--train.weight_average 0.95 --train.weight_average_start 0.5"),
-    Row("stiefel", "bytes", "--optim.matrix.rule stiefel --optim.matrix.constraint stiefel "
+    Row("stiefel", "bytes", "--optim.matrix.rule stiefel --optim.matrix.dual_steps 6 "
                             "--model.no_zero_init_projections"),
     Row("muonh", "bytes", "--optim.matrix.constraint hyperball --model.no_zero_init_projections"),
     Row("sphere_adam", "ngpt_bytes", "--optim.matrix.rule adam --optim.matrix.lr 0.02"),

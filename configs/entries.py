@@ -44,7 +44,7 @@ ENTRIES = (
     Entry("muonh", "--optim.matrix.constraint hyperball --model.no_zero_init_projections", MUON_SPACE),
     Entry("adamh", "--optim.matrix.rule adam --optim.matrix.constraint hyperball --model.no_zero_init_projections",
           ADAM_SPACE),
-    Entry("stiefel", "--optim.matrix.rule stiefel --optim.matrix.constraint stiefel --model.no_zero_init_projections",
+    Entry("stiefel", "--optim.matrix.rule stiefel --optim.matrix.dual_steps 6 --model.no_zero_init_projections",
           MUON_SPACE),
     Entry("psgd", "--optim.matrix.rule psgd",
           ("optim.matrix.lr=0.001:0.01:log", "optim.matrix.beta1=0.8:0.97:one_minus",

@@ -188,6 +188,8 @@ class Sphere(Free):
 
 def build_constraint(group: Group) -> Free:
     """The constraint that a group's configuration describes."""
+    if group.rule == "stiefel":
+        return Stiefel()
     if group.constraint == "sphere":
         return Sphere(retraction=group.retraction, tangent=group.tangent)
     return {"hyperball": Hyperball, "radial": Radial, "stiefel": Stiefel, "none": Free}[group.constraint]()

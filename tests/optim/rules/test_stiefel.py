@@ -7,6 +7,7 @@ from torch import Tensor
 from configs.groups import Group, Optim
 from optim.comm import Comm
 from optim.constraints import Stiefel as Manifold
+from optim.constraints import build_constraint
 from optim.groups import build_groups
 from optim.newton_schulz import orthogonalize_svd
 from optim.rules import Hyper, build_rule
@@ -122,6 +123,7 @@ def test_zero_weights_are_refused():
         Manifold().enter(torch.zeros(1, 4, 3))
 
 
-def test_rule_and_constraint_need_each_other():
-    with pytest.raises(ValueError, match="need each other, got stiefel and none"):
-        Group(rule="stiefel")
+def test_the_rule_brings_its_constraint_and_takes_no_other():
+    assert build_constraint(Group(rule="stiefel")) == Manifold()
+    with pytest.raises(ValueError, match="rule stiefel brings the constraint stiefel, got constraint sphere"):
+        Group(rule="stiefel", constraint="sphere")
