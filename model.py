@@ -15,7 +15,7 @@ from configs.schema import Model
 from layers.attention import Around
 from layers.basic import Linear, Norm, parameter, unit
 from layers.block import INJECT_START, Block
-from layers.cache import LOOKS_BACK, Cache, caches, later_mask
+from layers.cache import LOOKS_BACK, Cache, caches, later_mask, refuse_cache
 from layers.embeddings import NgramEmbedding, Smear
 from layers.fused import equip
 from layers.fused.cross_entropy import linear_nats, row_nats
@@ -203,8 +203,12 @@ class GPT(nn.Module):
         return tokens_T
 
     def extend(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
-        """Logits of tokens that follow those of the cache, which takes them in: (B, T) -> (B, T, V), as of the whole."""
+        """Logits of tokens that follow those of the cache, which takes them in: (B, T) -> (B, T, V), as of the whole.
+
+        Raises ValueError for techniques that a cache cannot follow, and beyond the longest context.
+        """
         config, new = self.config, tokens_BT.size(1)
+        refuse_cache(config, tokens=new + (0 if cache.tokens_Bt is None else cache.tokens_Bt.size(1)), most=self.max_tokens)
         whole = tokens_BT if cache.tokens_Bt is None else torch.cat((cache.tokens_Bt, tokens_BT), dim=1)
         x, ngrams = (part if part is None else part[:, -new:] for part in self._start(whole[:, -new - LOOKS_BACK:], None))
         around = Around(x0=x, ngrams=ngrams)

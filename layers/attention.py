@@ -24,7 +24,7 @@ from layers.heads import (
     pair_heads,
     unpair_heads,
 )
-from layers.kernels import Mask, attends_far
+from layers.kernels import Mask, attend_sdpa, attends_far
 from layers.sphere import SphereQK
 
 YARN_ALPHA, YARN_BETA = 1, 32  # rotations within the first window: below, interpolated; above, kept (arXiv 2309.00071)
@@ -127,8 +127,10 @@ class Attention(nn.Module):
         """(B, T, C) -> (B, T, C)."""
         q, k, v = self._queries_keys_values(x_BTC, around)
         scale = self.scale * (self.rotary.warmth(around.window) if self.rotary is not None else 1)
-        keys, values = (k, v) if around.cache is None else around.cache.extend(k, v)
-        y = self.attend(q, keys, values, around.mask, scale)
+        if around.cache is None:
+            y = self.attend(q, k, v, around.mask, scale)
+        else:  # few queries, many keys: the mask is dense, whatever the kernel of training
+            y = attend_sdpa(q, *around.cache.extend(k, v), around.mask, scale)
         if self.dynamic is not None:
             y = y + self.dynamic((q, k, v), x_BTC, around.starts, scale)
         y = unpair_heads(y) if self.paired else y

@@ -38,10 +38,23 @@ class Cache:
         self.layers = [LayerCache() for _ in range(layers)]
 
 
+def strays(config: Model) -> list[str]:
+    """What a cache cannot follow: masked documents, and heads that read more than their own keys as they were."""
+    names = ("document_mask", "paired_heads", "dynamic_heads", "key_offset", "yarn")
+    return [name for name in names if getattr(config, name)] + ["position learned"] * (config.position == "learned")
+
+
 def caches(config: Model) -> bool:
-    """Whether a cache can follow: not where documents are masked, or heads read more than their own keys as they were."""
-    return not (config.document_mask or config.paired_heads or config.dynamic_heads or config.key_offset
-                or config.position == "learned" or config.yarn)
+    """Whether a cache can follow the model."""
+    return not strays(config)
+
+
+def refuse_cache(config: Model, *, tokens: int, most: int) -> None:
+    """Raise ValueError where a cache of so many tokens would not be the model."""
+    if found := strays(config):
+        raise ValueError(f"a cache cannot follow {', '.join(found)}; read the whole context anew for every token")
+    if tokens > most:
+        raise ValueError(f"a context of {tokens} tokens; this model was built for {most}")
 
 
 def later_mask(new: int, before: int, window: int | None, device: torch.device) -> Tensor:

@@ -10,17 +10,18 @@ The referee is training's: every validation token is predicted exactly once. 2x 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import tyro
 
 from configs.cli import fail
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+    from model import GPT
     from scripts.lab.models import Trained
 
 
@@ -36,6 +37,8 @@ class Arguments:
     """A file of HellaSwag (Zellers et al. 2019, arXiv 1905.07830), one JSON object a line: ctx, endings, label."""
     micro_tokens: int = 8192
     """Tokens in one forward pass."""
+    device: Literal["cpu", "cuda", "mps", "auto"] = "cpu"
+    """auto: the first of cuda, mps and cpu that is there. On CUDA activations are bfloat16, as in training there."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -56,15 +59,12 @@ def validation_losses(trained: "Trained", tokens: list[int], micro_tokens: int) 
     import torch
 
     from data.evaluate import evaluate
-    from optim.schedule import Schedule
 
-    last = Schedule(trained.run).values(trained.run.train.steps - 1)
-    nats = partial(trained.model, window=last.window_tokens, long_window=last.long_window_tokens)
     rows = []
     with torch.no_grad():
         for context in tokens:
-            score = evaluate(nats, trained.source, sequence_tokens=context, micro_tokens=max(micro_tokens, context), rank=0,
-                             world_size=1, device=torch.device("cpu"), sum_over_ranks=float)
+            score = evaluate(trained.model, trained.source, sequence_tokens=context, micro_tokens=max(micro_tokens, context),
+                             rank=0, world_size=1, device=trained.model.embed.device, sum_over_ranks=float)
             rows.append({"context_tokens": context, "val_loss_nats": score.nats_per_token,
                          "val_bits_per_byte": score.bits_per_byte})
     return rows
@@ -97,13 +97,15 @@ def nats_of_ending(trained: "Trained", context: str, ending: str) -> "Tensor":
 
     tokenizer = trained.source.tokenizer
     before, after = ([tokenizer.end_of_text, *tokenizer.encode(context)], list(tokenizer.encode(" " + ending)))
-    tokens = torch.tensor([int(t) for t in (*before, *after)])[-trained.model.max_tokens - 1:]
+    tokens = torch.tensor([int(t) for t in (*before, *after)], device=trained.model.embed.device)
+    tokens = tokens[-trained.model.max_tokens - 1:]
     logits = trained.model(tokens[None, :-1])[0]
     return F.cross_entropy(logits[-len(after):], tokens[1:][-len(after):])
 
 
 def hellaswag(trained: "Trained", file: Path) -> dict:
-    """Share of questions whose right ending has the least mean nats a token (`acc_norm` of the field), and how many."""
+    """Share of questions whose right ending has the least mean nats a token (build-nanogpt's acc_norm, Karpathy 2024; the
+    Language Model Evaluation Harness divides by bytes instead), and how many."""
     import torch
 
     if trained.source.tokenizer is None:
@@ -116,8 +118,16 @@ def hellaswag(trained: "Trained", file: Path) -> dict:
     return {"hellaswag_accuracy": sum(right) / len(right), "hellaswag_questions": len(right)}
 
 
+def place(model: "GPT", device: "torch.device") -> None:
+    """Move a model, in place, to where it is evaluated, with the activations that training has there."""
+    import torch
+
+    model.to(device).dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def main(args: Arguments) -> None:
     """Evaluate, print."""
+    from data.device import choose_device
     from data.runs import config_from_dict
     from scripts.lab.models import load_trained
 
@@ -126,6 +136,7 @@ def main(args: Arguments) -> None:
         trained_tokens = config_from_dict(json.loads((args.folder / "config.json").read_text())).data.sequence_tokens
         wanted = contexts(args.context, trained_tokens)
     trained = load_trained(args.folder, max_tokens=max(wanted))
+    place(trained.model, choose_device(args.device, 0))
     found = {"folder": str(args.folder), "contexts": validation_losses(trained, wanted, args.micro_tokens)}
     found |= hellaswag(trained, args.hellaswag) if args.hellaswag else {}
     if args.json:

@@ -1,6 +1,7 @@
 """A trained model's weights alone, as one file: `python -m scripts.export runs/tiny tiny.safetensors`.
 
-The file's metadata hold the configuration as JSON and the vocabulary's size, so that the model can be built again.
+The file's metadata hold the configuration as JSON, the vocabulary's size and the token that opens documents, so that the
+model can be built again: scripts.lab.models.load_exported does, and scripts.sample takes such a file.
 """
 
 import json
@@ -24,7 +25,10 @@ class Arguments:
 
 
 def export(folder: Path, target: Path) -> int:
-    """Write the weights of a run's checkpoint, float32 as stored; their number. Raises ValueError as `load_trained`."""
+    """Write the weights that a run's last validation judged, in their own types; their number.
+
+    Raises ValueError as `load_trained`, and for a target of another kind or that cannot be written.
+    """
     from safetensors.torch import save_file
 
     from data.files import replacing

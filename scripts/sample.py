@@ -1,4 +1,4 @@
-"""Text from a trained model: `python -m scripts.sample runs/tiny --prompt "def main("`."""
+"""Text from a trained model: `python -m scripts.sample runs/tiny --prompt "def main("`, or from an exported file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ class Sample:
     """What to continue, and how boldly."""
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """A run's folder."""
+    """A run's folder, or a file of scripts.export."""
     prompt: str = ""
     """Text to continue; empty: the model begins a document."""
     tokens: int = 200
@@ -30,9 +30,9 @@ def sample(args: Sample) -> str:
     """The prompt and its continuation. Raises ValueError for a folder without a run, or one that does not fit."""
     import torch
 
-    from scripts.lab.models import load_trained
+    from scripts.lab.models import load_exported, load_trained
 
-    run, source, model = load_trained(args.folder)
+    run, source, model = (load_exported if args.folder.is_file() else load_trained)(args.folder)
     if source.tokenizer is None:
         raise ValueError(f"the data of {args.folder} ({run.data.source}) has no tokenizer: nothing to write with")
     start = [source.tokenizer.end_of_text] if not args.prompt else []

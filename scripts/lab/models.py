@@ -1,6 +1,7 @@
-"""Trained models read back from their run folders, on whatever machine is at hand."""
+"""Trained models read back from their run folders or from exported files, on whatever machine is at hand."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -8,6 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from configs.schema import Model, Run
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from data.sources import Source
     from model import GPT
 
@@ -29,30 +32,73 @@ def anywhere(config: Model) -> Model:
 
 
 def load_trained(folder: Path, *, max_tokens: int = 0) -> Trained:
-    """A run's model with its last weights, for contexts of `max_tokens` (0: as in training).
+    """A run's model with the weights that its last validation judged, for contexts of `max_tokens` (0: as in training).
 
     Raises ValueError for a folder without a run or without a checkpoint, and where learned positions end sooner.
     """
     from data.checkpoint import load_checkpoint
     from data.runs import config_from_dict
     from data.sources import open_source
-    from model import GPT
 
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no run (config.json is missing); train one with python train_gpt.py")
     run = config_from_dict(json.loads((folder / "config.json").read_text()))
     source = open_source(run.data, cache_dir=CACHE, seed=run.run.seed)
     tensors, _ = load_checkpoint(folder / "checkpoint.safetensors")
-    weights = {name.removeprefix("weights/"): tensor for name, tensor in tensors.items() if name.startswith("weights/")}
+    weights = weights_that_count(tensors, blend=run.train.weight_average_blend)
+    return Trained(run, source, build_trained(run, source, weights, max_tokens=max_tokens, what=folder))
+
+
+def weights_that_count(tensors: Mapping[str, "Tensor"], *, blend: float) -> dict[str, "Tensor"]:
+    """Of a checkpoint, by parameter: not ahead where the run looked ahead, and averaged, by `blend`, where it averaged."""
+    from optim.lookahead import BASE
+    from optim.weight_average import KEY
+
+    found = {}
+    for name in (key.removeprefix("weights/") for key in tensors if key.startswith("weights/")):
+        weight = tensors[f"weights/{name}"]
+        weight = tensors.get(f"{BASE}/{name}", weight).to(weight.dtype)
+        average = tensors.get(f"{KEY}/{name}")
+        found[name] = weight if average is None else weight.float().lerp(average, blend).to(weight.dtype)
+    return found
+
+
+def load_exported(file: Path, *, max_tokens: int = 0) -> Trained:
+    """What scripts.export wrote, as `load_trained` gives it. Raises ValueError for a file that it did not write."""
+    from safetensors import SafetensorError, safe_open
+
+    from data.runs import config_from_dict
+    from data.sources import open_source
+
+    try:
+        with safe_open(file, "pt") as opened:
+            about, weights = opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        run = config_from_dict(json.loads(about["config"]))
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ValueError(f"{file} holds no exported model ({error}); write one with python -m scripts.export") from None
+    source = open_source(run.data, cache_dir=CACHE, seed=run.run.seed)
+    return Trained(run, source, build_trained(run, source, weights, max_tokens=max_tokens, what=file))
+
+
+def build_trained(run: Run, source: "Source", weights: Mapping[str, "Tensor"], *, max_tokens: int, what: Path) -> "GPT":
+    """The model of a run with these weights and the windows that its last step had, where nothing else is said.
+
+    Raises ValueError, naming `what`, where the weights are another version's, or learned positions end sooner.
+    """
+    from model import GPT
+    from optim.schedule import Schedule
+
     learned = len(weights["positions"]) if "positions" in weights else None
     if learned and max_tokens > learned:
-        raise ValueError(f"{folder} learned {learned} positions: a context of {max_tokens} tokens has none; "
+        raise ValueError(f"{what} learned {learned} positions: a context of {max_tokens} tokens has none; "
                          "train with --model.position rotary")
     model = GPT(anywhere(run.model), vocab_size=source.vocab_size, document_start=source.document_start,
                 max_tokens=learned or max(max_tokens, run.data.sequence_tokens))
     names = set(model.state_dict())
     if names != set(weights):
         strays = sorted(names ^ set(weights))
-        raise ValueError(f"{folder} was trained by another version: its weights differ in {', '.join(strays[:3])}")
-    model.load_state_dict(weights)
-    return Trained(run, source, model)
+        raise ValueError(f"{what} was trained by another version: its weights differ in {', '.join(strays[:3])}")
+    model.load_state_dict(dict(weights))
+    last = Schedule(run).values(run.train.steps - 1)
+    model.config = replace(model.config, window_tokens=last.window_tokens, long_window_tokens=last.long_window_tokens)
+    return model

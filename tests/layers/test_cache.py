@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from configs.model import Model
-from layers.cache import Cache, caches
+from layers.cache import Cache, caches, refuse_cache
 from model import GPT
 
 RICH = Model(layers=3, dim=32, head_dim=8, zero_init_projections=False, softcap="none", smear=True, value_embeds=1,
@@ -46,7 +46,27 @@ def test_samples_are_the_same_beyond_the_longest_context_too(config, monkeypatch
     assert torch.equal(with_cache, model.generate(prompt, 20, generator=torch.Generator().manual_seed(2)))
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called")
+@torch.no_grad()
+def test_a_model_that_trains_on_flex_attention_is_followed_too():
+    config, tokens = CONFIGS["windows"], torch.arange(12)[None]
+    model = GPT(config, vocab_size=40, max_tokens=16, on_cuda=True)
+    assert model.kernel == "flex"
+    cache = Cache(len(model.blocks))
+    found = torch.cat([model.extend(part, cache) for part in tokens.split(5, dim=1)], dim=1)
+    torch.testing.assert_close(found, model(tokens), atol=2e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("changes", [{"paired_heads": (0,)}, {"dynamic_heads": (1,)}, {"position": "learned"},
                                      {"document_mask": True}, {"key_offset": True, "position": "half_rotary"}], ids=str)
 def test_what_a_cache_cannot_follow_goes_without(changes):
     assert caches(RICH) and not caches(replace(RICH, **changes))
+    with pytest.raises(ValueError, match=f"a cache cannot follow .*{next(iter(changes))}"):
+        refuse_cache(replace(RICH, **changes), tokens=1, most=16)
+
+
+def test_a_cache_beyond_the_longest_context_is_refused():
+    model, cache = build(RICH), Cache(3)
+    model.extend(torch.arange(10)[None], cache)
+    with pytest.raises(ValueError, match=r"a context of 17 tokens; this model was built for 16"):
+        model.extend(torch.arange(7)[None], cache)

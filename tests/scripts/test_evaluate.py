@@ -6,31 +6,36 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save
 
 import train_gpt
 from configs.cli import parse
-from data.runs import config_from_dict
-from model import GPT
+from data.checkpoint import load_checkpoint
+from optim.schedule import Schedule
 from scripts.evaluate import Arguments as Evaluation
 from scripts.evaluate import Question, contexts, hellaswag, main, nats_of_ending, questions
 from scripts.export import export
-from scripts.lab.models import anywhere, load_trained
+from scripts.lab.models import load_exported, load_trained, weights_that_count
+from scripts.sample import Sample, sample
 
 TEXT = "steepest descent under a norm. the norm is chosen by the role of the tensor. "
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A short run with windows that grow, on a text of one sentence."""
-    folder = tmp_path_factory.mktemp("evaluate")
+def short_run(folder: Path, *more: str) -> Path:
+    """Thirty steps with windows that grow, on a text of one sentence."""
     (folder / "my.txt").write_text(TEXT * 300)
     flags = ["--data.source", "text", "--data.tokenizer", "bytes", "--data.train_files", str(folder / "my.txt"),
              "--data.sequence_tokens", "32", "--model.dim", "32", "--model.head_dim", "16", "--model.bigram_buckets", "64",
              "--model.window_tokens", "8", "--schedule.window_tokens", "0=1 100%=2", "--train.steps", "30",
              "--train.batch_tokens", "512", "--train.val_every_steps", "0", "--log.wandb", "disabled",
              "--log.sample_tokens", "0", "--run.dir", str(folder), "--run.name", "run"]
-    train_gpt.main(parse(["tiny", *flags]))
+    train_gpt.main(parse(["tiny", *flags, *more]))
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return short_run(tmp_path_factory.mktemp("evaluate"))
 
 
 def evaluated(run: Path, capsys, *, context: str = "1x", **options: object) -> dict:
@@ -90,13 +95,46 @@ def test_an_exported_model_is_built_again_from_its_file_alone(run, tmp_path):
     trained = load_trained(run)
     assert export(run, target) == sum(p.numel() for p in trained.model.parameters())
     with safe_open(target, "pt") as file:
-        about, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    config = config_from_dict(json.loads(about["config"]))
-    again = GPT(anywhere(config.model), vocab_size=int(about["vocab_size"]), max_tokens=32,
-                document_start=json.loads(about["document_start"]))
-    again.load_state_dict(weights)
-    tokens = torch.arange(32).view(1, 32)
-    assert torch.equal(again(tokens), trained.model(tokens))
+        assert file.metadata()["vocab_size"] == "257" and json.loads(file.metadata()["document_start"]) == 256
+    again, tokens = load_exported(target), torch.arange(32).view(1, 32)
+    assert again.run == trained.run
+    assert torch.equal(again.model(tokens), trained.model(tokens))
+    asked = {"prompt": "steepest", "tokens": 20}
+    assert sample(Sample(folder=target, **asked)) == sample(Sample(folder=run, **asked))
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors", save({"weight": torch.ones(2)})], ids=["empty", "text", "others"])
+def test_files_that_were_not_exported_are_refused(tmp_path, content):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model.safetensors holds no exported model .* python -m scripts.export"):
+        load_exported(tmp_path / "model.safetensors")
+
+
+def test_the_windows_are_those_of_the_last_step(run):
+    """Of 8 tokens at first, nearly 16 at the end."""
+    trained, tokens = load_trained(run), torch.arange(32).view(1, 32)
+    last = Schedule(trained.run).values(29).window_tokens
+    assert last == trained.model.config.window_tokens > trained.run.model.window_tokens == 8
+    assert torch.equal(trained.model(tokens), trained.model(tokens, window=last))
+    assert not torch.equal(trained.model(tokens), trained.model(tokens, window=8))
+
+
+@pytest.mark.parametrize("blend", [1.0, 0.5])
+def test_the_weights_are_those_that_the_summary_judged(tmp_path, capsys, blend):
+    """Averaged, which the checkpoint's own are not."""
+    run = short_run(tmp_path, "--train.weight_average", "0.9", "--train.weight_average_blend", str(blend))
+    capsys.readouterr()
+    judged = json.loads((run / "summary.json").read_text())["val_loss_nats"]
+    assert evaluated(run, capsys)["contexts"][0]["val_loss_nats"] == pytest.approx(judged, abs=1e-6)
+    tensors, _ = load_checkpoint(run / "checkpoint.safetensors")
+    assert not torch.equal(load_trained(run).model.embed, tensors["weights/embed"])
+
+
+def test_weights_that_looked_ahead_are_taken_where_they_are():
+    tensors = {"weights/a": torch.full((2,), 5.0), "ahead_base/a": torch.full((2,), 3.0), "average/a": torch.ones(2),
+               "weights/b": torch.full((1,), 7.0)}
+    found = weights_that_count(tensors, blend=0.25)
+    assert found["a"].tolist() == [2.5, 2.5] and found["b"].tolist() == [7.0]
 
 
 def test_targets_that_are_no_safetensors_are_refused(run, tmp_path):
