@@ -2,9 +2,11 @@
 
     python -m scripts.bench tiny
     python -m scripts.bench track3 --tokens 8192 --device cuda --json
+    torchrun --standalone --nproc_per_node=2 -m scripts.bench tiny
 
 The roofline is measured, not looked up: operations a second by one large product of matrices, bytes a second by one large
 copy. A part's bound is the greater of its operations and its least traffic over those; `reached` is that over its time.
+Started by torchrun, every rank measures at once, the update includes its communication, and communication alone is a part.
 """
 
 import json
@@ -12,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import tyro
@@ -23,6 +26,11 @@ if TYPE_CHECKING:
 
     from configs.schema import Run
     from model import GPT
+    from optim.comm import Comm
+    from optim.sharded import ShardedOptimizer
+
+BYTES_A_TOKEN = 2 * (2 + 8)
+"""Of an input and a target: read as uint16, written as int64."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,18 +96,16 @@ def roofline(device: "torch.device", dtype: "torch.dtype") -> tuple[float, float
     return flops, 2 * source.nbytes / median_seconds(lambda: target.copy_(source), 5, device)
 
 
-def parts(run: "Run", model: "GPT", tokens: "torch.Tensor", device: "torch.device") -> Iterator[Part]:
-    """Attention, MLP, head and loss, each forward and backward; the whole model; the update; a batch of data."""
+def model_parts(run: "Run", model: "GPT", tokens: "torch.Tensor") -> Iterator[Part]:
+    """Attention, MLP, head and loss, and the whole model, each forward and backward."""
     import torch
 
     from layers.attention import Around
-    from optim.comm import Comm
-    from optim.groups import build_groups
+    from model import mean_span
     from optim.schedule import Schedule
-    from optim.sharded import ShardedOptimizer
 
     values, config = Schedule(run).values(0), run.model
-    x = torch.randn(*tokens.shape, config.dim, device=device, dtype=model.dtype, requires_grad=True)
+    x = torch.randn(*tokens.shape, config.dim, device=tokens.device, dtype=model.dtype, requires_grad=True)
     places, targets = model._where(tokens, None, values.window_tokens, values.long_window_tokens), tokens.roll(-1, 1)
     layer = next(i for i, block in enumerate(model.blocks) if block.attention is not None)
     value = torch.zeros_like(x) if model.blocks[layer].attention.mix_value is not None else None
@@ -108,76 +114,120 @@ def parts(run: "Run", model: "GPT", tokens: "torch.Tensor", device: "torch.devic
     def both(function: Callable[[], "torch.Tensor"]) -> Callable[[], None]:
         return lambda: function().sum().backward()
 
-    def weights(module: torch.nn.Module) -> float:
+    def weights(module: torch.nn.Module) -> int:
         return sum(p.numel() for p in module.parameters() if p.ndim == 2)
 
-    def part(name: str, module: torch.nn.Module, function: Callable[[], "torch.Tensor"], more_flops: float = 0.0) -> Part:
-        return Part(name, both(function), 6 * weights(module) * rows + more_flops, 12 * weights(module) + 3 * x.nbytes)
+    def part(name: str, elements: int, function: Callable[[], "torch.Tensor"], more_flops: float = 0.0) -> Part:
+        return Part(name, both(function), 6 * elements * rows + more_flops, 12 * elements + 3 * x.nbytes)
 
-    attention = model.blocks[layer].attention
-    span = tokens.size(1) / 2
-    yield part("attention", attention, lambda: attention(x, around), 12 * config.dim * span * rows)
-    yield part("MLP", model.blocks[layer].mlp, lambda: model.blocks[layer].mlp(x))
-    head = model.head or torch.nn.Linear(config.dim, len(model.embed), bias=False)
-    yield part("head and loss", head, lambda: model._nats(x.flatten(0, 1), targets.flatten()))
+    attention, mlp = model.blocks[layer].attention, model.blocks[layer].mlp
+    span = mean_span(tokens.size(1), around.window or tokens.size(1))
+    yield part("attention", weights(attention), lambda: attention(x, around), 12 * config.dim * span * rows)
+    yield part("MLP", weights(mlp), lambda: mlp(x))
+    yield part("head and loss", model.head_weight.numel(), lambda: model._nats(x.flatten(0, 1), targets.flatten()))
     whole = model.flops_per_token(tokens.size(1), values.window_tokens, values.long_window_tokens) * rows
     yield Part("model", both(lambda: model(tokens, targets)), whole, 12 * sum(p.numel() for p in model.parameters()))
-    optimizer = ShardedOptimizer(build_groups(dict(model.named_parameters()), model.roles(), run.optim, model.axes()),
-                                 Comm(device))
+
+
+def optimizer_parts(run: "Run", model: "GPT", comm: "Comm") -> Iterator[Part]:
+    """The update of all groups, from random gradients; on several ranks also what they say to each other in it."""
+    from optim.groups import build_groups
+    from optim.schedule import Schedule
+    from optim.sharded import ShardedOptimizer
+    from scripts.lab.costs import bank_flops
+
+    groups = build_groups(dict(model.named_parameters()), model.roles(), run.optim, model.axes())
+    optimizer, values, ranks = ShardedOptimizer(groups, comm), Schedule(run).values(0), comm.world_size
     for bank in optimizer.banks:
         bank.grads.normal_()
-    held = sum(t.nbytes for bank in optimizer.banks for t in (bank.weights, bank.grads, *bank.state.values()))
-    yield Part("update", lambda: optimizer.step(values, 1), update_flops(optimizer), 1.7 * held)
+    owned = [(bank, ranks if bank.sharded else 1) for bank in optimizer.banks]
+    flops = sum(bank_flops(bank) * len(bank.names) / divided for bank, divided in owned)
+    traffic = sum((2 * bank.weights.nbytes + bank.grads.nbytes) / divided + 2 * sum(t.nbytes for t in bank.state.values())
+                  for bank, divided in owned)
+    yield Part("update", lambda: optimizer.step(values, optimizer.period), flops, traffic)
+    if ranks > 1:
+        sent = 2 * (ranks - 1) / ranks * sum(bank.weights.nbytes for bank in optimizer.banks)
+        yield Part("communication", lambda: exchange(optimizer), 0.0, sent)
 
 
-def update_flops(optimizer: object) -> float:
-    """Operations of the update's orthogonalizations."""
-    from configs.groups import acting_fields
-    from scripts.lab.costs import newton_schulz_flops
+def exchange(optimizer: "ShardedOptimizer") -> None:
+    """Sum all gradients over ranks, gather all weights: dense, without the update between."""
+    comm, works = optimizer.comm, []
+    for bank in optimizer.banks:
+        works.append(comm.reduce_scatter(bank.grads)[1] if bank.sharded else comm.all_reduce(bank.grads))
+    for work in works + [comm.all_gather(bank.weights) for bank in optimizer.banks if bank.sharded]:
+        work.wait()
 
-    return sum(newton_schulz_flops(*bank.shape[-2:], bank.group.config.ns_steps) * len(bank.names)
-               for bank in optimizer.banks if len(bank.shape) == 2 and "ns_steps" in acting_fields(bank.group.config))
+
+def data_parts(run: "Run", comm: "Comm") -> Iterator[Part]:
+    """A rank's batch, made while nothing else runs. Raises ValueError for data that is not there."""
+    from data.batches import Batches
+    from data.orders import Position
+    from data.sources import open_source
+    from optim.schedule import Schedule
+    from scripts.lab.models import CACHE
+
+    source, portions = open_source(run.data, cache_dir=CACHE, seed=run.run.seed), Schedule(run).portions(0)
+    batches = Batches(source.train, order=run.data.order, seed=run.run.seed, document_start=source.document_start,
+                      max_document_tokens=run.data.max_document_tokens, rank=comm.rank, world_size=comm.world_size,
+                      plan=lambda step: portions, total_steps=2**62, vocab_size=source.vocab_size)
+    batches.start(0, Position())
+    try:
+        yield Part("data", batches.next, 0.0, BYTES_A_TOKEN * portions[0] / comm.world_size)
+    finally:
+        batches.close()
+
+
+def time_part(part: Part, repeats: int, device: "torch.device", line: tuple[float, float]) -> Timing:
+    """Measure a part beside its bound, by the roofline (operations a second, bytes a second)."""
+    bound = max(part.flops / line[0], part.traffic / line[1])
+    return Timing(part.name, 1e3 * median_seconds(part.run, repeats, device), 1e3 * bound, part.flops, part.traffic)
 
 
 def bench(args: Arguments, flags: list[str]) -> dict:
     """Time every part. Raises ValueError for a device that is not there."""
     import torch
 
+    from data.device import choose_device
     from data.environment import describe_environment
     from model import GPT
+    from optim.comm import Comm, local_rank
     from scripts.lab.flops import vocabulary
     from scripts.lab.models import anywhere
 
     if args.device not in ("cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"--device is cpu, or cuda where there is one; got {args.device!r}")
-    run, device = parse_row(args.preset, flags), torch.device(args.device)
+    run, comm = parse_row(args.preset, flags), Comm(choose_device(args.device, local_rank()))
+    device, notes = comm.device, []
     context = min(run.data.sequence_tokens, args.tokens)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     config = replace(anywhere(run.model), document_mask=False)
     model = GPT(config, vocab_size=vocabulary(run.data), max_tokens=context, on_cuda=device.type == "cuda",
                 dtype=dtype).to(device)
     tokens = torch.randint(vocabulary(run.data), (max(1, args.tokens // context), context), device=device)
-    flops, bandwidth = roofline(device, dtype)
-    found = []
-    for part in parts(run, model, tokens, device):
-        bound = max(part.flops / flops, part.traffic / bandwidth)
-        found.append(Timing(part.name, 1e3 * median_seconds(part.run, args.repeats, device), 1e3 * bound, part.flops,
-                            part.traffic))
+    line, found = roofline(device, dtype), []
+    try:
+        for part in chain(model_parts(run, model, tokens), optimizer_parts(run, model, comm), data_parts(run, comm)):
+            found.append(time_part(part, args.repeats, device, line))
+    except ValueError as error:  # the data is not there: the rest is known
+        notes.append(f"no time of the data: {error}")
+    comm.close()
     environment = describe_environment()
     environment.pop("variables")
     return {"preset": args.preset, "tokens": tokens.numel(), "context": context, "device": args.device,
-            "flops_per_second": flops, "bytes_per_second": bandwidth, "environment": environment,
+            "ranks": comm.world_size, "rank": comm.rank, "flops_per_second": line[0], "bytes_per_second": line[1],
+            "environment": environment, "notes": notes,
             "parts": [timing._asdict() | {"reached": timing.reached} for timing in found]}
 
 
 def table(found: dict) -> str:
     """The parts, one a line."""
-    lines = [f"{found['preset']}, {found['tokens']:,} tokens in contexts of {found['context']:,} on {found['device']}: "
+    lines = [f"{found['preset']}, {found['tokens']:,} tokens in contexts of {found['context']:,} on {found['ranks']} x {found['device']}: "
              f"{found['flops_per_second'] / 1e9:,.0f} GFLOP/s, {found['bytes_per_second'] / 1e9:,.1f} GB/s at best", "",
              f"{'part':>14} {'ms':>9} {'bound ms':>9} {'reached':>8} {'GFLOP':>9} {'MB':>9}"]
     lines += [f"{p['name']:>14} {p['ms']:>9.3f} {p['bound_ms']:>9.3f} {p['reached']:>8.0%} {p['flops'] / 1e9:>9.2f} "
               f"{p['traffic'] / 1e6:>9.1f}" for p in found["parts"]]
-    return "\n".join(lines)
+    return "\n".join([*lines, *found["notes"]])
 
 
 if __name__ == "__main__":
@@ -188,6 +238,7 @@ if __name__ == "__main__":
     try:
         ARGUMENTS = tyro.cli(Arguments, description=__doc__, args=OWN, use_underscores=True)
         FOUND = bench(ARGUMENTS, FLAGS)
-        print(json.dumps(FOUND, indent=2) if ARGUMENTS.json else table(FOUND))
+        if FOUND["rank"] == 0:
+            print(json.dumps(FOUND, indent=2) if ARGUMENTS.json else table(FOUND))
     except ValueError as error:
         fail(str(error))

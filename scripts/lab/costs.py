@@ -1,16 +1,46 @@
 """What a run costs by its configuration: operations, bytes and messages of each stage, and the milliseconds they predict."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import groupby
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from configs.groups import acting_fields
 from configs.schema import Run
 from optim.schedule import Schedule, Values
 from scripts.lab.flops import vocabulary
 from scripts.lab.machines import Efficiency, Machine
 
+if TYPE_CHECKING:
+    from model import GPT
+    from optim.bank import Bank
+    from optim.groups import ParamGroup
+
 FLOAT, HALF = 4, 2
+
+
+class BankSize(NamedTuple):
+    """Of one of the optimizer's banks, by entries of the dimension that ranks divide: matrices, rows or elements."""
+
+    entries: int
+    weight_bytes: int
+    """Of one entry; its gradient has as many."""
+    state_bytes: float
+    """Of one entry."""
+    flops: float
+    """Of one entry's orthogonalization; what other rules compute is not counted."""
+    every: int
+    """It is updated at every so-many-th step."""
+    small: bool
+    """Too small to be divided: every rank keeps and updates it all."""
+
+    def owned(self, gpus: int) -> int:
+        """Entries that one rank updates, padding included."""
+        return self.entries if self.small else math.ceil(self.entries / gpus)
+
+    def held(self, gpus: int) -> int:
+        """Entries of weights that every rank holds, padding included."""
+        return self.entries if self.small else gpus * self.owned(gpus)
 
 
 class Sizes(NamedTuple):
@@ -19,11 +49,17 @@ class Sizes(NamedTuple):
     parameters: int
     matrix_elements: int
     """Of matrices that are orthogonalised."""
-    newton_schulz_flops: float
-    """Of one step for all of them."""
-    state_elements: int
-    sent_elements: float
-    """Gradients that travel in a step, and as many weights back: of a group that updates every k-th step, one k-th."""
+    banks: tuple[BankSize, ...]
+
+    def padding(self, gpus: int) -> float:
+        """Bytes that filling the banks up to a multiple of the ranks adds, over the weights' own."""
+        return sum((bank.held(gpus) - bank.entries) * bank.weight_bytes for bank in self.banks) / sum(
+            bank.entries * bank.weight_bytes for bank in self.banks)
+
+    @property
+    def newton_schulz_flops(self) -> float:
+        """Of one step's orthogonalizations, all ranks together."""
+        return sum(bank.flops * bank.entries for bank in self.banks)
 
 
 class Stage(NamedTuple):
@@ -34,34 +70,52 @@ class Stage(NamedTuple):
     values: Values
     flops: float
     """Of one step, forward and backward, all ranks together."""
-    activation_bytes: float
-    """Kept by one rank's largest forward pass."""
     micro_tokens: int
-    """Tokens of that pass, at most."""
+    """Tokens of one forward pass, at most, but at least one sequence."""
+    activation_bytes: Callable[[int], float]
+    """Kept by a forward pass of so many tokens."""
+
+    def portion(self, gpus: int) -> tuple[int, int, int]:
+        """(sequences in the step, of them the busiest rank's, its sequences in one pass): ranks divide no sequence."""
+        tokens = self.values.sequence_tokens
+        count = self.values.batch_tokens // tokens
+        mine = math.ceil(count / gpus)
+        return count, mine, min(mine, max(1, self.micro_tokens // tokens))
 
 
 class Prediction(NamedTuple):
-    """Milliseconds of one step on one rank, by cause, and bytes."""
+    """One step on the busiest rank: milliseconds by cause, then bytes."""
 
     compute_ms: float
     optimizer_ms: float
     memory_ms: float
     network_ms: float
     network_bytes: float
-    rank_bytes: float
+    """Sent by the rank."""
+    traffic_bytes: float
+    """Read from its memory and written to it."""
+    weight_bytes: float
+    gradient_bytes: float
+    state_bytes: float
+    activation_bytes: float
 
     @property
     def step_ms(self) -> float:
         """Compute, then update, then what communication the update does not hide."""
         return self.compute_ms + max(self.optimizer_ms, self.network_ms) + self.memory_ms
 
+    @property
+    def rank_bytes(self) -> float:
+        """Memory that the rank holds."""
+        return self.weight_bytes + self.gradient_bytes + self.state_bytes + self.activation_bytes
+
 
 def measure_sizes(run: Run) -> tuple[Sizes, list[Stage]]:
-    """Sizes of the model and its stages, without allocating it (on the meta device)."""
+    """Sizes of the model and its stages. Model and banks are built on the meta device: exact, and nothing is allocated."""
     import torch
 
-    from configs.groups import acting_fields
     from model import GPT
+    from optim.bank import alike
     from optim.groups import build_groups
     from scripts.lab.models import anywhere
 
@@ -70,18 +124,53 @@ def measure_sizes(run: Run) -> tuple[Sizes, list[Stage]]:
     with torch.device("meta"):
         model = GPT(anywhere(run.model), vocab_size=vocabulary(run.data), max_tokens=max(v.sequence_tokens for v in values),
                     document_start=0, dtype=torch.bfloat16)
-    groups = build_groups(dict(model.named_parameters()), model.roles(), run.optim, model.axes())
-    state = matrix = 0
-    sent = ns = 0.0
-    for group in groups:
-        for param in group.params.values():
-            sent += param.numel() / group.config.update_every
-            state += param.numel() * (2 if group.config.rule == "adam" else 1)
-            if "ns_steps" in acting_fields(group.config) and param.ndim == 2:
-                matrix += param.numel()
-                ns += newton_schulz_flops(*param.shape, group.config.ns_steps)
-    sizes = Sizes(sum(p.numel() for p in model.parameters()), matrix, ns, state, sent)
-    return sizes, [make_stage(model, run, first, part) for first, part in stage_parts(values)]
+        groups = build_groups(dict(model.named_parameters()), model.roles(), run.optim, model.axes())
+        banks = [empty_bank(run, group, names) for group in groups for names in alike(group)]
+    return sizes_of(banks), [make_stage(model, run, first, part) for first, part in stage_parts(values)]
+
+
+def empty_bank(run: Run, group: "ParamGroup", names: list[str]) -> "Bank":
+    """The bank that an optimizer at world size 1 makes of these parameters: shapes and types, whatever the values."""
+    import torch
+
+    from optim.bank import Bank, lead_view
+    from optim.lookahead import Lookahead
+    from optim.weight_average import WeightAverage
+
+    weights = lead_view(torch.stack([group.params[name].detach() for name in names]), group.scope)
+    bank = Bank(group, names, group.params[names[0]].shape, weights, weights, slice(None), False,
+                group.step.along(group.axes[names[0]]))
+    memory = bank.as_matrices(weights)
+    bank.state = bank.step.init_state(memory)
+    bank.state |= group.rule.init_state(memory.float() if group.config.state_dtype == "float32" else memory)
+    for kept in filter(None, (WeightAverage.build(run.train), Lookahead.build(run))):
+        kept.init(bank)
+    return bank
+
+
+def sizes_of(banks: "list[Bank]") -> Sizes:
+    """Of all banks of a model."""
+    def elements(some: "Iterable[Bank]") -> int:
+        return sum(bank.shape.numel() * len(bank.names) for bank in some)
+
+    return Sizes(elements(banks), elements(bank for bank in banks if bank_flops(bank)), tuple(map(bank_size, banks)))
+
+
+def bank_size(bank: "Bank") -> BankSize:
+    """Of a bank at world size 1, where nothing is padded yet."""
+    from optim.sharded import SMALL_BANK_ELEMENTS
+
+    entries = bank.weights.size(0)
+    return BankSize(entries, bank.weights.nbytes // entries, sum(t.nbytes for t in bank.state.values()) / entries,
+                    bank_flops(bank), bank.group.config.update_every, bank.weights.numel() < SMALL_BANK_ELEMENTS)
+
+
+def bank_flops(bank: "Bank") -> float:
+    """Operations of orthogonalizing one of a bank's matrices; 0 where they are not."""
+    config = bank.group.config
+    if len(bank.shape) != 2 or "ns_steps" not in acting_fields(config):
+        return 0.0
+    return newton_schulz_flops(*bank.shape, config.ns_steps)
 
 
 def newton_schulz_flops(m: int, n: int, steps: int) -> float:
@@ -100,36 +189,56 @@ def stage_parts(values: Iterable[Values]) -> list[tuple[int, list[Values]]]:
     return found
 
 
-def make_stage(model: "object", run: Run, first: int, part: list[Values]) -> Stage:
+def make_stage(model: "GPT", run: Run, first: int, part: list[Values]) -> Stage:
     """Costs of one shape."""
     now = part[0]
-    micro = min(run.train.micro_tokens, now.batch_tokens)
-    return Stage(first, len(part), now, now.batch_tokens * model.flops_per_token(*now[4:7]),
-                 model.activation_bytes(max(micro, now.sequence_tokens)), micro)
+    return Stage(first, len(part), now, now.batch_tokens * model.flops_per_token(*now[4:7]), run.train.micro_tokens,
+                 model.activation_bytes)
 
 
 def predict(stage: Stage, sizes: Sizes, machine: Machine, *, gpus: int, share: Efficiency) -> Prediction:
-    """One step of a stage on so many accelerators.
+    """One step of a stage on so many accelerators, by the busiest of them.
 
-    Compute: the stage's operations over all of them. Update: Newton-Schulz, divided by matrices, plus weights, gradients
-    and state of a rank's slice read and written once. Memory: float32 weights cast to bfloat16 at each forward pass.
-    Network: gradients are reduce-scattered and weights gathered in float32, (g - 1) / g of the bytes each, at the slower
-    link's rate; that sparse rows travel alone is not counted, so tables cost too much here.
+    Compute: its sequences' part of the stage's operations; where there are fewer sequences than ranks, the rest wait.
+    Update: Newton-Schulz on the matrices it owns; their weights read and written, gradients read, state read and written.
+    Memory: float32 weights cast to bfloat16 at each forward pass; activations, written once and read once, count as traffic
+    but not as time, since the share of the peak that the compute reaches has it already. Network: a ring's reduce-scatter
+    of gradients and all-gather of weights, or all-reduce of small banks, is 2 (g - 1) / g of the bytes, padding included, at
+    the slower link's rate; that sparse rows travel alone is not counted, so tables cost too much here.
     """
-    nodes = math.ceil(gpus / machine.per_node)
-    passes = math.ceil(stage.values.batch_tokens / gpus / stage.micro_tokens)
-    link = (machine.node_bandwidth if nodes == 1 else min(machine.node_bandwidth, machine.net_bandwidth)) * share.network
-    moved = 2 * FLOAT * (gpus - 1) / gpus * sizes.sent_elements
-    update_bytes = FLOAT * (2 * sizes.parameters + 2 * sizes.state_elements) / gpus
-    rank_bytes = FLOAT * (2 * sizes.parameters + sizes.state_elements / gpus) + stage.activation_bytes
+    count, mine, rows = stage.portion(gpus)
+    passes = math.ceil(mine / rows)
+    activations = stage.activation_bytes(rows * stage.values.sequence_tokens)
+    held, owned_state, update_bytes, update_flops, sent = bank_totals(sizes.banks, gpus)
+    casts = passes * sizes.matrix_elements * (FLOAT + HALF)
+    link = min(machine.node_bandwidth, machine.net_bandwidth) if gpus > machine.per_node else machine.node_bandwidth
     peak, memory = machine.flops * share.flops, machine.memory_bandwidth * share.memory
     return Prediction(
-        compute_ms=1e3 * stage.flops / gpus / peak,
-        optimizer_ms=1e3 * (sizes.newton_schulz_flops / gpus / peak + update_bytes / memory),
-        memory_ms=1e3 * passes * sizes.matrix_elements * (FLOAT + HALF) / memory,
-        network_ms=1e3 * moved / link if gpus > 1 else 0.0, network_bytes=moved if gpus > 1 else 0.0, rank_bytes=rank_bytes)
+        compute_ms=1e3 * stage.flops * mine / count / peak,
+        optimizer_ms=1e3 * (update_flops / peak + update_bytes / memory), memory_ms=1e3 * casts / memory,
+        network_ms=1e3 * sent / (link * share.network), network_bytes=sent,
+        traffic_bytes=casts + update_bytes + 2 * passes * activations,
+        weight_bytes=held, gradient_bytes=held, state_bytes=owned_state, activation_bytes=activations)
+
+
+def bank_totals(banks: Iterable[BankSize], gpus: int) -> tuple[float, float, float, float, float]:
+    """(bytes of weights held, bytes of state owned, bytes and operations of a mean step's update, bytes sent in it)."""
+    held = owned_state = update_bytes = update_flops = sent = 0.0
+    for bank in banks:
+        owned, weights = bank.owned(gpus), bank.held(gpus) * bank.weight_bytes
+        held += weights
+        owned_state += owned * bank.state_bytes
+        update_bytes += owned * (3 * bank.weight_bytes + 2 * bank.state_bytes) / bank.every
+        update_flops += owned * bank.flops / bank.every
+        sent += 2 * (gpus - 1) / gpus * weights / bank.every
+    return held, owned_state, update_bytes, update_flops, sent
 
 
 def seconds_of(stages: list[Stage], sizes: Sizes, machine: Machine, *, gpus: int, share: Efficiency) -> float:
     """Predicted training seconds of the whole run."""
     return sum(s.steps * predict(s, sizes, machine, gpus=gpus, share=share).step_ms for s in stages) / 1e3
+
+
+def reached_share(stage: Stage, step_ms: float, machine: Machine, gpus: int) -> float:
+    """The share of all accelerators' peak that a step of so many milliseconds reaches with the model's operations alone."""
+    return stage.flops / (gpus * machine.flops * step_ms / 1e3)

@@ -30,8 +30,30 @@ MACHINES = {
 
 
 class Efficiency(NamedTuple):
-    """Shares of the peaks that are reached."""
+    """Shares of the peaks that are reached. That of operations is what LOGS imply for one accelerator of track 3."""
 
     flops: float = 0.40
     memory: float = 0.70
     network: float = 0.70
+
+
+class Log(NamedTuple):
+    """Milliseconds of a step that a public log says."""
+
+    preset: str
+    first: int
+    """Where the stage begins, in steps."""
+    machine: str
+    gpus: int
+    step_ms: float
+
+
+# KellerJordan/modded-nanogpt: track 3's reference on one H200 (its author's log of May 2026) and on 8 H100s; the stages of
+# the record nearest to `speedrun`, computed from its log (2026; products in 8 bits, kernels of its own).
+LOGS = (
+    Log("track3", 0, "h200", 1, 1070.0),
+    Log("track3", 0, "h100", 8, 154.0),
+    Log("speedrun", 0, "h100", 8, 32.4),
+    Log("speedrun", 423, "h100", 8, 58.1),
+    Log("speedrun", 847, "h100", 8, 84.0),
+)
