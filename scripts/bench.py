@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from configs.schema import Run
+    from data.sources import Source
     from model import GPT
     from optim.comm import Comm
     from optim.sharded import ShardedOptimizer
@@ -159,15 +160,15 @@ def exchange(optimizer: "ShardedOptimizer") -> None:
         work.wait()
 
 
-def data_parts(run: "Run", comm: "Comm") -> Iterator[Part]:
-    """A rank's batch, made while nothing else runs. Raises ValueError for data that is not there."""
+def data_parts(run: "Run", source: "Source | None", comm: "Comm") -> Iterator[Part]:
+    """A rank's batch, made while nothing else runs; nothing without a source."""
     from data.batches import Batches
     from data.orders import Position
-    from data.sources import open_source
     from optim.schedule import Schedule
-    from scripts.lab.models import CACHE
 
-    source, portions = open_source(run.data, cache_dir=CACHE, seed=run.run.seed), Schedule(run).portions(0)
+    if source is None:
+        return
+    portions = Schedule(run).portions(0)
     batches = Batches(source.train, order=run.data.order, seed=run.run.seed, document_start=source.document_start,
                       max_document_tokens=run.data.max_document_tokens, rank=comm.rank, world_size=comm.world_size,
                       plan=lambda step: portions, total_steps=2**62, vocab_size=source.vocab_size)
@@ -190,10 +191,11 @@ def bench(args: Arguments, flags: list[str]) -> dict:
 
     from data.device import choose_device
     from data.environment import describe_environment
+    from data.sources import open_source
     from model import GPT
     from optim.comm import Comm, local_rank
     from scripts.lab.flops import vocabulary
-    from scripts.lab.models import anywhere
+    from scripts.lab.models import CACHE, anywhere
 
     if args.device not in ("cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"--device is cpu, or cuda where there is one; got {args.device!r}")
@@ -205,12 +207,13 @@ def bench(args: Arguments, flags: list[str]) -> dict:
     model = GPT(config, vocab_size=vocabulary(run.data), max_tokens=context, on_cuda=device.type == "cuda",
                 dtype=dtype).to(device)
     tokens = torch.randint(vocabulary(run.data), (max(1, args.tokens // context), context), device=device)
-    line, found = roofline(device, dtype), []
     try:
-        for part in chain(model_parts(run, model, tokens), optimizer_parts(run, model, comm), data_parts(run, comm)):
-            found.append(time_part(part, args.repeats, device, line))
-    except ValueError as error:  # the data is not there: the rest is known
-        notes.append(f"no time of the data: {error}")
+        source = open_source(run.data, cache_dir=CACHE, seed=run.run.seed)
+    except ValueError as error:
+        source, notes = None, [f"no time of the data: {error}"]
+    line, timed = roofline(device, dtype), (model_parts(run, model, tokens), optimizer_parts(run, model, comm),
+                                            data_parts(run, source, comm))
+    found = [time_part(part, args.repeats, device, line) for part in chain(*timed)]
     comm.close()
     environment = describe_environment()
     environment.pop("variables")
@@ -222,7 +225,8 @@ def bench(args: Arguments, flags: list[str]) -> dict:
 
 def table(found: dict) -> str:
     """The parts, one a line."""
-    lines = [f"{found['preset']}, {found['tokens']:,} tokens in contexts of {found['context']:,} on {found['ranks']} x {found['device']}: "
+    where = f"{found['ranks']} x {found['device']}"
+    lines = [f"{found['preset']}, {found['tokens']:,} tokens in contexts of {found['context']:,} on {where}: "
              f"{found['flops_per_second'] / 1e9:,.0f} GFLOP/s, {found['bytes_per_second'] / 1e9:,.1f} GB/s at best", "",
              f"{'part':>14} {'ms':>9} {'bound ms':>9} {'reached':>8} {'GFLOP':>9} {'MB':>9}"]
     lines += [f"{p['name']:>14} {p['ms']:>9.3f} {p['bound_ms']:>9.3f} {p['reached']:>8.0%} {p['flops'] / 1e9:>9.2f} "

@@ -1,27 +1,52 @@
 """The parts' operations, and that each is timed."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from configs.presets import PRESETS
 from model import GPT
-from scripts.bench import Arguments, bench, parts, table
+from optim.comm import Comm
+from scripts.bench import Arguments, bench, model_parts, optimizer_parts, table
+from scripts.lab.costs import measure_sizes
 
 
 def test_every_part_is_timed_beside_its_bound():
     found = bench(Arguments(preset="bytes", tokens=128, repeats=1), [])
-    assert [part["name"] for part in found["parts"]] == ["attention", "MLP", "head and loss", "model", "update"]
+    assert [part["name"] for part in found["parts"]] == ["attention", "MLP", "head and loss", "model", "update", "data"]
     assert all(part["ms"] > 0 and part["bound_ms"] > 0 for part in found["parts"])
-    assert "head and loss" in table(found)
+    assert "head and loss" in table(found) and "bytes, 128 tokens in contexts of 64 on 1 x cpu" in table(found)
+
+
+def test_data_that_is_not_there_is_noted(tmp_path):
+    found = bench(Arguments(preset="bytes", tokens=64, repeats=1), [
+        "--data.source", "text", "--data.train_files", str(tmp_path / "none.txt")])
+    assert [part["name"] for part in found["parts"]][-1] == "update"
+    assert "no time of the data" in table(found) and "none.txt" in table(found)
+
+
+def test_several_ranks_time_what_they_say_to_each_other():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "scripts.bench",
+               "bytes", "--tokens", "64", "--repeats", "1", "--json"]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout)
+    parts = {part["name"]: part for part in found["parts"]}
+    weights = PRESETS["bytes"]()
+    assert found["ranks"] == 2 and parts["communication"]["ms"] > 0
+    parameters = sum(p.numel() for p in GPT(weights.model, vocab_size=257, max_tokens=64).parameters())
+    assert parts["communication"]["traffic"] == 4 * parameters  # half of the weights out, half in; nothing is padded here
 
 
 def test_operations_are_those_of_the_weights():
     run = PRESETS["bytes"]()
     model = GPT(run.model, vocab_size=257, max_tokens=64)
     tokens = torch.randint(257, (2, 64))
-    flops = {part.name: part.flops for part in parts(run, model, tokens, torch.device("cpu"))}
+    flops = {part.name: part.flops for part in (*model_parts(run, model, tokens), *optimizer_parts(run, model, Comm()))}
     assert flops["MLP"] == 6 * 128 * 2 * 128 * 512
-    assert flops["attention"] == 6 * 128 * 4 * 128**2 + 12 * 128 * 32 * 128
+    assert flops["attention"] == 6 * 128 * 4 * 128**2 + 12 * 128 * 32.5 * 128  # on average 32.5 of 64 tokens are seen
+    assert flops["update"] == measure_sizes(run)[0].newton_schulz_flops
     assert flops["model"] == 128 * model.flops_per_token(64)
 
 
