@@ -32,15 +32,17 @@ from data.clock import Clock, Interruption
 from data.device import choose_device, device_name, peak_memory_bytes
 from data.environment import peak_flops
 from data.evaluate import Score, evaluate
+from data.metrics import EQUILIBRIUM, measure_name
 from data.orders import Position
 from data.reporter import Progress, Reporter
 from data.runs import config_to_dict, flatten, open_run_folder
 from data.sources import Source, open_source
 from data.tokenizers import prefix_tokens
-from layers.diagnostics import Measures, feature_measures, weight_measures
+from layers.diagnostics import Measures, feature_measures, in_row, weight_measures
 from layers.head import Terms
 from model import GPT
 from optim.comm import Comm, local_rank
+from optim.equilibrium import equilibrium_angle
 from optim.finite import NonFiniteError
 from optim.groups import build_groups, group_table
 from optim.lookahead import Lookahead
@@ -52,6 +54,7 @@ CACHE = Path(__file__).resolve().parent / ".cache"
 CHECKPOINT = "checkpoint.safetensors"
 RNG = "rng/torch"
 PROMPT_TOKENS = 32
+LAYER_TOKENS = 4096  # most that layers are measured on: uncompiled attention may hold T x T scores
 GPU_SIGNAL_POLL_STEPS = 16  # agreeing on a signal waits for the device; on CPUs it is free
 
 
@@ -163,11 +166,21 @@ class Trainer:
                             device=self.device, sum_over_ranks=lambda x: self.comm.sum(x)[0])
 
     def layer_measures(self) -> Measures:
-        """Features, spectra and factors of every layer, on the validation text's first tokens."""
-        values = self.schedule.values(max(0, self.progress.step - 1))
-        tokens = torch.from_numpy(self.source.validation[:values.sequence_tokens].astype("int64")).to(self.device)[None]
-        return weight_measures(self.model) | feature_measures(self.model, tokens, window=values.window_tokens,
-                                                              long_window=values.long_window_tokens)
+        """How the last step turned each hidden matrix; on rank 0 also features, spectra and factors of every layer, on the
+        validation text's first tokens, and the angles that groups should turn by. A collective."""
+        values, turns = self.schedule.values(max(0, self.progress.step - 1)), self.optimizer.turns("matrix")
+        if self.comm.rank > 0:
+            return {}
+        found = weight_measures(self.model)
+        for name, measures in turns.items():
+            found |= in_row(name, measures)
+        groups = {bank.group.role: bank.group for bank in self.optimizer.banks}
+        found |= {measure_name(role, EQUILIBRIUM): angle for role, group in groups.items()
+                  if (angle := equilibrium_angle(group, values)) is not None}
+        count = min(values.sequence_tokens, LAYER_TOKENS)
+        tokens = torch.from_numpy(self.source.validation[:count].astype("int64")).to(self.device)[None]
+        return found | feature_measures(self.model, tokens, window=values.window_tokens,
+                                        long_window=values.long_window_tokens)
 
     def warm_up(self) -> None:
         """Run every shape of the schedule on random tokens, so that all is compiled, then undo it."""
@@ -289,22 +302,23 @@ def train(trainer: Trainer, reporter: Reporter) -> bool:
     poll = GPU_SIGNAL_POLL_STEPS if trainer.device.type == "cuda" else 1
     clock.start()
     while not is_finished(run, progress):
-        validates = is_validation_step(run, progress.step + 1)
+        validates, every = is_validation_step(run, progress.step + 1), run.log.layers_every_steps
+        measures = every > 0 and (progress.step + 1) % every == 0
         with advised(trainer, reporter.folder):
-            nats = trainer.step(batches, remember=validates and run.log.diagnostics)
+            nats = trainer.step(batches, remember=measures or (validates and run.log.diagnostics))
         reporter.advance()
         if progress.step % run.log.every_steps == 0 or validates:
             record_train_loss(trainer, reporter, nats)
-        every = run.log.layers_every_steps
-        if every and progress.step % every == 0:
+        if measures:
             clock.stop()
-            reporter.layers(trainer.layer_measures() if reporter.active else {})
+            reporter.layers(trainer.layer_measures())
             clock.start()
         if validates:
             clock.stop()
             score = trainer.validate()
             progress.note_score(score, run.run.target_loss_nats)
-            reporter.validation(score, trainer.optimizer.measure(trainer.schedule.values(progress.step - 1)))
+            values = trainer.schedule.values(progress.step - 1)
+            reporter.validation(score, trainer.optimizer.measure(values) if run.log.diagnostics else {})
             refuse_non_finite(trainer, score.nats_per_token, reporter.folder)
             clock.start()
         every = run.run.checkpoint_every_steps

@@ -8,6 +8,11 @@ TOKENS_PER_SECOND = "time/tokens_per_second"
 MFU = "time/mfu_frac"
 MEASURES = ("lr", "update_rms", "weight_rms", "weight_size", "angle")
 """What the optimizer measures of each group, at each validation."""
+EQUILIBRIUM = "equilibrium_angle"
+"""Beside a group's angle, where layers are measured and weights decay: the angle of rotational equilibrium."""
+LAYER_MEASURES = ("stream_rms", "attention_rms", "mlp_rms", "rms", "largest", "spectral", "frobenius", "condition", "angle",
+                  "update_ratio", "factor", "factor_least", "factor_greatest")
+"""What is measured of layers, matrices and factors: `diag/ROW/MEASURE`."""
 
 
 def measure_name(role: str, measure: str) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from tqdm import tqdm
@@ -77,12 +77,22 @@ class Reporter:
 
     def _alarmed(self, record: dict) -> dict:
         """Say what leaves its band, each measure once; and how many do, where any does."""
-        found = alarms(record) if self.run.log.diagnostics else []
+        found = alarms(record, self._lr_shares(record)) if self.run.log.diagnostics else []
         for sentence in found:
             if (name := sentence.split(" ")[0]) not in self._alarmed_names:
                 self._alarmed_names.add(name)
                 self.say(f"alarm at step {self.progress.step}: {sentence}")
         return {"alarms": len(found)} if found else {}
+
+    def _lr_shares(self, record: dict) -> dict[str, float]:
+        """Of every group whose step is recorded: its lr over its peak, 0 if it rested."""
+        shares = {}
+        for role in (one.name for one in fields(self.run.optim)):
+            group, lr = getattr(self.run.optim, role), record.get(measure_name(role, "lr"))
+            if lr is not None:
+                rested = self.progress.step % group.update_every > 0 or not group.lr
+                shares[role] = 0.0 if rested else min(1.0, lr / group.lr)
+        return shares
 
     def training(self, loss_nats: float, *, flops_per_token: float, peak_flops: float | None) -> None:
         """Record the training loss of the last step, and the speed since the last record; `peak_flops` of all devices."""

@@ -3,6 +3,7 @@
 Keys are `diag/ROW/MEASURE`, a row being a layer or a matrix, which the report draws as maps of rows over steps.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -21,7 +22,10 @@ def rms(x: Tensor) -> float:
 
 @torch.no_grad()
 def feature_measures(model: nn.Module, tokens_BT: Tensor, **windows: int | None) -> Measures:
-    """RMS of the stream after each layer and of what its attention and MLP say; RMS and largest size of the logits."""
+    """RMS of the stream after each layer and of what its attention and MLP say; RMS and largest size of the logits.
+
+    The pass is run plainly even where the model is compiled: a graph made before does not see hooks.
+    """
     found: Measures = {}
 
     def keep(row: str, measure: str) -> Callable:
@@ -31,7 +35,7 @@ def feature_measures(model: nn.Module, tokens_BT: Tensor, **windows: int | None)
                for name, part in (("stream_rms", block), ("attention_rms", block.attention), ("mlp_rms", block.mlp))
                if part is not None}
     with hooked({part: keep(*key) for key, part in watched.items()}):
-        logits = model(tokens_BT, **windows)
+        logits = model.forward(tokens_BT, **windows)
     return found | {"diag/logits/rms": rms(logits), "diag/logits/largest": logits.abs().max().item()}
 
 
@@ -48,17 +52,33 @@ def hooked(hooks: dict[nn.Module, Callable]) -> Iterator[None]:
 
 @torch.no_grad()
 def weight_measures(model: nn.Module) -> Measures:
-    """Spectral and Frobenius norm and condition number of every hidden matrix, by SVD in float64; and on the sphere the
-    means of the factors as they act: eigen learning rates |alpha|, s_qk, s_u, s_z."""
+    """Spectral and Frobenius norm and condition number of every hidden matrix; and on the sphere mean, least and greatest
+    size of the factors as they act: eigen learning rates |alpha|, s_qk, s_u, s_v, s_z.
+
+    By SVD in float64 on the CPU, O(m n min(m, n)) a matrix: .1 s for 768 x 768 on one core, .2 s for 3072 x 768.
+    """
     found: Measures = {}
+    roles = model.roles()
     for name, parameter in model.named_parameters():
-        if model.roles()[name] == "matrix":
-            values = torch.linalg.svdvals(parameter.cpu().double())
-            row = f"diag/{name.removeprefix('blocks.').removesuffix('.weight')}"
-            found[f"{row}/spectral"] = values[0].item()
-            found[f"{row}/frobenius"] = values.square().sum().sqrt().item()
-            found[f"{row}/condition"] = (values[0] / values[-1].clamp_min(1e-30)).item()
+        if roles[name] == "matrix":
+            found |= in_row(name, spectrum(parameter))
     for name, module in model.named_modules():
         if isinstance(module, Scale):
-            found[f"diag/{name.removeprefix('blocks.')}/factor"] = module().abs().mean().item()
+            sizes = module().abs()
+            found |= in_row(name, {"factor": sizes.mean().item(), "factor_least": sizes.min().item(),
+                                   "factor_greatest": sizes.max().item()})
     return found
+
+
+def in_row(name: str, measures: Measures) -> Measures:
+    """The measures under the keys of a parameter's or module's row: that of blocks.0.attention.q.weight is 0.attention.q."""
+    row = name.removeprefix("blocks.").removesuffix(".weight")
+    return {f"diag/{row}/{measure}": value for measure, value in measures.items()}
+
+
+def spectrum(W: Tensor) -> Measures:
+    """Spectral and Frobenius norm and condition number of a matrix: 0 if it is zero, NaN if it is not finite."""
+    exact = W.cpu().double()
+    values = torch.linalg.svdvals(exact) if exact.isfinite().all() else torch.full((1,), math.nan)
+    return {"spectral": values[0].item(), "frobenius": values.norm().item(),
+            "condition": (values[0] / values[-1].clamp_min(1e-30)).item()}

@@ -19,7 +19,7 @@ from optim.comm import Comm, Work
 from optim.finite import AT_ONCE, Watch
 from optim.groups import ParamGroup
 from optim.lookahead import Lookahead
-from optim.measures import Measures, Moments, moments_of, summarise
+from optim.measures import Measures, Moments, moments_by_tensor, moments_of, summarise, turn
 from optim.memory import Memory
 from optim.rules import Hyper, Rule
 from optim.schedule import Values
@@ -194,6 +194,19 @@ class ShardedOptimizer:
         groups = {bank.group.role: bank.group for bank in self.banks}
         return {role: {"lr": groups[role].config.lr * values.lr} | summarise(found, groups[role].elements, self.comm)
                 for role, found in moments.items()}
+
+    @torch.no_grad()
+    def turns(self, role: str) -> Measures:
+        """How the last step turned each tensor of a role that was not zero before it, by name, if it was told to remember;
+        else nothing. A collective, to be called before `measure`, which forgets."""
+        if self._before is None:
+            return {}
+        kept = [(bank, before) for bank, before in zip(self.banks, self._before, strict=True) if bank.group.role == role]
+        found = [(bank, moments_by_tensor(bank, before)) for bank, before in kept]
+        mine = [moments if bank.sharded or self.comm.rank == 0 else 0 * moments for bank, moments in found]
+        total = self.comm.sum(*(x for moments in mine for x in moments.flatten().tolist()))
+        names = [name for bank, _ in found for name in bank.names]
+        return {name: turn(*total[3 * i:3 * i + 3]) for i, name in enumerate(names) if total[3 * i + 1]}
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Weights, state and waiting gradients of every parameter, whole, on the CPU. A collective; see optim/memory.py."""

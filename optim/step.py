@@ -96,6 +96,12 @@ class Step:
         elif self.decay == "cautious":
             weights.sub_(weights * (direction * weights >= 0) * (rates.lr * rates.weight_decay))
 
+    def decay_share(self, rates: Rates) -> float:
+        """The share of the weights that one step's decay takes; the most of them where it is cautious."""
+        whole = torch.ones((), dtype=torch.float64)
+        self._shrink(whole, torch.zeros_like(whole), rates)
+        return 1 - whole.item()
+
     def exact(self, param: Tensor, state: dict[str, Tensor]) -> Tensor:
         """The float32 weights: the parameter itself if it is float32; else its value, with the remainder if kept."""
         if "step_remainder" not in state:

@@ -14,7 +14,18 @@ import tyro
 
 from configs.cli import fail
 from data.dashboard import SAMPLES, has_key
-from data.metrics import MEASURES, MFU, STEP_MS, TOKENS_PER_SECOND, TRAIN_LOSS, VAL_BITS, VAL_LOSS, measure_name
+from data.metrics import (
+    EQUILIBRIUM,
+    LAYER_MEASURES,
+    MEASURES,
+    MFU,
+    STEP_MS,
+    TOKENS_PER_SECOND,
+    TRAIN_LOSS,
+    VAL_BITS,
+    VAL_LOSS,
+    measure_name,
+)
 
 SETTINGS = ("optim.matrix.lr", "optim.matrix.momentum", "optim.matrix.weight_decay", "optim.embed.lr", "optim.head.lr",
             "model.layers", "model.dim", "train.batch_tokens", "train.steps", "run.seed")
@@ -57,9 +68,15 @@ def speed_panels(wr: ModuleType) -> list[Any]:
 
 
 def optimizer_panels(wr: ModuleType) -> list[Any]:
-    """A plot for each measure, with a line for each group."""
-    return [wr.LinePlot(title=measure, metric_regex=f"^{measure_name('[^/]+', measure)}$",
+    """A plot for each measure, with a line for each group; beside its angle that of equilibrium, where it is known."""
+    beside = {"angle": f"(angle|{EQUILIBRIUM})"}
+    return [wr.LinePlot(title=measure, metric_regex=f"^{measure_name('[^/]+', beside.get(measure, measure))}$",
                         log_y=measure in LOG_SCALED or None) for measure in MEASURES]
+
+
+def layer_panels(wr: ModuleType) -> list[Any]:
+    """A plot for each measure of layers and matrices, with a line for each of them."""
+    return [wr.LinePlot(title=measure, metric_regex=f"^diag/.+/{measure}$", log_y=True) for measure in LAYER_MEASURES]
 
 
 def ablation_panels(wr: ModuleType) -> list[Any]:
@@ -78,8 +95,8 @@ def sample_panels(wr: ModuleType) -> list[Any]:
 
 
 SECTIONS: dict[str, Callable[[ModuleType], list[Any]]] = {
-    "Loss": loss_panels, "Speed": speed_panels, "Optimizer": optimizer_panels, "Ablation": ablation_panels,
-    "Samples": sample_panels,
+    "Loss": loss_panels, "Speed": speed_panels, "Optimizer": optimizer_panels, "Layers": layer_panels,
+    "Ablation": ablation_panels, "Samples": sample_panels,
 }
 
 

@@ -44,8 +44,9 @@ def panels(view):
 def logged(tmp_path_factory):
     """Names of all metrics of a real run."""
     folder = tmp_path_factory.mktemp("runs")
-    status, said, error = call("train_gpt.py", "bytes", "--train.steps", 2, "--data.val_bytes", 2048, "--log.wandb",
-                               "disabled", "--run.dir", folder, "--run.name", "a", "--log.sample_tokens", 0)
+    status, said, error = call("train_gpt.py", "ngpt_bytes", "--train.steps", 2, "--data.val_bytes", 2048, "--log.wandb",
+                               "disabled", "--run.dir", folder, "--run.name", "a", "--log.sample_tokens", 0,
+                               "--log.layers_every_steps", 2)
     assert status == 0, said + error
     return {name for record in read_metrics(folder / "a" / "metrics.jsonl") for name in record}
 
@@ -62,11 +63,11 @@ def test_every_metric_is_one_that_runs_log(panels, logged):
     assert axes == {"_step", "tokens", "train_seconds"} and axes <= logged | {"_step"}
 
 
-def test_every_measure_of_the_optimizer_has_one_plot(panels, logged):
+def test_every_measure_of_the_optimizer_and_of_layers_has_one_plot(panels, logged):
     patterns = configs(panels, "metricRegex")
-    measured = {name for name in logged if name.startswith("optim/")}
+    measured = {name for name in logged if name.startswith(("optim/", "diag/"))}
     drawn = [{name for name in measured if re.search(pattern, name)} for pattern in patterns]
-    assert all(len(names) > 1 for names in drawn) and set.union(*drawn) == measured
+    assert all(drawn) and set.union(*drawn) == measured
     assert sum(map(len, drawn)) == len(measured)
 
 

@@ -1,0 +1,124 @@
+"""Rotational equilibrium against random walks; angles and turns against direct computation."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from configs.groups import Group, Optim
+from optim.comm import Comm
+from optim.equilibrium import equilibrium_angle, spread
+from optim.groups import ParamGroup, build_groups
+from optim.measures import angle_between, moments_by_tensor
+from optim.rules.average import Average
+from optim.schedule import Values
+from optim.sharded import ShardedOptimizer
+
+FULL = Values(1, 1, None, 1, 1, None)
+MUON = Group(rule="steepest", lr=0.05, weight_decay=0.4, momentum=0.9)
+PLAIN = replace(MUON, norm="frobenius")
+ADAM = Group(rule="adam", lr=0.02, weight_decay=1.0, beta1=0.8, beta2=0.99)
+
+
+def built(config: Group, *shapes: tuple[int, int]) -> tuple[dict[str, torch.nn.Parameter], ParamGroup]:
+    torch.manual_seed(0)
+    params = {f"w{i}": torch.nn.Parameter(torch.randn(shape)) for i, shape in enumerate(shapes or [(24, 32)])}
+    (group,) = build_groups(params, dict.fromkeys(params, "matrix"), Optim(matrix=config))
+    return params, group
+
+
+def turned_by(config: Group) -> float:
+    """The mean angle of a step by random gradients, once the weights' length is steady, over what is foreseen."""
+    params, group = built(config)
+    optimizer = ShardedOptimizer([group], Comm())
+    values, angles = FULL._replace(lr=0.8), []
+    for step in range(600):
+        params["w0"].grad.copy_(torch.randn(24, 32))
+        optimizer.step(values, step + 1, remember=step >= 300)
+        angles += [found["matrix"]["angle"] for found in [optimizer.measure(values)] if found]
+    return math.fsum(angles) / len(angles) / equilibrium_angle(group, values)
+
+
+@pytest.mark.parametrize("config", [
+    PLAIN, replace(PLAIN, nesterov=False), replace(PLAIN, averaging="heavy_ball"), replace(MUON, averaging="none"),
+    replace(PLAIN, decay="independent", weight_decay=0.02), replace(PLAIN, decay="corrected"),
+    ADAM, replace(ADAM, beta1=0.0)], ids=lambda c: f"{c.rule}-{c.norm}-{c.averaging}-{c.nesterov}-{c.decay}-{c.beta1}")
+def test_random_gradients_turn_weights_by_that_angle(config):
+    assert turned_by(config) == pytest.approx(1, rel=0.03)
+
+
+@pytest.mark.parametrize("config, more", [(MUON, 1.1), (replace(MUON, rule="normuon"), 1.1),
+                                          (replace(MUON, norm="sign", lr=0.02), 1.2)])
+def test_where_the_dual_is_not_a_length_alone_they_turn_somewhat_more(config, more):
+    """Neighbouring averages are more alike than their signs, or their polar factors."""
+    assert turned_by(config) == pytest.approx(more, rel=0.05)
+
+
+def test_adamw_is_the_papers_formula():
+    _, group = built(ADAM)
+    assert equilibrium_angle(group, FULL) == pytest.approx(math.sqrt(2 * 0.02 * 0.2 / 1.8), rel=1e-6)
+    assert equilibrium_angle(group, FULL._replace(lr=1e-6)) == pytest.approx(math.sqrt(4e-8 * 0.2 / 1.8), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ema", "heavy_ball"])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_the_spread_of_an_average_by_an_impulse(kind, nesterov):
+    average, impulse = Average(kind, nesterov), torch.eye(1, 600, dtype=torch.float64)[0]
+    state, mu = {"momentum": torch.zeros((), dtype=torch.float64)}, torch.tensor(0.9, dtype=torch.float64)
+    weights = torch.stack([average.next(grad, state, mu).clone() for grad in impulse])
+    assert spread(0.9, nesterov=nesterov) == pytest.approx((weights.square().sum() / weights.sum().square()).item())
+
+
+@pytest.mark.parametrize("config", [
+    replace(MUON, weight_decay=0.0), replace(MUON, decay="none"), replace(MUON, decay="cautious"),
+    replace(MUON, constraint="hyperball"), replace(MUON, averages=3), Group(rule="dion", weight_decay=0.1)])
+def test_without_an_equilibrium_there_is_no_angle(config):
+    assert equilibrium_angle(built(config)[1], FULL) is None
+
+
+# ---- Turns ---------------------------------------------------------------------------------------------------------------
+
+
+def test_angles_down_to_those_that_the_inner_product_has_lost():
+    a = torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    side = torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    side -= a * (a @ side) / (a @ a)
+    side *= a.norm() / side.norm()
+    for angle in (1e-10, 1e-3, 1.0, 3.0):
+        b = 2 * (math.cos(angle) * a + math.sin(angle) * side) if angle > 1e-5 else a + angle * side
+        squares = ((b - a).square().sum().item(), a.square().sum().item(), b.square().sum().item())
+        assert angle_between(*squares) == pytest.approx(angle, rel=1e-5)
+    assert angle_between(1.0, 0.0, 1.0) == angle_between(0.0, 0.0, 0.0) == math.pi / 2
+
+
+@pytest.mark.parametrize("config", [MUON, ADAM, replace(MUON, norm="row")], ids=["matrix", "element", "row"])
+def test_turns_are_those_of_each_tensor(config):
+    params, group = built(config, (4, 6), (4, 6), (6, 4), (4, 6))
+    params["w3"].data.zero_()
+    optimizer = ShardedOptimizer([group], Comm())
+    assert optimizer.turns("matrix") == {}
+    old = {name: param.detach().double().clone() for name, param in params.items()}
+    for param in params.values():
+        param.grad.copy_(torch.randn(param.shape))
+    optimizer.step(FULL, 1, remember=True)
+    found = optimizer.turns("matrix")
+    assert found.keys() == {"w0", "w1", "w2"}  # what was zero has no angle
+    for name, turned in found.items():
+        before, after = old[name].flatten(), params[name].detach().double().flatten()
+        assert turned["angle"] == pytest.approx(math.acos((before @ after / before.norm() / after.norm()).item()))
+        assert turned["update_ratio"] == pytest.approx(((after - before).norm() / before.norm()).item())
+    assert optimizer.turns("head") == {} and optimizer.measure(FULL)["matrix"]["angle"] > 0
+
+
+@pytest.mark.parametrize("config", [MUON, ADAM, replace(MUON, norm="row")], ids=["matrix", "element", "row"])
+def test_what_ranks_own_adds_up_wherever_they_cut(config):
+    params, group = built(config, (4, 6), (4, 6), (4, 6))
+    (bank,) = ShardedOptimizer([group], Comm()).banks
+    before = bank.weights.clone()
+    bank.weights.add_(torch.randn_like(bank.weights))
+    whole, parts = moments_by_tensor(bank, before), torch.zeros(3, 3, dtype=torch.float64)
+    ends = sorted({0, len(before) // 3 + 1, len(before) // 2 + 1, len(before)})
+    for bank.own in (slice(0, 0), *map(slice, ends, ends[1:])):
+        parts += moments_by_tensor(bank, before[bank.own])
+    assert torch.allclose(parts, whole) and (whole > 0).all()
