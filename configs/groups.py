@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from configs.by_name import parse_by_name
 from configs.newton_schulz import check_ns
 from configs.refuse import refuse, refuse_below
 
@@ -20,7 +21,7 @@ UNIT_NORMS: dict[str, tuple[NormName, ...]] = {
 # The fields of a Group that each rule reads, beside those that every rule reads.
 EVERY_RULE_READS = frozenset({"rule", "lr", "weight_decay", "decay", "constraint", "rounding", "state_dtype",
                               "clip", "clip_norm", "graft", "retraction", "tangent", "radial_brake", "row_floor",
-                              "update_every", "sparse_rows"})
+                              "update_every", "sparse_rows", "lr_factors", "blocks"})
 AVERAGE_READS = frozenset({"momentum", "averaging", "nesterov", "averages", "momentum_fast"})
 STEEPEST_READS = EVERY_RULE_READS | AVERAGE_READS | {"norm", "unit", "schatten_p", "ns", "ns_steps", "equilibrate"}
 RULE_READS: dict[str, frozenset[str]] = {
@@ -52,6 +53,11 @@ class Group:
     see their files in optim/rules."""
     lr: float = 0.01
     """Step length in units of the rule's norm, before the lr curve."""
+    lr_factors: tuple[str, ...] = ()
+    """NAME=FACTOR of lr, for tensors with NAME in their names: mlp.down=4 (speedrun, 2025: down projections)."""
+    blocks: tuple[str, ...] = ()
+    """NAME=COUNT: such matrices are cut into so many blocks of rows, each a matrix of its own to norm and rule:
+    attention.q=3 for three pairs of heads (speedrun, 2026)."""
     weight_decay: float = 0.0
     """Decay per step, before its curve."""
     decay: Literal["decoupled", "independent", "corrected", "cautious", "none"] = "decoupled"
@@ -159,6 +165,8 @@ class Group:
         refuse(self.exponent is not None and not -1 <= self.exponent < 0,
                f"exponent must lie in [-1, 0), got {self.exponent}")
         check_ns(self.ns)
+        parse_by_name(self.lr_factors)
+        self._refuse_blocks()
         refuse(self.graft == self.rule, f"graft must be another rule than {self.rule}")
         refuse(bool(self.graft) and self.rule in ("prodigy", "agd", "muown"),
                f"rule {self.rule} sets its own length: it cannot be grafted")
@@ -183,6 +191,12 @@ class Group:
                "constraint to none or radial")
         refuse(self.equilibrate and self.norm not in ("spectral", "rms_operator"),
                f"equilibrate belongs to norm spectral or rms_operator, got norm {self.norm}")
+
+    def _refuse_blocks(self) -> None:
+        """Blocks that are no whole number, or of vectors on the sphere."""
+        for name, count in parse_by_name(self.blocks).items():
+            refuse(count != int(count), f"blocks are whole numbers, got {name}={count:g}")
+        refuse(bool(self.blocks) and self.constraint == "sphere", "blocks would cut the vectors of constraint sphere")
 
 
 def acting_fields(group: Group) -> frozenset[str]:

@@ -1,8 +1,8 @@
 """The speedrun's record recipe, from eight H100s to a laptop (KellerJordan/modded-nanogpt, record 89, July 2026).
 
 Left out, and why: the record's dynamic head composition in layer 10 (ours materialises the attention; its kernel is for one
-GPU), its separate lr of the MLP's down projections, its weights in bfloat16 (ours are float32), 8-bit products (one flag:
---model.fp8 head). Its gates are products of two networks for all layers; ours are each technique's own.
+GPU), its weights in bfloat16 (ours are float32), 8-bit products (one flag: --model.fp8 head). Its gates are products of two
+networks for all layers; ours are each technique's own.
 """
 
 from dataclasses import replace
@@ -25,7 +25,8 @@ def record_optim() -> Optim:
     table = replace(adam, lr=0.6, beta1=0.75, weight_decay=0.015)
     small = replace(adam, lr=0.008, beta1=0.9, beta2=0.99, weight_decay=0.0)
     matrix = Group(rule="normuon", norm="spectral", unit="at_least_one", normalise="longer", lr=0.023, beta2=0.9, eps=1e-10,
-                   weight_decay=0.0276, decay="cautious")
+                   weight_decay=0.0276, decay="cautious", blocks=("attention.q=3", "attention.k=3"),
+                   lr_factors=("mlp.down=4",))  # twice the upward map's: the record keeps both in one shape, m/n = 4
     return Optim(matrix=matrix, embed=adam, head=adam, value_embed=table, bigram_embed=replace(table, sparse_rows=True),
                  gate=small, scalar=replace(small, lr=0.04), gain=small, bias=small)
 
@@ -76,7 +77,7 @@ def medium() -> Run:
                     attention_free=(),
                     shared_attention_input=None, skips=("3>8",), dense="none", backout=11, window_tokens=384,
                     long_window_tokens=384, mtp_weights=(), prefix_loss=0.0)
-    optim = replace(run.optim, matrix=replace(run.optim.matrix, lr=0.015, weight_decay=0.018))
+    optim = replace(run.optim, matrix=replace(run.optim.matrix, lr=0.015, weight_decay=0.018, blocks=()))
     lr = "0=1 30%=1 100%=0.1"
     return replace(
         run, preset="medium", run=Identity(target_loss_nats=2.92), model=model, optim=optim,
@@ -89,7 +90,8 @@ def speedrun_cpu() -> Run:
     """The whole recipe shrunk to a laptop, everything on: a BPE model on Python's own source code."""
     run, steps = speedrun(), 160
     token = replace(run.optim.embed, lr=0.03, weight_decay=0.0)
-    optim = replace(run.optim, embed=token, head=token, bigram_embed=replace(run.optim.bigram_embed, sparse_rows=False))
+    matrix = replace(run.optim.matrix, blocks=("attention.q=2", "attention.k=2"))
+    optim = replace(run.optim, matrix=matrix, embed=token, head=token, bigram_embed=replace(run.optim.bigram_embed, sparse_rows=False))
     model = replace(run.model, layers=5, dim=64, head_dim=16, embed_std=0.05, value_embeds=2, value_embed_layers=(1, 4),
                     bigram_buckets=16_384, bigram_signs=256, ngram_orders=(3,), window_tokens=32, long_window_tokens=64,
                     full_attention_layers=(1, 4), paired_heads=(0, 2), attention_free=(3,), shared_attention_input=3,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from optim.groups import ParamGroup
+from optim.groups import Kind, ParamGroup
 from optim.step import Step
 
 
@@ -21,6 +21,7 @@ class Bank:
     own: slice
     sharded: bool
     step: Step
+    kind: Kind = Kind()
     state: dict[str, Tensor] = field(default_factory=dict)
     """Of the owned slice, in the form of the rule: the first dimension is K; for rows and elements the second is cut."""
 
@@ -44,12 +45,12 @@ class Bank:
         units, rest = self._units(), lead.shape[1:]
         if units * rest.numel() == self.shape.numel():
             return tuple(self.shape)
-        return tuple(rest) if self.group.scope == "matrix" else (units, *rest)
+        return tuple(rest) if units == 1 and self.group.scope == "matrix" else (units, *rest)
 
     def _units(self) -> int:
         """First-dimension entries of one parameter: matrices, rows or elements."""
         scope = self.group.scope
-        return {"matrix": 1, "row": self.shape[:-1].numel(), "element": self.shape.numel()}[scope]
+        return {"matrix": self.kind.blocks, "row": self.shape[:-1].numel(), "element": self.shape.numel()}[scope]
 
     def name_at(self, lead: int) -> str:
         """The parameter that a first-dimension entry belongs to."""
@@ -64,17 +65,17 @@ class Bank:
         return state if self.group.scope == "matrix" else state.flatten(0, 1)
 
 
-def lead_view(stack: Tensor, scope: str) -> Tensor:
-    """(K, *shape) with the dimension that may be cut first: elements (N,), rows (R, n) or matrices (K, m, n)."""
+def lead_view(stack: Tensor, scope: str, blocks: int = 1) -> Tensor:
+    """(K, *shape) with the dimension that may be cut first: elements (N,), rows (R, n) or matrices (K blocks, m / blocks, n)."""
     if scope == "element":
         return stack.reshape(-1)
     matrices = stack.reshape(stack.size(0), -1, stack.size(-1) if stack.ndim > 1 else 1)
-    return matrices.flatten(0, 1) if scope == "row" else matrices
+    return matrices.flatten(0, 1) if scope == "row" else matrices.reshape(-1, matrices.size(1) // blocks, matrices.size(2))
 
 
 def alike(group: ParamGroup) -> list[list[str]]:
-    """Names of a group's parameters, by equal shape, dtype and model dimension, in order."""
+    """Names of a group's parameters, by equal shape, dtype and kind, in order."""
     kinds: dict[tuple, list[str]] = {}
     for name, param in group.params.items():
-        kinds.setdefault((param.shape, param.dtype, group.axes[name]), []).append(name)
+        kinds.setdefault((param.shape, param.dtype, group.kinds[name]), []).append(name)
     return list(kinds.values())

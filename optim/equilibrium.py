@@ -41,7 +41,7 @@ def _is_a_walk(config: Group) -> bool:
     """Whether a step is one average of gradients, turned into a direction, and nothing else holds the weights."""
     averages = config.rule in BY_BETA1 or ("averaging" in RULE_READS[config.rule] and config.averages == 1)
     held = config.constraint != "none" or config.radial_brake or config.rule in APART
-    return averages and not held and not config.graft
+    return averages and not held and not config.graft and not config.lr_factors
 
 
 def spread(mu: float, *, nesterov: bool) -> float:

@@ -1,10 +1,12 @@
 """From the model's roles to groups of tensors that are trained alike: an exact cover, or an error that lists the strays."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 from torch import Tensor
 
+from configs.by_name import number_of, parse_by_name, strays
 from configs.groups import EVERY_RULE_READS, Group, Optim, acting_fields
 from configs.refuse import refuse
 from optim.clip import Clip
@@ -12,7 +14,17 @@ from optim.norms import Scope
 from optim.rules import Rule, build_rule
 from optim.step import Step, coarsest
 
-SHOWN_IF_SET = ("constraint", "radial_brake", "row_floor", "update_every", "sparse_rows")
+SHOWN_IF_SET = ("constraint", "radial_brake", "row_floor", "update_every", "sparse_rows", "lr_factors", "blocks")
+
+
+class Kind(NamedTuple):
+    """What sets a tensor apart within its group."""
+
+    axis: int = -1
+    """The dimension that is the model's, -1 or -2: what constraints on vectors act along."""
+    blocks: int = 1
+    """Matrices that it is cut into, by rows."""
+    lr_factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +36,7 @@ class ParamGroup:
     rule: Rule
     step: Step
     params: dict[str, Tensor]
-    axes: dict[str, int]
-    """The dimension of each tensor that is the model's, -1 or -2: what constraints on vectors act along."""
+    kinds: dict[str, Kind]
 
     @property
     def clip(self) -> Clip | None:
@@ -35,9 +46,13 @@ class ParamGroup:
     @property
     def scope(self) -> Scope:
         """How finely its tensors may be cut: the coarsest of what rule, constraint and clipping need."""
-        steps = (self.step.along(axis).scope for axis in self.axes.values())
+        steps = (self.step_for(kind).scope for kind in self.kinds.values())
         sent = "row" if self.config.sparse_rows else "element"
         return coarsest(self.rule.scope, self.clip.scope if self.clip else "element", sent, *steps)
+
+    def step_for(self, kind: Kind) -> Step:
+        """The step of its tensors of a kind."""
+        return replace(self.step.along(kind.axis), peak_lr=self.step.peak_lr * kind.lr_factor)
 
     @property
     def elements(self) -> int:
@@ -64,11 +79,28 @@ def build_groups(params: Mapping[str, Tensor], roles: Mapping[str, str], optim: 
         if members:
             config = getattr(optim, role)
             groups.append(ParamGroup(role, config, build_rule(config), Step.build(config), members,
-                                     {name: (axes or {}).get(name, -1) for name in members}))
+                                     kinds_of(role, config, members, axes or {})))
             refuse(config.sparse_rows and groups[-1].scope == "matrix",
                    f"optim.{role}.sparse_rows: rule {config.rule}, as it is configured, updates whole matrices; rule adam "
                    "or norm row would do")
+            refuse(bool(config.blocks) and groups[-1].scope != "matrix",
+                   f"optim.{role}.blocks has no effect on rule {config.rule}, as it is configured: it updates each "
+                   f"{groups[-1].scope} alone")
     return groups
+
+
+def kinds_of(role: str, config: Group, members: Mapping[str, Tensor], axes: Mapping[str, int]) -> dict[str, Kind]:
+    """The kind of every tensor of a role. Raises ValueError for names of none, and blocks that do not divide."""
+    factors, blocks = parse_by_name(config.lr_factors), parse_by_name(config.blocks)
+    for field, numbers in (("lr_factors", factors), ("blocks", blocks)):
+        refuse(bool(unknown := strays(numbers, members)),
+               f"optim.{role}.{field}: no tensor of the role has {unknown[:1]} in its name; they are {', '.join(members)}")
+    kinds = {name: Kind(axes.get(name, -1), int(number_of(name, blocks, 1)), number_of(name, factors, 1.0))
+             for name in members}
+    for name, kind in kinds.items():
+        rows = members[name].size(0) if members[name].ndim else 1
+        refuse(rows % kind.blocks != 0, f"optim.{role}.blocks: {kind.blocks} does not divide the {rows} rows of {name}")
+    return kinds
 
 
 def group_table(groups: list[ParamGroup]) -> str:

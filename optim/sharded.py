@@ -50,15 +50,16 @@ class ShardedOptimizer:
 
     def _make_bank(self, group: ParamGroup, names: list[str]) -> Bank:
         params = [group.params[name] for name in names]
-        step = group.step.along(group.axes[names[0]])
-        flat = lead_view(torch.stack([p.detach() for p in params]), group.scope)
+        kind = group.kinds[names[0]]
+        step = group.step_for(kind)
+        flat = lead_view(torch.stack([p.detach() for p in params]), group.scope, kind.blocks)
         step.enter(flat)
         sharded = self.comm.world_size > 1 and flat.numel() >= SMALL_BANK_ELEMENTS
         padding = -flat.size(0) % self.comm.world_size if sharded else 0
         weights = torch.cat([flat, flat.new_zeros(padding, *flat.shape[1:])]) if padding else flat.clone()
         self.comm.broadcast(weights)
         own = self.comm.slice_of(weights.size(0)) if sharded else slice(0, weights.size(0))
-        bank = Bank(group, names, params[0].shape, weights, torch.zeros_like(weights), own, sharded, step)
+        bank = Bank(group, names, params[0].shape, weights, torch.zeros_like(weights), own, sharded, step, kind)
         for param, weight, grad in zip(params, bank.stacked(weights), bank.stacked(bank.grads), strict=True):
             param.data, param.grad = weight, grad
         memory = bank.as_matrices(weights[own])
@@ -97,7 +98,7 @@ class ShardedOptimizer:
         for index, bank in enumerate(self.banks):
             if index in launched:
                 self._receive(index, launched, count)
-                self._update_bank(bank, launched[index][0], hypers[bank.group.role])
+                self._update_bank(bank, launched[index][0], _of_bank(bank, hypers))
             for kept in filter(None, (self.average, self.lookahead)):
                 kept.update(bank, count)
             if index in launched and bank.sharded:
@@ -156,7 +157,7 @@ class ShardedOptimizer:
             parts = []
             for bank, grad in ((self.banks[i], grad) for i, (grad, _) in launched.items()):
                 if bank.group.role == role:
-                    part = bank.group.rule.sums(*self._seen(bank, bank.weights[bank.own], grad), hyper)
+                    part = bank.group.rule.sums(*self._seen(bank, bank.weights[bank.own], grad), _of_bank(bank, hypers))
                     parts.append(part if bank.sharded or self.comm.rank == 0 else torch.zeros_like(part))
                     rule = bank.group.rule
             total = torch.stack(parts).sum(0)
@@ -236,6 +237,12 @@ def hyper_at(group: ParamGroup, values: Values, count: int) -> Hyper:
     return Hyper(*(torch.tensor(x, dtype=torch.float32) for x in (
         group.config.lr * values.lr, group.config.weight_decay * values.weight_decay, momentum,
         count // group.config.update_every)))
+
+
+def _of_bank(bank: Bank, hypers: dict[str, Hyper]) -> Hyper:
+    """The numbers of its group, lr times its tensors' own factor."""
+    hyper = hypers[bank.group.role]
+    return hyper if bank.kind.lr_factor == 1 else hyper._replace(lr=hyper.lr * bank.kind.lr_factor)
 
 
 def _update(rule: Rule, step: Step, own: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> None:

@@ -137,9 +137,10 @@ def empty_bank(run: Run, group: "ParamGroup", names: list[str]) -> "Bank":
     from optim.lookahead import Lookahead
     from optim.weight_average import WeightAverage
 
-    weights = lead_view(torch.stack([group.params[name].detach() for name in names]), group.scope)
+    kind = group.kinds[names[0]]
+    weights = lead_view(torch.stack([group.params[name].detach() for name in names]), group.scope, kind.blocks)
     bank = Bank(group, names, group.params[names[0]].shape, weights, weights, slice(None), False,
-                group.step.along(group.axes[names[0]]))
+                group.step_for(kind), kind)
     memory = bank.as_matrices(weights)
     bank.state = bank.step.init_state(memory)
     bank.state |= group.rule.init_state(memory.float() if group.config.state_dtype == "float32" else memory)
@@ -168,9 +169,9 @@ def bank_size(bank: "Bank") -> BankSize:
 def bank_flops(bank: "Bank") -> float:
     """Operations of orthogonalizing one of a bank's matrices; 0 where they are not."""
     config = bank.group.config
-    if len(bank.shape) != 2 or "ns_steps" not in acting_fields(config):
+    if bank.weights.ndim != 3 or len(bank.shape) != 2 or "ns_steps" not in acting_fields(config):
         return 0.0
-    return newton_schulz_flops(*bank.shape, config.ns_steps)
+    return newton_schulz_flops(*bank.weights.shape[1:], config.ns_steps)
 
 
 def newton_schulz_flops(m: int, n: int, steps: int) -> float:

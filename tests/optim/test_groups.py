@@ -77,3 +77,37 @@ def test_table_leaves_out_what_the_rule_does_not_read(rule, idle):
 def test_table_leaves_out_what_other_settings_make_idle(group, idle):
     printed = {word.partition("=")[0] for word in table(matrix=group)["matrix"].split() if "=" in word}
     assert not printed & idle
+
+
+# ---- Numbers by name -----------------------------------------------------------------------------------------------------
+
+
+def kinds(**changes: object) -> dict[str, tuple]:
+    optim = dataclasses.replace(Optim(), matrix=Group(rule="steepest", **changes))
+    return {name: tuple(kind) for name, kind in build_groups(PARAMS, ROLES, optim)[0].kinds.items()}
+
+
+def test_factors_and_blocks_are_by_name():
+    assert kinds() == {"b.weight": (-1, 1, 1), "a.weight": (-1, 1, 1)}
+    assert kinds(lr_factors=("weight=3", "a=0.5"), blocks=("b=2",)) == {"b.weight": (-1, 2, 3), "a.weight": (-1, 1, 0.5)}
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"lr_factors": ("c=2",)}, r"matrix.lr_factors: no tensor of the role has \['c'\] in its name; they are b.weight"),
+    ({"lr_factors": ("eight=2",)}, "no tensor"),  # whole words
+    ({"blocks": ("head=2",)}, "matrix.blocks: no tensor"),
+    ({"blocks": ("a=3",)}, "3 does not divide the 4 rows of a.weight"),
+    ({"blocks": ("a=2",), "norm": "row"}, "matrix.blocks has no effect on rule steepest, as it is configured: it updates each row"),
+])
+def test_names_that_are_not_there_and_blocks_that_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=message):
+        kinds(**changes)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"lr_factors": ("mlp.down",)}, "'mlp.down'"), ({"lr_factors": ("=2",)}, "'=2'"), ({"lr_factors": ("a=-1",)}, "positive"),
+    ({"lr_factors": ("a=nan",)}, "positive"), ({"blocks": ("a=1.5",)}, "whole numbers, got a=1.5"),
+    ({"blocks": ("a=2",), "constraint": "sphere"}, "cut the vectors")])
+def test_numbers_by_name_that_are_none(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Group(**changes)

@@ -36,6 +36,7 @@ CASES: dict[str, dict] = {rule: {"rule": rule} for rule in RULES} | {
     "adam_clipped": {"rule": "adam", "clip": 3.0, "clip_norm": "column"},
     "prodigy_clipped": {"rule": "prodigy", "lr": 1.0, "distance_start": 1e-3, "clip": 3.0},
     "normuon_braked": {"rule": "normuon", "constraint": "radial", "radial_brake": 0.5, "row_floor": 0.4},
+    "normuon_in_blocks": {"rule": "normuon", "blocks": ("wide1=7", "small=3"), "lr_factors": ("wide2=2", "vector=.5")},
     "adam_waiting": {"rule": "adam", "update_every": 3},
     "prodigy_waiting": {"rule": "prodigy", "lr": 1.0, "distance_start": 1e-3, "update_every": 3},
     "adam_ahead": {"rule": "adam", "rounding": "remainder"},

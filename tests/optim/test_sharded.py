@@ -206,6 +206,32 @@ def test_one_rank_is_a_plain_loop():
     assert_moved_alike(copies(params), plain_loop(), copies(make_params()))
 
 
+CUTS = {"muon": {"rule": "steepest"}, "normuon": {"rule": "normuon"}, "soap": {"rule": "soap"},
+        "hyperball": {"rule": "adam", "constraint": "hyperball"},
+        "independent": {"rule": "steepest", "weight_decay": 0.2, "decay": "independent"}}
+
+
+@pytest.mark.parametrize("case", CUTS)
+def test_blocks_are_matrices_and_factors_are_learning_rates(case):
+    """Cut into three blocks, at twice the lr, a tensor moves as three tensors would at that lr."""
+    start, grads = torch.randn(12, 5, generator=seeded("cut")), torch.randn(3, 12, 5, generator=seeded("cuts"))
+    whole, parts = {"w": nn.Parameter(start.clone())}, {f"p{i}": nn.Parameter(start[4 * i:4 * i + 4].clone()) for i in range(3)}
+    cut, plain = (ShardedOptimizer(build_groups(params, dict.fromkeys(params, "matrix"), Optim(matrix=group)), Comm())
+                  for params, group in ((whole, Group(**CUTS[case], lr=0.02, blocks=("w=3",), lr_factors=("w=2",))),
+                                        (parts, Group(**CUTS[case], lr=0.04))))
+    for step in range(3):
+        whole["w"].grad.copy_(grads[step])
+        for i, part in enumerate(parts.values()):
+            part.grad.copy_(grads[step, 4 * i:4 * i + 4])
+        for optimizer in (cut, plain):
+            optimizer.step(Values(1 - 0.2 * step, 1, 0.9, 1, 1, None), step + 1, remember=True)
+    torch.testing.assert_close(whole["w"], torch.cat(list(parts.values())), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(whole["w"], start, atol=0.01)
+    assert cut.turns("matrix")["w"]["angle"] > 0
+    saved = cut.state_tensors()
+    assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == cut.state_shapes()
+
+
 def test_measuring_changes_nothing():
     first, second = make_params(), make_params()
     quiet, loud = make_optimizer(first), make_optimizer(second)
