@@ -20,7 +20,7 @@ from layers.embeddings import NgramEmbedding, Smear
 from layers.fused import equip
 from layers.fused.cross_entropy import linear_nats, row_nats
 from layers.head import Terms, further_tokens, prefix_nats, sampled_nats, softcap
-from layers.kernels import KERNELS, attends_far, choose_kernel, document_index
+from layers.kernels import KERNELS, attends_far, choose_kernel, document_index, use_flash
 from layers.sphere import Scale, ScaledLinear
 from layers.streams import Streams, connects
 
@@ -32,7 +32,7 @@ class GPT(nn.Module):
                  prefix_of: list[int] | None = None, on_cuda: bool = False,
                  dtype: torch.dtype = torch.float32) -> None:
         """`max_tokens` is the longest context; `document_start` the token that opens a document; `prefix_of` each token's
-        longest proper prefix or -1; `dtype` that of the activations (weights stay float32). Raises ValueError for
+        longest proper prefix or -1; `dtype` that of the activations (weights have their own). Raises ValueError for
         combinations that the arguments make impossible.
         """
         super().__init__()
@@ -43,6 +43,7 @@ class GPT(nn.Module):
         self.config, self.vocab_size, self.document_start, self.dtype = config, vocab_size, document_start, dtype
         padded = -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
         self.max_tokens, self.kernel = max_tokens, choose_kernel(config, on_cuda)
+        use_flash(config, on_cuda)
         embed_dtype = getattr(torch, config.embed_dtype)
         self.embed = parameter((torch.randn(padded, config.dim) * config.embed_std).to(embed_dtype), "embed")
         learned = config.position == "learned"

@@ -71,8 +71,13 @@ class Model:
     """Attention stays within a document."""
     attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
     """Kernel; auto: sdpa, or flex on CUDA where a window or document mask is on."""
+    flash: Literal["default", "FA3", "FA4"] = "default"
+    """FlashAttention inside sdpa and varlen: PyTorch's own, or version 3 (Hopper) or 4 where its package is installed."""
     embed_dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage of the token embedding (and of its optimizer state)."""
+    matrix_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Storage of hidden matrices, their gradients and optimizer state; in bfloat16 with optim.matrix.rounding remainder and
+    state_dtype float32 they are trained as float32 ones (speedrun, 2025)."""
     loss_chunk_tokens: int = 0
     """Head and loss in chunks of so many tokens, recomputed in the backward pass; 0: all at once."""
     geometry: Literal["euclidean", "sphere"] = "euclidean"
@@ -172,6 +177,8 @@ class Model:
                f"softcap_value must be positive, got {self.softcap_value}")
         refuse(self.attention == "varlen" and not self.document_mask,
                "--model.attention varlen packs documents: it needs --model.document_mask")
+        refuse(self.flash != "default" and self.attention not in ("sdpa", "varlen"),
+               f"flash {self.flash} serves --model.attention sdpa or varlen, got {self.attention}")
         self._refuse_layers()
         self._refuse_heads()
         self._refuse_losses()

@@ -20,13 +20,14 @@ def parameter(value: Tensor, role: str, *, axis: int = -1) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    """y = W x (+ b), W (out, in) in float32, cast to x's dtype at use; started at variance init_gain / in, or 0."""
+    """y = W x (+ b), W (out, in) cast to x's dtype at use; started at variance init_gain / in, or 0."""
 
     def __init__(self, fan_in: int, fan_out: int, *, config: Model, zero: bool = False, role: str = "matrix",
                  axis: int = -1) -> None:
         super().__init__()
         std = 0.0 if zero and config.zero_init_projections else (config.init_gain / fan_in) ** 0.5
-        self.weight = parameter(torch.randn(fan_out, fan_in) * std, role, axis=axis)
+        dtype = getattr(torch, config.matrix_dtype if role == "matrix" else "float32")
+        self.weight = parameter((torch.randn(fan_out, fan_in) * std).to(dtype), role, axis=axis)
         self.bias = parameter(torch.zeros(fan_out), "bias") if config.biases else None
         self.product = F.linear  # layers/fused may put a faster one in its place
 

@@ -78,6 +78,21 @@ def attends_far(config: Model, layer: int) -> bool:
     return config.window_tokens is None or layer in config.full_attention_layers or bool(every and (layer + 1) % every == 0)
 
 
+def use_flash(config: Model, on_cuda: bool) -> None:
+    """Make PyTorch's attention call the asked-for FlashAttention, in the whole process. Raises ValueError where there is
+    none."""
+    if config.flash == "default":
+        return
+    activate = getattr(torch.nn.attention, "activate_flash_attention_impl", None)
+    if not on_cuda or activate is None:
+        raise ValueError(f"--model.flash {config.flash} needs {'a newer PyTorch' if on_cuda else 'CUDA'}; use default here")
+    try:
+        activate(config.flash)
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ValueError(f"--model.flash {config.flash}: its package is missing or does not run here ({error}); install it, "
+                         "or use default") from error
+
+
 def choose_kernel(config: Model, on_cuda: bool) -> str:
     """The attention kernel by name. Raises ValueError where the asked-for one cannot train on this device."""
     if config.attention in ("flex", "varlen") and not on_cuda:

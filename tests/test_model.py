@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from configs.groups import Optim
 from configs.presets import track3
 from configs.schema import Model
-from layers.kernels import choose_kernel
+from layers.kernels import choose_kernel, use_flash
 from model import GPT, mean_span
 
 LAYERS, DIM, HEAD_DIM, VOCAB, PADDED, LONGEST = 2, 32, 16, 40, 64, 24
@@ -144,6 +144,17 @@ def test_embedding_is_stored_in_the_dtype_asked_for_and_the_rest_in_float32():
     model = build(replace(PLAIN, embed_dtype="bfloat16"), dtype=torch.bfloat16)
     assert {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16} == {"embed"}
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float32}
+
+
+def test_matrices_in_bfloat16_are_the_rounded_ones():
+    stored = build(replace(RICH, matrix_dtype="bfloat16"))
+    rounded = build(RICH)
+    for name, parameter in rounded.named_parameters():
+        if rounded.roles()[name] == "matrix":
+            parameter.data = parameter.data.bfloat16().float()
+    kinds = {stored.roles()[name]: parameter.dtype for name, parameter in stored.named_parameters()}
+    assert kinds.pop("matrix") == torch.bfloat16 and set(kinds.values()) == {torch.float32}
+    assert torch.equal(stored(some_tokens(2, 9)), rounded(some_tokens(2, 9)))
 
 
 # ---- Roles, size, cost -----------------------------------------------------------------------------------------------
@@ -357,6 +368,25 @@ def test_kernels_of_cuda_are_refused_elsewhere(kernel):
     with pytest.raises(ValueError, match=f"attention {kernel} trains on CUDA only; use sdpa"):
         build(config)
     assert choose_kernel(config, on_cuda=True) == kernel
+
+
+def test_another_flash_attention_is_asked_for_once_and_refused_with_the_reason(monkeypatch):
+    def activate(name):
+        asked.append(name)
+        if name == "FA4":
+            raise ImportError("no module named flash_attn.cute")
+
+    asked, config = [], replace(RICH, attention="varlen", flash="FA3")
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate, raising=False)
+    use_flash(config, on_cuda=True)
+    use_flash(RICH, on_cuda=True)
+    assert asked == ["FA3"]
+    with pytest.raises(ValueError, match="flash FA4: its package is missing .*flash_attn.cute.*or use default"):
+        use_flash(replace(config, flash="FA4"), on_cuda=True)
+    with pytest.raises(ValueError, match="flash FA3 needs CUDA; use default"):
+        use_flash(config, on_cuda=False)
+    with pytest.raises(ValueError, match="flash FA3 serves --model.attention sdpa or varlen, got auto"):
+        replace(config, attention="auto")
 
 
 @pytest.mark.parametrize(("changes", "on_cuda", "kernel"), [

@@ -1,0 +1,77 @@
+"""A training step asks the device for no number: only then can the host run ahead of a GPU.
+
+On the meta device, where tensors have shapes but no values, whatever would wait for a value raises.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from configs.cli import parse
+from configs.groups import Group
+from configs.presets import PRESETS
+from configs.schema import Run
+from layers.head import Terms
+from model import GPT
+from optim.comm import Comm
+from optim.groups import build_groups
+from optim.rules import RULES
+from optim.rules.adam import Adam
+from optim.schedule import Schedule
+from optim.sharded import ShardedOptimizer
+from optim.step import Step
+from scripts.lab.models import anywhere
+from train_gpt import Trainer
+
+TOKENS = 64
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="the runtime's own alarm needs a CUDA GPU")
+
+
+def steps_without_values(run: Run, count: int = 2) -> None:
+    with torch.device("meta"):
+        model = GPT(anywhere(run.model), vocab_size=300, max_tokens=TOKENS, document_start=5, prefix_of=[-1] * 300)
+        tokens, terms = torch.zeros(2, TOKENS, dtype=torch.long), Terms(torch.ones(()), torch.ones(()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Step, "enter", lambda *_: None)  # which looks at the first weights, once
+        groups = build_groups(dict(model.named_parameters()), model.roles(), run.optim, model.axes())
+        optimizer = ShardedOptimizer(groups, Comm("meta"))
+    values = Schedule(run).values(0)
+    for step in range(count):
+        model(tokens, tokens, terms=terms, window=values.window_tokens, long_window=values.long_window_tokens).backward()
+        optimizer.step(values, step + 1)
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_no_preset_waits(preset):
+    steps_without_values(PRESETS[preset]())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_rule_waits(rule):
+    run = PRESETS["bytes"]()
+    constraint = {"constraint": "stiefel"} if rule == "stiefel" else {}
+    steps_without_values(replace(run, optim=replace(run.optim, matrix=Group(rule=rule, clip=1.0, **constraint))))
+
+
+def test_waiting_is_noticed(monkeypatch):
+    direction = Adam.direction
+    monkeypatch.setattr(Adam, "direction", lambda rule, param, grad, *rest: direction(rule, param, grad * grad.sum().item(), *rest))
+    with pytest.raises(RuntimeError, match="item"):
+        steps_without_values(PRESETS["tiny_adamw"]())
+
+
+@needs_cuda
+@pytest.mark.parametrize("preset", ["bytes", "speedrun_cpu"])
+def test_cuda_is_not_waited_for(preset, tmp_path):
+    trainer = Trainer(parse([preset, "--run.device", "cuda", "--run.compile", "off", "--run.dir", str(tmp_path),
+                             "--log.wandb", "disabled"]))
+    batches = trainer.start_batches()
+    for _ in range(2):
+        trainer.step(batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.step(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
