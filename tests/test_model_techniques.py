@@ -180,7 +180,7 @@ def test_flag_adds_only_its_own_parameters(changes, added, removed):
     assert plain - model == removed
 
 
-OTHER_START = {"zero_init", "init_gain", "embed_std", "bfloat16_embedding"}
+OTHER_START = {"zero_init", "init_gain", "embed_std", "bfloat16_embedding", "bfloat16_matrices"}
 DRAWS = {"no_positions", "rotary", "half_rotary", "swiglu", "value_embed", "value_embeds", "yarn", "key_offset",
          "attention_free", "value_gates", "mudd"}  # not PLAIN's random numbers
 OTHER_SHAPE = {"mlp_dim", "vocab_multiple"}
