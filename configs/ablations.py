@@ -169,6 +169,8 @@ TECHNIQUES = (
     Technique("momentum", _averages, "--optim.matrix.averaging none"),
     Technique("momentum_curve", lambda run: _averages(run) and run.schedule.momentum is not None,
               "--schedule.momentum None"),
+    Technique("blocks", lambda run: bool(run.optim.matrix.blocks), "--optim.matrix.blocks"),
+    Technique("lr_factors", lambda run: bool(run.optim.matrix.lr_factors), "--optim.matrix.lr_factors"),
     Technique("row_moments", lambda run: run.optim.matrix.rule == "normuon", "--optim.matrix.rule steepest"),
     Technique("slow_adam", lambda run: run.optim.embed.update_every > 1,
               " ".join(f"--optim.{role.name}.update_every 1" for role in fields(Optim))),

@@ -88,8 +88,8 @@ def medium() -> Run:
 
 def speedrun_cpu() -> Run:
     """The whole recipe shrunk to a laptop, everything on: a BPE model on Python's own source code."""
-    run, steps = speedrun(), 160
-    token = replace(run.optim.embed, lr=0.03, weight_decay=0.0)
+    run, steps = speedrun(), 320
+    token = replace(run.optim.embed, lr=0.06, weight_decay=0.0)
     matrix = replace(run.optim.matrix, blocks=("attention.q=2", "attention.k=2"))
     optim = replace(run.optim, matrix=matrix, embed=token, head=token, bigram_embed=replace(run.optim.bigram_embed, sparse_rows=False))
     model = replace(run.model, layers=5, dim=64, head_dim=16, embed_std=0.05, value_embeds=2, value_embed_layers=(1, 4),

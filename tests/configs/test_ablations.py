@@ -42,7 +42,8 @@ CHANGES = {f"no_{name}": {f"model.{name}"} for name in MODEL_SWITCHES} | {
     "no_rotary": {"model.position"}, "no_relu2": {"model.activation"}, "no_attention_scale": {"model.attention_scale"},
     "no_window": {"model.window_tokens"}, "no_window_growth": {"schedule.window_tokens"},
     "no_tied_start": {"train.tied_until_frac"}, "no_row_moments": {"optim.matrix.rule"},
-    "no_cautious_decay": {"optim.matrix.decay"},
+    "no_cautious_decay": {"optim.matrix.decay"}, "no_blocks": {"optim.matrix.blocks"},
+    "no_lr_factors": {"optim.matrix.lr_factors"},
     "no_slow_adam": {f"optim.{role}.update_every" for role in ("embed", "head")},
     "no_nesterov": {"optim.matrix.nesterov"}, "no_momentum": {"optim.matrix.averaging"},
     "no_momentum_curve": {"schedule.momentum"}, "no_weight_decay": {"optim.matrix.weight_decay"},
@@ -64,7 +65,8 @@ EVERYTHING = ("--model.x0_skip --model.softcap tanh --model.norm_gains --model.b
               "--model.layers 3 --model.paired_heads 0 --model.dynamic_heads 1 --model.attention_free 2 --model.skips 0>2 "
               "--model.shared_attention_input 0 --model.backout 1 --model.residual_growth 1.1 --model.dense mudd")
 # What excludes them, or needs other optimizers: shown to be switched off elsewhere.
-APART = {"mtp_weights", "prefix_loss", "sampled_softmax", "tied_start", "row_moments", "slow_adam", "cautious_decay"}
+APART = {"mtp_weights", "prefix_loss", "sampled_softmax", "tied_start", "row_moments", "slow_adam", "cautious_decay", "blocks",
+         "lr_factors"}
 
 
 def changed(run, other):
