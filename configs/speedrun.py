@@ -91,11 +91,12 @@ def speedrun_cpu() -> Run:
     run, steps = speedrun(), 320
     token = replace(run.optim.embed, lr=0.06, weight_decay=0.0)
     matrix = replace(run.optim.matrix, blocks=("attention.q=2", "attention.k=2"))
-    optim = replace(run.optim, matrix=matrix, embed=token, head=token, bigram_embed=replace(run.optim.bigram_embed, sparse_rows=False))
+    optim = replace(run.optim, matrix=matrix, embed=token, head=token,
+                    bigram_embed=replace(run.optim.bigram_embed, sparse_rows=False))
     model = replace(run.model, layers=5, dim=64, head_dim=16, embed_std=0.05, value_embeds=2, value_embed_layers=(1, 4),
                     bigram_buckets=16_384, bigram_signs=256, ngram_orders=(3,), window_tokens=32, long_window_tokens=64,
-                    full_attention_layers=(1, 4), paired_heads=(0, 2), attention_free=(3,), shared_attention_input=3,
-                    skips=("1>3",), backout=2, dynamic_heads=(4,), dynamic_window=16)
+                    full_attention_layers=(1, 4), attention_scale=0.5, paired_heads=(0, 2), attention_free=(3,),
+                    shared_attention_input=3, skips=("1>3",), backout=2, dynamic_heads=(4,), dynamic_window=16)
     lr = "0=1 hold 33%=1.52 40%=1.52 66%=0.91 hold 67%=1.03 100%=0.15"
     return replace(
         run, preset="speedrun_cpu", run=Identity(), data=Data(sequence_tokens=128, val_bytes=65_536), model=model,
