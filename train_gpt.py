@@ -273,10 +273,10 @@ def plan(trainer: Trainer) -> str:
     steps, micro = run.train.steps, min(run.train.micro_tokens, run.train.batch_tokens // trainer.comm.world_size)
     parameters = sum(p.numel() for p in model.parameters())
     state = sum(t.nbytes for b in trainer.optimizer.banks for t in (b.weights, b.grads, *b.state.values()))
-    flash = "" if run.model.flash == "default" else f" by {run.model.flash}"
+    kernel = model.kernel if run.model.flash == "default" else f"{model.kernel} by {run.model.flash}"
     lines = [trainer.group_table, "",
              f"preset {run.preset} on {trainer.comm.world_size} x {device_name(trainer.device)}, seed {run.run.seed}, "
-             f"activations {str(model.dtype)[6:]}, attention {model.kernel}{flash}, compile {'on' if trainer.compiled else 'off'}",
+             f"activations {str(model.dtype)[6:]}, attention {kernel}, compile {'on' if trainer.compiled else 'off'}",
              f"data {source.name}, hash {source.data_hash}, {sum(map(len, source.train)):,} training tokens, "
              f"{len(source.validation) - 1:,} validation tokens, vocabulary {source.vocab_size:,}",
              *source.notes, *([model.paths.line()] if trainer.device.type == "cuda" else []),

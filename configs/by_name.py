@@ -15,7 +15,8 @@ def parse_by_name(words: tuple[str, ...]) -> dict[str, float]:
             number = float(text)
         except ValueError:
             number = math.nan
-        refuse(not name or not 0 < number < math.inf, f"numbers by name are NAME=NUMBER, positive, say mlp.down=4; got {word!r}")
+        refuse(not name or not 0 < number < math.inf,
+               f"numbers by name are NAME=NUMBER, positive, say mlp.down=4; got {word!r}")
         found[name] = number
     return found
 

@@ -66,7 +66,8 @@ class Bank:
 
 
 def lead_view(stack: Tensor, scope: str, blocks: int = 1) -> Tensor:
-    """(K, *shape) with the dimension that may be cut first: elements (N,), rows (R, n) or matrices (K blocks, m / blocks, n)."""
+    """(K, *shape) with the dimension that may be cut first: elements (N,), rows (R, n) or matrices (K b, m / b, n), each cut
+    into b blocks of rows."""
     if scope == "element":
         return stack.reshape(-1)
     matrices = stack.reshape(stack.size(0), -1, stack.size(-1) if stack.ndim > 1 else 1)

@@ -57,7 +57,7 @@ def test_no_rule_waits(rule):
 
 def test_waiting_is_noticed(monkeypatch):
     direction = Adam.direction
-    monkeypatch.setattr(Adam, "direction", lambda rule, param, grad, *rest: direction(rule, param, grad * grad.sum().item(), *rest))
+    monkeypatch.setattr(Adam, "direction", lambda rule, W, grad, *rest: direction(rule, W, grad * grad.sum().item(), *rest))
     with pytest.raises(RuntimeError, match="item"):
         steps_without_values(PRESETS["tiny_adamw"]())
 

@@ -27,8 +27,8 @@ class Trained(NamedTuple):
 
 def anywhere(config: Model) -> Model:
     """The same function of the weights, without what training alone or one device needs: kernels, 8-bit products, losses."""
-    return replace(config, attention="sdpa", flash="default", fp8="none", fp8_scales="dynamic", mtp_weights=(), prefix_loss=0.0,
-                   sampled_softmax=0)
+    return replace(config, attention="sdpa", flash="default", fp8="none", fp8_scales="dynamic", mtp_weights=(),
+                   prefix_loss=0.0, sampled_softmax=0)
 
 
 def load_trained(folder: Path, *, max_tokens: int = 0) -> Trained:

@@ -65,8 +65,8 @@ EVERYTHING = ("--model.x0_skip --model.softcap tanh --model.norm_gains --model.b
               "--model.layers 3 --model.paired_heads 0 --model.dynamic_heads 1 --model.attention_free 2 --model.skips 0>2 "
               "--model.shared_attention_input 0 --model.backout 1 --model.residual_growth 1.1 --model.dense mudd")
 # What excludes them, or needs other optimizers: shown to be switched off elsewhere.
-APART = {"mtp_weights", "prefix_loss", "sampled_softmax", "tied_start", "row_moments", "slow_adam", "cautious_decay", "blocks",
-         "lr_factors"}
+APART = {"mtp_weights", "prefix_loss", "sampled_softmax", "tied_start", "row_moments", "slow_adam", "cautious_decay",
+         "blocks", "lr_factors"}
 
 
 def changed(run, other):

@@ -97,7 +97,7 @@ def test_factors_and_blocks_are_by_name():
     ({"lr_factors": ("eight=2",)}, "no tensor"),  # whole words
     ({"blocks": ("head=2",)}, "matrix.blocks: no tensor"),
     ({"blocks": ("a=3",)}, "3 does not divide the 4 rows of a.weight"),
-    ({"blocks": ("a=2",), "norm": "row"}, "matrix.blocks has no effect on rule steepest, as it is configured: it updates each row"),
+    ({"blocks": ("a=2",), "norm": "row"}, "blocks has no effect on rule steepest, as it is configured: it updates each row"),
 ])
 def test_names_that_are_not_there_and_blocks_that_cannot_be(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -105,8 +105,8 @@ def test_names_that_are_not_there_and_blocks_that_cannot_be(changes, message):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"lr_factors": ("mlp.down",)}, "'mlp.down'"), ({"lr_factors": ("=2",)}, "'=2'"), ({"lr_factors": ("a=-1",)}, "positive"),
-    ({"lr_factors": ("a=nan",)}, "positive"), ({"blocks": ("a=1.5",)}, "whole numbers, got a=1.5"),
+    ({"lr_factors": ("mlp.down",)}, "'mlp.down'"), ({"lr_factors": ("=2",)}, "'=2'"),
+    ({"lr_factors": ("a=-1",)}, "positive"), ({"lr_factors": ("a=nan",)}, "positive"), ({"blocks": ("a=1.5",)}, "whole numbers, got a=1.5"),
     ({"blocks": ("a=2",), "constraint": "sphere"}, "cut the vectors")])
 def test_numbers_by_name_that_are_none(changes, message):
     with pytest.raises(ValueError, match=message):

@@ -215,7 +215,8 @@ CUTS = {"muon": {"rule": "steepest"}, "normuon": {"rule": "normuon"}, "soap": {"
 def test_blocks_are_matrices_and_factors_are_learning_rates(case):
     """Cut into three blocks, at twice the lr, a tensor moves as three tensors would at that lr."""
     start, grads = torch.randn(12, 5, generator=seeded("cut")), torch.randn(3, 12, 5, generator=seeded("cuts"))
-    whole, parts = {"w": nn.Parameter(start.clone())}, {f"p{i}": nn.Parameter(start[4 * i:4 * i + 4].clone()) for i in range(3)}
+    whole = {"w": nn.Parameter(start.clone())}
+    parts = {f"p{i}": nn.Parameter(start[4 * i:4 * i + 4].clone()) for i in range(3)}
     cut, plain = (ShardedOptimizer(build_groups(params, dict.fromkeys(params, "matrix"), Optim(matrix=group)), Comm())
                   for params, group in ((whole, Group(**CUTS[case], lr=0.02, blocks=("w=3",), lr_factors=("w=2",))),
                                         (parts, Group(**CUTS[case], lr=0.04))))
