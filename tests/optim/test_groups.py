@@ -106,8 +106,8 @@ def test_names_that_are_not_there_and_blocks_that_cannot_be(changes, message):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"lr_factors": ("mlp.down",)}, "'mlp.down'"), ({"lr_factors": ("=2",)}, "'=2'"),
-    ({"lr_factors": ("a=-1",)}, "positive"), ({"lr_factors": ("a=nan",)}, "positive"), ({"blocks": ("a=1.5",)}, "whole numbers, got a=1.5"),
-    ({"blocks": ("a=2",), "constraint": "sphere"}, "cut the vectors")])
+    ({"lr_factors": ("a=-1",)}, "positive"), ({"lr_factors": ("a=nan",)}, "positive"),
+    ({"blocks": ("a=1.5",)}, "whole numbers, got a=1.5"), ({"blocks": ("a=2",), "constraint": "sphere"}, "cut the vectors")])
 def test_numbers_by_name_that_are_none(changes, message):
     with pytest.raises(ValueError, match=message):
         Group(**changes)
