@@ -126,7 +126,7 @@ class Model:
     key_offset: bool = False
     """Layers that see far take the unrotated dimensions of their keys from the token before (speedrun, Dec 2025)."""
     dynamic_heads: tuple[int, ...] = ()
-    """Layers whose heads mix their attention, as each token says (Xiao et al. 2024, arXiv 2405.08553); T x T attention."""
+    """Layers whose heads mix their attention, as each token says (Xiao et al. 2024, arXiv 2405.08553)."""
     dynamic_window: int = 112
     """Tokens that the mixture sees."""
     attention_free: tuple[int, ...] = ()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from configs.schema import Model
 from layers.basic import parameter, rms_norm
-from layers.kernels import dense_mask, document_index
+from layers.kernels import document_index
 
 GATE_DIMS = 12  # gates of heads read so many leading dimensions of the layer's input (speedrun, Aug 2025)
 VALUE_GATE_DIMS = 6  # gates of value embeddings read so many of the input and of the embedding (speedrun, Jan 2026)
@@ -80,8 +80,8 @@ class DynamicHeads(nn.Module):
         b_h(t) sum_s [sum_g a_g(t) A_g(t, s)] v_h(s),    a = rms_norm(1 + W_a x), b = W_b x, starting at b = 0.
 
     Dynamic head composition (Xiao et al. 2024, arXiv 2405.08553) in the speedrun's form of 2026: rank one, by the query's
-    token alone, over the last `dynamic_window` tokens, whose attention is normalised among themselves. Materialises
-    H x T x T attention: plain, for short contexts.
+    token alone, over the last `dynamic_window` tokens w, whose attention is normalised among themselves. Queries in blocks of
+    w see their own block and the one before, so that B H T 2w attention is materialised.
     """
 
     def __init__(self, config: Model) -> None:
@@ -92,14 +92,37 @@ class DynamicHeads(nn.Module):
     def forward(self, qkv_BTHD: tuple[Tensor, Tensor, Tensor], x_BTC: Tensor, starts_BT: Tensor | None,
                 scale: float) -> Tensor:
         """Queries, keys, values (B, T, H, D) and the layer's input (B, T, C) -> what y gains, (B, T, H, D)."""
-        q, k, v = qkv_BTHD
-        document = None if starts_BT is None else document_index(starts_BT)
-        seen = dense_mask(q.size(1), min(self.window, q.size(1)), document, q.device)
-        scores = torch.einsum("bthd,bshd->bhts", q.float(), k.float()) * scale
-        attention = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        T, w = x_BTC.size(1), min(self.window, x_BTC.size(1))
+        q, k, v = (in_blocks(x.float(), w) for x in qkv_BTHD)  # (B, N, w, H, D)
         read, write = F.linear(x_BTC, self.weight.to(x_BTC.dtype)).float().chunk(2, dim=-1)
-        mixed = torch.einsum("bth,bhts->bts", rms_norm(1 + read), attention)
-        return (torch.einsum("bts,bshd->bthd", mixed, v.float()) * write[..., None]).type_as(v)
+        scores_BNHts = torch.einsum("bnthd,bnshd->bnhts", q, with_previous(k)) * scale
+        attention = scores_BNHts.masked_fill(~near_mask(T, w, starts_BT, q.device), -torch.inf).softmax(-1)
+        mixed = torch.einsum("bnth,bnhts->bnts", in_blocks(rms_norm(1 + read), w), attention)
+        y = torch.einsum("bnts,bnshd->bnthd", mixed, with_previous(v)).flatten(1, 2)[:, :T]
+        return (y * write[..., None]).type_as(qkv_BTHD[2])
+
+
+def in_blocks(x_BT: Tensor, size: int) -> Tensor:
+    """(B, T, ...) -> (B, N, size, ...), zeros after the end."""
+    missing = -x_BT.size(1) % size
+    return F.pad(x_BT, (0, 0) * (x_BT.ndim - 2) + (0, missing)).unflatten(1, (-1, size))
+
+
+def with_previous(x_BNw: Tensor) -> Tensor:
+    """Each block behind the one before it, the first behind zeros: (B, N, w, ...) -> (B, N, 2w, ...)."""
+    return torch.cat((torch.cat((torch.zeros_like(x_BNw[:, :1]), x_BNw[:, :-1]), dim=1), x_BNw), dim=2)
+
+
+def near_mask(tokens: int, window: int, starts_BT: Tensor | None, device: torch.device) -> Tensor:
+    """True where a block's query i may see key j of its own block or the one before: i - window < j <= i, j >= 0, same
+    document. (B or 1, N, 1, w, 2w)."""
+    i = in_blocks(torch.arange(-(-tokens // window) * window, device=device)[None], window)[..., None]
+    j = torch.cat((i - window, i), dim=2).transpose(2, 3)
+    seen = (j <= i) & (i - j < window) & (j >= 0)
+    if starts_BT is not None:
+        document = in_blocks(document_index(starts_BT), window)
+        seen = seen & (document[..., None] == with_previous(document)[:, :, None])
+    return seen[:, :, None]
 
 
 def pair_heads(x_BTHD: Tensor) -> Tensor:

@@ -88,13 +88,15 @@ def test_still_dimensions_are_those_that_rotary_leaves():
     assert torch.equal(~moved, rotary.still_D) and rotary.still_D.sum() == D // 2
 
 
-def test_dynamic_heads():
-    heads = scrambled(DynamicHeads(replace(CONFIG, dynamic_window=3)))
+@pytest.mark.parametrize("window", [1, 3, 6, 7, 30])
+@pytest.mark.parametrize("second", [0, 3, 6])
+def test_dynamic_heads(window, second):
+    heads = scrambled(DynamicHeads(replace(CONFIG, dynamic_window=window)))
     q, k, v, x = normal(1, T, H, D), normal(1, T, H, D, seed=1), normal(1, T, H, D, seed=2), normal(1, T, H * D, seed=3)
-    starts = torch.tensor([[True, False, False, True, False, False, False]])
+    starts = torch.arange(T)[None] == second if second else None
     found = heads((q, k, v), x, starts, 0.3)
     for t in range(T):
-        first = max(t - 2, 0 if t < 3 else 3)
+        first = max(t - window + 1, 0 if t < second else second)
         attention = torch.stack([torch.stack([0.3 * q[0, t, g] @ k[0, s, g] for s in range(first, t + 1)]).softmax(0)
                                  for g in range(H)])
         read, write = (heads.weight @ x[0, t]).chunk(2)
