@@ -42,8 +42,8 @@ def speedrun() -> Run:
                     value_embed_layers=(1, 2, 8, 9, 10), value_gates=True, bigram_buckets=377_280, bigram_signs=8192,
                     inject=True, window_tokens=128, long_window_tokens=384, full_attention_layers=(3, 10), yarn=True,
                     paired_heads=(0, 2, 5, 9), key_offset=True, xsa=True, head_gates=True, attention_free=(6,),
-                    shared_attention_input=7, projection_gains=True, residual_growth=1.1, skips=("3>6",), dynamic_heads=(10,),
-                    dense="mudd", mtp_weights=(0.5, 0.25), prefix_loss=0.25),
+                    shared_attention_input=7, projection_gains=True, residual_growth=1.1, skips=("3>6",),
+                    dynamic_heads=(10,), dense="mudd", mtp_weights=(0.5, 0.25), prefix_loss=0.25),
         optim=record_optim(),
         schedule=Schedule(lr=LR, weight_decay=LR, momentum="0=0.85 300=0.95 -50=0.95 100%=0.85",
                           batch_tokens=stages(1, 2, 3), window_tokens=stages(1, 3, 5, 6),
@@ -73,8 +73,8 @@ def medium() -> Run:
     twelfths = "0=1 hold 8.3333%=2 hold 16.6667%=3 hold 25%=4"
     model = replace(run.model, layers=16, dim=1024, value_embeds=0, value_embed_layers=(), value_gates=False,
                     bigram_buckets=0, bigram_signs=0, full_attention_layers=(3, 7, 11, 15), paired_heads=(),
-                    attention_free=(), dynamic_heads=(), shared_attention_input=None, skips=("3>8",), dense="none", backout=11, window_tokens=384,
-                    long_window_tokens=384, mtp_weights=(), prefix_loss=0.0)
+                    attention_free=(), dynamic_heads=(), shared_attention_input=None, skips=("3>8",),
+                    dense="none", backout=11, window_tokens=384, long_window_tokens=384, mtp_weights=(), prefix_loss=0.0)
     optim = replace(run.optim, matrix=replace(run.optim.matrix, lr=0.015, weight_decay=0.018, blocks=()))
     lr = "0=1 30%=1 100%=0.1"
     return replace(

@@ -80,8 +80,8 @@ class DynamicHeads(nn.Module):
         b_h(t) sum_s [sum_g a_g(t) A_g(t, s)] v_h(s),    a = rms_norm(1 + W_a x), b = W_b x, starting at b = 0.
 
     Dynamic head composition (Xiao et al. 2024, arXiv 2405.08553) in the speedrun's form of 2026: rank one, by the query's
-    token alone, over the last `dynamic_window` tokens w, whose attention is normalised among themselves. Queries in blocks of
-    w see their own block and the one before, so that B H T 2w attention is materialised.
+    token alone, over the last `dynamic_window` tokens w, whose attention is normalised among themselves. Queries in blocks
+    of w see their own block and the one before, so that B H T 2w attention is materialised.
     """
 
     def __init__(self, config: Model) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import train_gpt
 from configs.cli import parse
@@ -107,7 +108,8 @@ def losses(folder: Path, name: str) -> list[float]:
             if "train/loss_nats" in line]
 
 
-@pytest.mark.parametrize(("ranks", "flags"), [(2, SPARSE), (4, ()), (4, SPARSE)], ids=["2-sparse", "4-dense", "4-sparse"])
+@pytest.mark.parametrize(("ranks", "flags"), [(2, ()), (3, SPARSE), (4, ()), (4, SPARSE)],
+                         ids=["2-dense", "3-sparse", "4-dense", "4-sparse"])
 def test_ranks_agree_with_dense_and_sparse_communication(folder, ranks, flags):
     name = f"ranks{ranks}{len(flags)}"
     train(folder, ranks, "--run.name", name, *flags)
@@ -117,6 +119,16 @@ def test_ranks_agree_with_dense_and_sparse_communication(folder, ranks, flags):
 def trainer(folder: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> train_gpt.Trainer:
     monkeypatch.chdir(folder)
     return train_gpt.Trainer(parse(["speedrun_cpu", *SMALL, *flags]))
+
+
+def test_a_stage_is_one_graph(folder, monkeypatch):
+    """Whole, and none is compiled again: windows, batch and the reach of the losses change from stage to stage alone."""
+    made, compiled = trainer(folder, monkeypatch), CompileCounter()
+    made.model.compile(backend=compiled, fullgraph=True, dynamic=False)
+    batches = made.start_batches()
+    graphs = [(made.step(batches), compiled.frame_count)[1] for _ in range(12)]
+    batches.close()
+    assert graphs == [1] * 4 + [2] * 5 + [3] * 3
 
 
 def test_the_head_is_the_embedding_until_it_is_untied(folder, monkeypatch):
