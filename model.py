@@ -188,22 +188,24 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens_T: Tensor, count: int, *, temperature: float = 0.8, top_k: int = 50,
-                 generator: torch.Generator | None = None) -> Tensor:
-        """`count` tokens sampled after `tokens_T`, the context cropped to max_tokens: (T,) -> (T + count,)."""
+                 generator: torch.Generator | None = None, **windows: int | None) -> Tensor:
+        """`count` tokens sampled after `tokens_T`, the context cropped to max_tokens: (T,) -> (T + count,); windows as in
+        `forward`."""
         cache = Cache(len(self.blocks)) if caches(self.config) else None
         for _ in range(count):
             if cache is not None and len(tokens_T) <= self.max_tokens:
                 read = 0 if cache.tokens_Bt is None else cache.tokens_Bt.size(1)
-                logits_TV = self.extend(tokens_T[None, read:], cache)[0]
+                logits_TV = self.extend(tokens_T[None, read:], cache, **windows)[0]
             else:
-                logits_TV = self(tokens_T[None, -self.max_tokens:])[0]
+                logits_TV = self(tokens_T[None, -self.max_tokens:], **windows)[0]
             best, index = logits_TV[-1, :self.vocab_size].topk(min(top_k, self.vocab_size))
             weights = (best / max(temperature, 1e-6)).softmax(dim=-1).cpu()
             pick = torch.multinomial(weights, 1, generator=generator).to(index.device)
             tokens_T = torch.cat((tokens_T, index[pick]))
         return tokens_T
 
-    def extend(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
+    def extend(self, tokens_BT: Tensor, cache: Cache, *, window: int | None = None,
+               long_window: int | None = None) -> Tensor:
         """Logits of tokens that follow those of the cache, which takes them in: (B, T) -> (B, T, V), as of the whole.
 
         Raises ValueError for techniques that a cache cannot follow, and beyond the longest context.
@@ -213,7 +215,7 @@ class GPT(nn.Module):
         whole = tokens_BT if cache.tokens_Bt is None else torch.cat((cache.tokens_Bt, tokens_BT), dim=1)
         x, ngrams = (part if part is None else part[:, -new:] for part in self._start(whole[:, -new - LOOKS_BACK:], None))
         around = Around(x0=x, ngrams=ngrams)
-        windows = self._windows(config.window_tokens, config.long_window_tokens)
+        windows = self._windows(window or config.window_tokens, long_window or config.long_window_tokens)
         places = [{"window": window, "mask": later_mask(new, whole.size(1) - new, window, x.device), "cache": kept}
                   for window, kept in zip(windows, cache.layers, strict=True)]
         cache.tokens_Bt = whole

@@ -128,8 +128,8 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         terms = Terms(*(torch.full((), x, device=self.device) for x in (values.mtp, values.prefix_loss)))
         for x, y in micro_batches(inputs, targets, self.run.train.micro_tokens):
-            nats = self.model(x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True),
-                              window=values.window_tokens, long_window=values.long_window_tokens, terms=terms)
+            x, y = (part.to(self.device, non_blocking=True) for part in (x, y))
+            nats = self.model(x, y, terms=terms, **values.windows)
             (nats * scale).backward()
             total += nats.detach()
         return total
@@ -157,18 +157,21 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> Score:
         """The referee's score of the present weights."""
-        values = self.schedule.values(max(0, self.progress.step - 1))
+        values = self.last_values()
         with self.optimizer.averaged_weights():
-            windows = {"window": values.window_tokens, "long_window": values.long_window_tokens}
-            return evaluate(partial(self.model, **windows), self.source,
+            return evaluate(partial(self.model, **values.windows), self.source,
                             sequence_tokens=self.run.data.val_sequence_tokens or values.sequence_tokens,
                             micro_tokens=self.run.train.micro_tokens, rank=self.comm.rank, world_size=self.comm.world_size,
                             device=self.device, sum_over_ranks=lambda x: self.comm.sum(x)[0])
 
+    def last_values(self) -> Values:
+        """What held at the last step; before the first, what will hold there."""
+        return self.schedule.values(max(0, self.progress.step - 1))
+
     def layer_measures(self) -> Measures:
         """How the last step turned each hidden matrix; on rank 0 also features, spectra and factors of every layer, on the
         validation text's first tokens, and the angles that groups should turn by. A collective."""
-        values, turns = self.schedule.values(max(0, self.progress.step - 1)), self.optimizer.turns("matrix")
+        values, turns = self.last_values(), self.optimizer.turns("matrix")
         if self.comm.rank > 0:
             return {}
         found = weight_measures(self.model)
@@ -179,8 +182,7 @@ class Trainer:
                   if (angle := equilibrium_angle(group, values)) is not None}
         count = min(values.sequence_tokens, LAYER_TOKENS)
         tokens = torch.from_numpy(self.source.validation[:count].astype("int64")).to(self.device)[None]
-        return found | feature_measures(self.model, tokens, window=values.window_tokens,
-                                        long_window=values.long_window_tokens)
+        return found | feature_measures(self.model, tokens, **values.windows)
 
     def warm_up(self) -> None:
         """Run every shape of the schedule on random tokens, so that all is compiled, then undo it."""
@@ -196,7 +198,7 @@ class Trainer:
                 self.optimizer.zero_grad()
             with torch.no_grad():
                 x = next(micro_batches(tokens, tokens, self.run.train.micro_tokens))[0].to(self.device)
-                self.model(x, x, window=values.window_tokens, long_window=values.long_window_tokens)
+                self.model(x, x, **values.windows)
         self.optimizer.restore(snapshot)
 
     # ---- Saving and resuming ----
@@ -222,8 +224,8 @@ class Trainer:
 
     def flops_per_token(self) -> float:
         """Floating-point operations of a training token of the last step."""
-        values = self.schedule.values(max(0, self.progress.step - 1))
-        return self.model.flops_per_token(*values[4:7])
+        values = self.last_values()
+        return self.model.flops_per_token(values.sequence_tokens, **values.windows)
 
 
 def share_gradients(*tied: Tensor) -> None:
@@ -392,7 +394,8 @@ def sample(trainer: Trainer) -> tuple[str, str] | None:
     if tokenizer is None or not count:
         return None
     prompt = torch.from_numpy(trainer.source.validation[1:1 + PROMPT_TOKENS].astype("int64")).to(trainer.device)
-    tokens = trainer.model.generate(prompt, count, generator=torch.Generator().manual_seed(trainer.run.run.seed))
+    rng = torch.Generator().manual_seed(trainer.run.run.seed)
+    tokens = trainer.model.generate(prompt, count, generator=rng, **trainer.last_values().windows)
     prompt, text = (tokenizer.decode(part.tolist()).decode("utf-8", "replace") for part in (prompt, tokens[len(prompt):]))
     return prompt, text
 

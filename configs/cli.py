@@ -50,7 +50,12 @@ def parse_row(preset: str, flags: Sequence[str]) -> Run:
         with contextlib.redirect_stderr(message):
             return parse([preset, *flags])
     except SystemExit:
-        raise ValueError(f"{preset} {' '.join(flags)}: {message.getvalue().strip()}") from None
+        raise ValueError(f"{preset} {' '.join(flags)}: {unboxed(message.getvalue())}") from None
+
+
+def unboxed(message: str) -> str:
+    """The words of a message that tyro has drawn a box around, on one line."""
+    return " ".join(message.translate({ord(sign): " " for sign in "│─╭╮╰╯"}).split())
 
 
 def _refuse_idle_flags(run: Run, flags: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = next(name for name, here in there.items() if here) if wanted == "auto" else wanted
     if not there[kind]:
-        raise ValueError(f"--run.device {kind}: not on this machine; available: {[n for n, here in there.items() if here]}")
+        raise ValueError(f"device {kind} is not on this machine; available: {[n for n, here in there.items() if here]}")
     if kind == "cuda":
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)

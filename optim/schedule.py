@@ -28,6 +28,11 @@ class Values(NamedTuple):
     prefix_loss: float = 1.0
     """Multiplies the weight of the prefix loss."""
 
+    @property
+    def windows(self) -> dict[str, int | None]:
+        """As the model takes them."""
+        return {"window": self.window_tokens, "long_window": self.long_window_tokens}
+
 
 class Schedule:
     """The curves of a run, evaluated."""

@@ -301,10 +301,10 @@ def generator(seed: int = 7) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def greedy(model: GPT, tokens: list[int], count: int) -> list[int]:
+def greedy(model: GPT, tokens: list[int], count: int, **windows: int) -> list[int]:
     """The slow twin of generate at top_k = 1."""
     for _ in range(count):
-        logits = model(torch.tensor([tokens[-model.max_tokens:]]))[0, -1]
+        logits = model(torch.tensor([tokens[-model.max_tokens:]]), **windows)[0, -1]
         tokens = [*tokens, max(range(model.vocab_size), key=lambda v, z=logits: z[v].item())]
     return tokens
 
@@ -324,6 +324,15 @@ def test_generate_at_its_greediest_takes_the_most_likely_token(options, length):
     """A prompt longer than max_tokens = 24 included, which learned positions could not index uncropped."""
     model, prompt = scramble(build()), some_tokens(length)
     assert model.generate(prompt, 10, **options).tolist() == greedy(model, prompt.tolist(), 10)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_generate_sees_as_far_as_it_is_told(cached):
+    model = scramble(build(replace(PLAIN, layers=3, window_tokens=9, full_attention_layers=(1,), long_window_tokens=20,
+                                   document_mask=not cached)))
+    prompt, near = some_tokens(12), {"window": 2, "long_window": 5}
+    found = model.generate(prompt, 8, top_k=1, **near).tolist()
+    assert found == greedy(model, prompt.tolist(), 8, **near) != greedy(model, prompt.tolist(), 8)
 
 
 def test_generate_reads_no_more_than_max_tokens(monkeypatch):

@@ -38,7 +38,7 @@ def steps_without_values(run: Run, count: int = 2) -> None:
         optimizer = ShardedOptimizer(groups, Comm("meta"))
     values = Schedule(run).values(0)
     for step in range(count):
-        model(tokens, tokens, terms=terms, window=values.window_tokens, long_window=values.long_window_tokens).backward()
+        model(tokens, tokens, terms=terms, **values.windows).backward()
         optimizer.step(values, step + 1)
         optimizer.zero_grad()
 
