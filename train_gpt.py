@@ -111,10 +111,9 @@ class Trainer:
 
     def start_batches(self) -> Batches:
         """The stream of training batches, from the present step on."""
-        data = self.run.data
-        batches = Batches(self.source.train, order=data.order, seed=self.run.run.seed,
-                          document_start=self.source.document_start, max_document_tokens=data.max_document_tokens,
-                          rank=self.comm.rank, world_size=self.comm.world_size, plan=self.schedule.portions,
+        batches = Batches(self.source.train, order=self.run.data.order, seed=self.run.run.seed,
+                          document_start=self.source.document_start, rank=self.comm.rank,
+                          world_size=self.comm.world_size, plan=self.schedule.portions,
                           total_steps=self.run.train.steps, pin=self.device.type == "cuda",
                           vocab_size=self.source.vocab_size)
         batches.start(self.progress.step, Position.from_dict(self.progress.position))

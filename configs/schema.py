@@ -120,10 +120,12 @@ class Schedule:
     """How many further tokens model.mtp_weights reach; 1.5: the first whole, and half of the second's weight."""
     prefix_loss: Curve = "1"
     """Multiplies model.prefix_loss."""
+    max_document_tokens: Curve = "1"
+    """Multiplies data.max_document_tokens."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "weight_decay", "momentum", "batch_tokens", "sequence_tokens", "window_tokens",
-                     "long_window_tokens", "mtp", "prefix_loss"):
+                     "long_window_tokens", "mtp", "prefix_loss", "max_document_tokens"):
             text = getattr(self, name)
             if text is not None:
                 low = min(knot.value for knot in parse_curve(text))

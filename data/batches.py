@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.orders import Contiguous, Documents, Position, Shuffled
+from data.orders import Contiguous, Documents, Position, Rows, Shuffled
 from data.shards import check_vocabulary
 
 Batch = tuple[Tensor, Tensor, Position]
@@ -22,15 +22,16 @@ class Batches:
     """
 
     def __init__(self, source_arrays: Sequence[np.ndarray], *, order: Literal["contiguous", "shuffled", "documents"],
-                 seed: int, document_start: int | None, max_document_tokens: int, rank: int, world_size: int,
-                 plan: Callable[[int], tuple[int, int]], total_steps: int, pin: bool = False,
+                 seed: int, document_start: int | None, rank: int, world_size: int,
+                 plan: Callable[[int], tuple[int, int, int]], total_steps: int, pin: bool = False,
                  vocab_size: int | None = None) -> None:
-        """`plan` maps a step to its (batch_tokens, sequence_tokens); tokens are checked against `vocab_size`."""
+        """`plan` maps a step to its (batch_tokens, sequence_tokens, max_document_tokens); tokens are checked against
+        `vocab_size`."""
         if order == "documents" and document_start is None:
             raise ValueError("--data.order documents needs a source with document starts: shards or text")
         make_order = {"contiguous": lambda: Contiguous(source_arrays),
                       "shuffled": lambda: Shuffled(source_arrays, seed),
-                      "documents": lambda: Documents(source_arrays, document_start, max_document_tokens)}
+                      "documents": lambda: Documents(source_arrays, document_start)}
         self._order = make_order[order]()
         self._shards, self._vocab_size, self._pin = source_arrays, vocab_size, pin
         self._rank, self._world_size = rank, world_size
@@ -59,13 +60,13 @@ class Batches:
         self._worker.shutdown(wait=True, cancel_futures=True)
 
     def _build(self, step: int, position: Position) -> Batch:
-        batch_tokens, sequence_tokens = self._plan(step)
+        batch_tokens, sequence_tokens, longest = self._plan(step)
         count = batch_tokens // sequence_tokens
         if count < 1:
             raise ValueError(f"a batch of {batch_tokens} tokens holds no sequence of {sequence_tokens}; "
                              "raise --train.batch_tokens")
         mine = range(count * self._rank // self._world_size, count * (self._rank + 1) // self._world_size)
-        inputs, targets, after = self._order.take(position, count, sequence_tokens, mine)
+        inputs, targets, after = self._order.take(position, Rows(count, sequence_tokens, longest), mine)
         if self._vocab_size is not None and max(inputs.max(initial=0), targets.max(initial=0)) >= self._vocab_size:
             self._name_stranger(self._vocab_size)
         return self._tensor(inputs), self._tensor(targets), after

@@ -1,13 +1,14 @@
 """Three orders in which training tokens are seen, each an endless stream of rows of T + 1 tokens.
 
-An order answers `take(position, count, sequence_tokens, mine)`: of the `count` rows that follow `position` in the
-stream, the inputs and targets, each (n, T), of those in the range `mine`, and the position after all of them. The
-stream does not depend on who asks: ranks take ranges of the same rows, and a position is enough to go on.
+An order answers `take(position, rows, mine)`: of the rows that follow `position` in the stream, the inputs and targets,
+each (n, T), of those in the range `mine`, and the position after all of them. The stream does not depend on who asks: ranks
+take ranges of the same rows, and a position is enough to go on.
 """
 
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,6 +37,16 @@ class Position:
         return cls(**state)
 
 
+class Rows(NamedTuple):
+    """What a step takes of the stream."""
+
+    count: int
+    sequence_tokens: int
+    """T."""
+    max_document_tokens: int
+    """documents: longer ones are clipped."""
+
+
 Taken = tuple[np.ndarray, np.ndarray, Position]
 
 
@@ -59,9 +70,10 @@ class Contiguous:
     def __init__(self, shards: Sequence[np.ndarray]) -> None:
         self._shards = shards
 
-    def take(self, position: Position, count: int, sequence_tokens: int, mine: range) -> Taken:
+    def take(self, position: Position, rows: Rows, mine: range) -> Taken:
         """See the module. Raises ValueError where no shard holds a batch."""
-        batch_tokens = count * sequence_tokens
+        sequence_tokens = rows.sequence_tokens
+        batch_tokens = rows.count * sequence_tokens
         if max(map(len, self._shards)) <= batch_tokens + 1:
             raise ValueError(f"a contiguous batch needs more than {batch_tokens + 1:,} tokens of one shard, but "
                              f"{_longest(self._shards)}; lower --train.batch_tokens, or take --data.order shuffled")
@@ -85,22 +97,23 @@ class Shuffled:
         self._key: tuple[int, int] | None = None
         self._offsets = self._bounds = self._permutation = np.empty(0, dtype=np.int64)
 
-    def take(self, position: Position, count: int, sequence_tokens: int, mine: range) -> Taken:
+    def take(self, position: Position, rows: Rows, mine: range) -> Taken:
         """See the module. Raises ValueError where no shard holds a window."""
+        count, sequence_tokens, _ = rows
         if position.sequence_tokens != sequence_tokens:
             position = Position(position.epoch + (position.index > 0), 0, 0, sequence_tokens)
-        rows = np.empty((len(mine), sequence_tokens + 1), dtype=self._shards[0].dtype)
+        taken = np.empty((len(mine), sequence_tokens + 1), dtype=self._shards[0].dtype)
         done = 0
         while True:
             self._draw(position.epoch, sequence_tokens)
             portion = min(count - done, len(self._permutation) - position.index)
             low, high = (min(max(row, done), done + portion) for row in (mine.start, mine.stop))
             start = position.index + low - done
-            self._gather(self._permutation[start:start + high - low], rows[low - mine.start:high - mine.start])
+            self._gather(self._permutation[start:start + high - low], taken[low - mine.start:high - mine.start])
             done += portion
             position = replace(position, index=position.index + portion)
             if done == count:
-                return rows[:, :-1], rows[:, 1:], position
+                return taken[:, :-1], taken[:, 1:], position
             position = replace(position, epoch=position.epoch + 1, index=0)
 
     def _draw(self, epoch: int, sequence_tokens: int) -> None:
@@ -135,47 +148,47 @@ class Documents:
     The rest of a clipped document is skipped, and so are documents that cannot fill a row at the end of a shard.
     """
 
-    def __init__(self, shards: Sequence[np.ndarray], document_start: int, max_document_tokens: int) -> None:
-        self._shards, self._document_start, self._longest_piece = shards, document_start, max_document_tokens
-        self._indexed: int | None = None
+    def __init__(self, shards: Sequence[np.ndarray], document_start: int) -> None:
+        self._shards, self._document_start = shards, document_start
+        self._indexed: tuple[int, int] | None = None  # shard, longest piece
         self._starts = np.empty(0, dtype=np.int64)
         self._ends: list[int] = []
 
-    def take(self, position: Position, count: int, sequence_tokens: int, mine: range) -> Taken:
+    def take(self, position: Position, rows: Rows, mine: range) -> Taken:
         """See the module. Raises ValueError where no shard fills a row."""
-        rows = np.empty((len(mine), sequence_tokens + 1), dtype=self._shards[0].dtype)
-        for row in range(count):
-            position, stop = self._find(position, sequence_tokens + 1)
+        taken = np.empty((len(mine), rows.sequence_tokens + 1), dtype=self._shards[0].dtype)
+        for row in range(rows.count):
+            position, stop = self._find(position, rows.sequence_tokens + 1, rows.max_document_tokens)
             if row in mine:
-                self._pack(position.index, stop, rows[row - mine.start])
+                self._pack(position.index, stop, taken[row - mine.start])
             position = replace(position, index=stop)
-        return rows[:, :-1], rows[:, 1:], position
+        return taken[:, :-1], taken[:, 1:], position
 
-    def _find(self, position: Position, width: int) -> tuple[Position, int]:
+    def _find(self, position: Position, width: int, longest: int) -> tuple[Position, int]:
         """The first document of the next row of `width` tokens, and the number of the one after its last."""
         for _ in range(len(self._shards) + 1):
-            self._index(position.shard)
+            self._index(position.shard, longest)
             before = self._ends[position.index - 1] if position.index else 0
             stop = bisect_left(self._ends, before + width) + 1
             if stop <= len(self._ends):
                 return position, stop
             position = _next_shard(position, len(self._shards))
-        raise ValueError(f"documents clipped to {self._longest_piece:,} tokens fill no row of {width:,} tokens: lower "
+        raise ValueError(f"documents clipped to {longest:,} tokens fill no row of {width:,} tokens: lower "
                          "--data.sequence_tokens, raise --data.max_document_tokens, or take --data.order shuffled")
 
-    def _index(self, shard: int) -> None:
-        """Find a shard's documents, and how many tokens of them fit in rows, unless it was the last one indexed."""
-        if self._indexed == shard:
+    def _index(self, shard: int, longest: int) -> None:
+        """Find a shard's documents, and how many tokens of them fit in rows, unless that was the last one indexed."""
+        if self._indexed == (shard, longest):
             return
         tokens = self._shards[shard]
         self._starts = np.flatnonzero(tokens == self._document_start)
         lengths = np.diff(self._starts, append=len(tokens))
-        self._ends = np.cumsum(np.minimum(lengths, self._longest_piece)).tolist()
-        self._indexed = shard
+        self._ends = np.cumsum(np.minimum(lengths, longest)).tolist()
+        self._indexed = shard, longest
 
     def _pack(self, first: int, stop: int, row: np.ndarray) -> None:
         """Fill a row (T + 1,) with the clipped documents [first, stop) of the indexed shard."""
-        tokens, filled = self._shards[self._indexed], 0
+        tokens, filled = self._shards[self._indexed[0]], 0
         before = self._ends[first - 1] if first else 0
         for start, end in zip(self._starts[first:stop], self._ends[first:stop], strict=True):
             upto = min(end - before, len(row))

@@ -27,6 +27,8 @@ class Values(NamedTuple):
     """How many further tokens multi-token prediction reaches."""
     prefix_loss: float = 1.0
     """Multiplies the weight of the prefix loss."""
+    max_document_tokens: int = 2048
+    """Longer documents are clipped."""
 
     @property
     def windows(self) -> dict[str, int | None]:
@@ -41,7 +43,8 @@ class Schedule:
         self.total_steps = run.train.steps
         self._curves = {name: parse_curve(text) for name in Values._fields if (text := getattr(run.schedule, name))}
         self._base = {"batch_tokens": run.train.batch_tokens, "sequence_tokens": run.data.sequence_tokens,
-                      "window_tokens": run.model.window_tokens, "long_window_tokens": run.model.long_window_tokens}
+                      "window_tokens": run.model.window_tokens, "long_window_tokens": run.model.long_window_tokens,
+                      "max_document_tokens": run.data.max_document_tokens}
 
     def values(self, step: int) -> Values:
         """What holds at optimizer step 0, 1, ..., total_steps - 1."""
@@ -50,13 +53,14 @@ class Schedule:
         batch = max(1, round(self._base["batch_tokens"] * now["batch_tokens"] / sequence)) * sequence
         windows = (None if self._base[name] is None else max(1, round(self._base[name] * now[name]))
                    for name in ("window_tokens", "long_window_tokens"))
+        longest = max(1, round(self._base["max_document_tokens"] * now["max_document_tokens"]))
         return Values(now["lr"], now["weight_decay"], now.get("momentum"), batch, sequence, *windows, now["mtp"],
-                      now["prefix_loss"])
+                      now["prefix_loss"], longest)
 
-    def portions(self, step: int) -> tuple[int, int]:
-        """(batch_tokens, sequence_tokens) of a step: what the data pipeline must know."""
+    def portions(self, step: int) -> tuple[int, int, int]:
+        """(batch_tokens, sequence_tokens, max_document_tokens) of a step: what the data pipeline must know."""
         values = self.values(step)
-        return values.batch_tokens, values.sequence_tokens
+        return values.batch_tokens, values.sequence_tokens, values.max_document_tokens
 
     def tokens_before(self, step: int) -> int:
         """Training tokens of all steps before `step`."""

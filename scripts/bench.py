@@ -170,7 +170,7 @@ def data_parts(run: "Run", source: "Source | None", comm: "Comm") -> Iterator[Pa
         return
     portions = Schedule(run).portions(0)
     batches = Batches(source.train, order=run.data.order, seed=run.run.seed, document_start=source.document_start,
-                      max_document_tokens=run.data.max_document_tokens, rank=comm.rank, world_size=comm.world_size,
+                      rank=comm.rank, world_size=comm.world_size,
                       plan=lambda step: portions, total_steps=2**62, vocab_size=source.vocab_size)
     batches.start(0, Position())
     try:

@@ -74,6 +74,11 @@ def test_momentum_is_the_records(step, momentum):
     assert Schedule(PRESETS["speedrun"]()).values(step).momentum == pytest.approx(momentum, abs=2e-3)
 
 
+@pytest.mark.parametrize(("step", "longest"), [(0, 896), (422, 896), (423, 2048), (1284, 2048)])
+def test_documents_are_as_long_as_the_records(step, longest):
+    assert Schedule(PRESETS["speedrun"]()).values(step).max_document_tokens == longest
+
+
 @pytest.mark.parametrize(("step", "reach"), [(0, 2), (423, 1), (847, 0), (1284, 0)])
 def test_further_tokens_fade_with_the_stages(step, reach):
     assert Schedule(PRESETS["speedrun"]()).values(step).mtp == pytest.approx(reach, abs=0.01)

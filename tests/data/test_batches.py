@@ -27,9 +27,10 @@ def make_shards(*sizes: int) -> list[np.ndarray]:
 SHARDS = make_shards(131, 90, 173)
 
 
-def open_batches(shards=SHARDS, *, order="shuffled", rank=0, world_size=1, batch=24, sequence=6, **changes) -> Batches:
-    options = dict(seed=3, document_start=START, max_document_tokens=8, total_steps=STEPS,
-                   plan=lambda step: (batch, sequence)) | changes
+def open_batches(shards=SHARDS, *, order="shuffled", rank=0, world_size=1, batch=24, sequence=6, longest=8,
+                 **changes) -> Batches:
+    options = dict(seed=3, document_start=START, total_steps=STEPS,
+                   plan=lambda step: (batch, sequence, longest)) | changes
     return Batches(shards, order=order, rank=rank, world_size=world_size, **options)
 
 
@@ -42,9 +43,9 @@ def read(batches: Batches, step: int = 0, position: Position | None = None, step
     return [(x.tolist(), y.tolist(), position) for x, y, position in taken]
 
 
-def growing(step: int) -> tuple[int, int]:
-    """Batches and sequences that grow twice."""
-    return [(24, 6), (24, 8), (36, 12)][step // 5]
+def growing(step: int) -> tuple[int, int, int]:
+    """Batches and sequences that grow twice, among documents clipped to other lengths."""
+    return [(24, 6, 8), (24, 8, 5), (36, 12, 20)][step // 5]
 
 
 # ---- For all orders ------------------------------------------------------------------------------
@@ -52,7 +53,7 @@ def growing(step: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("world_size", [2, 3, 7])
-@pytest.mark.parametrize("plan", [lambda step: (24, 6), growing])
+@pytest.mark.parametrize("plan", [lambda step: (24, 6, 8), growing])
 def test_ranks_together_are_one_rank(order, world_size, plan):
     whole = read(open_batches(order=order, plan=plan))
     parts = [read(open_batches(order=order, plan=plan, rank=rank, world_size=world_size)) for rank in range(world_size)]
@@ -60,12 +61,12 @@ def test_ranks_together_are_one_rank(order, world_size, plan):
         assert sum((part[step][0] for part in parts), []) == inputs
         assert sum((part[step][1] for part in parts), []) == targets
         assert {part[step][2] for part in parts} == {position}
-        batch_tokens, sequence_tokens = plan(step)
+        batch_tokens, sequence_tokens, _ = plan(step)
         assert np.shape(inputs) == (batch_tokens // sequence_tokens, sequence_tokens)
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("plan", [lambda step: (24, 6), growing])
+@pytest.mark.parametrize("plan", [lambda step: (24, 6, 8), growing])
 def test_resuming_anywhere_changes_nothing(order, plan):
     whole = read(open_batches(order=order, plan=plan))
     for step in range(1, STEPS):
@@ -205,7 +206,7 @@ def test_a_new_length_begins_a_new_epoch():
 
 
 def test_a_new_length_after_a_single_window_begins_a_new_epoch_too():
-    taken = read(open_batches(plan=lambda step: [(6, 6), (8, 8)][step], total_steps=2), steps=2)
+    taken = read(open_batches(plan=lambda step: [(6, 6, 8), (8, 8, 8)][step], total_steps=2), steps=2)
     assert [position.epoch for *_, position in taken] == [0, 1]
 
 
@@ -239,10 +240,21 @@ def slow_documents(shards, width, longest, rows):
 @pytest.mark.parametrize("sequence", [4, 6, 12, 24])
 @pytest.mark.parametrize("longest", [3, 8, 50])
 def test_documents_agree_with_the_slow_twin(sequence, longest):
-    taken = read(open_batches(order="documents", sequence=sequence, max_document_tokens=longest))
+    taken = read(open_batches(order="documents", sequence=sequence, longest=longest))
     rows = [x + y[-1:] for inputs, targets, _ in taken for x, y in zip(inputs, targets, strict=True)]
     assert rows == slow_documents(SHARDS, sequence + 1, longest, len(rows))
     assert all(row[0] == START for row in rows)
+
+
+def test_documents_are_clipped_as_long_as_the_step_says():
+    """And go on where the step before stopped."""
+    lengths = [3, 8]
+    taken = read(open_batches(order="documents", plan=lambda step: (24, 6, lengths[step]), total_steps=2), steps=2)
+    begun = [sum(token == START for row in inputs for token in row) for inputs, *_ in taken]
+    whole = read(open_batches(order="documents", longest=3, total_steps=1), steps=1)
+    assert taken[0] == whole[0] and begun[0] > begun[1]
+    assert read(open_batches(order="documents", plan=lambda step: (24, 6, lengths[step]), total_steps=2), 1, taken[0][2],
+                steps=2) == taken[1:]
 
 
 def test_documents_are_indexed_once_per_shard():

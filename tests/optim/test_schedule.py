@@ -65,7 +65,7 @@ def test_portions_are_whole_sequences_near_what_was_asked(batch_curve, sequence_
                        sequence_tokens=sequence_curve)
     wanted = planned(steps=60, lr=batch_curve)
     for step in range(0, 60, 7):
-        batch, length = schedule.portions(step)
+        batch, length, _ = schedule.portions(step)
         assert length >= 1 and batch >= length and batch % length == 0
         assert batch == length or abs(batch - rows * sequence * wanted.values(step).lr) <= length / 2 + 1e-6
         assert schedule.values(step)[3:5] == (batch, length)
@@ -88,7 +88,7 @@ def test_values_do_not_depend_on_what_was_asked_before():
 def test_values_are_plain_numbers():
     values = planned(window=64, momentum="0.9").values(3)
     assert json.loads(json.dumps(values)) == list(values)
-    assert [type(x) for x in values] == [float, float, float, int, int, int, type(None), float, float]
+    assert [type(x) for x in values] == [float, float, float, int, int, int, type(None), float, float, int]
 
 
 def test_curves_that_no_step_reaches_are_left_out():
