@@ -44,7 +44,7 @@ class GPT(nn.Module):
         padded = -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
         self.max_tokens, self.kernel = max_tokens, choose_kernel(config, on_cuda)
         use_flash(config, on_cuda)
-        embed_dtype = getattr(torch, config.embed_dtype)
+        embed_dtype, table_dtype = getattr(torch, config.embed_dtype), getattr(torch, config.table_dtype)
         self.embed = parameter((torch.randn(padded, config.dim) * config.embed_std).to(embed_dtype), "embed")
         learned = config.position == "learned"
         self.positions = parameter(torch.randn(max_tokens, config.dim) * 0.02, "embed") if learned else None
@@ -56,7 +56,8 @@ class GPT(nn.Module):
         self.norm_embed = unit if on_sphere else Norm(config) if config.norm_embedding else nn.Identity()
         self.norm_mixture = unit if on_sphere else nn.Identity()
         self.value_embeds = nn.ParameterList(
-            parameter(torch.randn(padded, config.dim) * config.embed_std, "value_embed") for _ in range(config.value_embeds))
+            parameter((torch.randn(padded, config.dim) * config.embed_std).to(table_dtype), "value_embed")
+            for _ in range(config.value_embeds))
         self.value_layers = config.value_embed_layers or tuple(range(config.layers))[config.layers - config.value_embeds:]
         self.blocks = nn.ModuleList(Block(config, max_tokens, mixes_value_embed=i in self.value_layers,
                                           kernel=KERNELS[self.kernel][1], layer=i) for i in range(config.layers))

@@ -76,8 +76,10 @@ class Model:
     embed_dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage of the token embedding (and of its optimizer state)."""
     matrix_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Storage of hidden matrices, their gradients and optimizer state; in bfloat16 with optim.matrix.rounding remainder and
-    state_dtype float32 they are trained as float32 ones (speedrun, 2025)."""
+    """Storage of hidden matrices, their gradients and optimizer state. In bfloat16 with the group's rounding remainder and
+    state_dtype float32 weights are as exact as in float32, and half as much goes through the network (speedrun, 2025)."""
+    table_dtype: Literal["float32", "bfloat16"] = "float32"
+    """The same of value embeddings and hashed tables."""
     loss_chunk_tokens: int = 0
     """Head and loss in chunks of so many tokens, recomputed in the backward pass; 0: all at once."""
     geometry: Literal["euclidean", "sphere"] = "euclidean"

@@ -1,7 +1,7 @@
 """The speedrun's record recipe, from eight H100s to a laptop (KellerJordan/modded-nanogpt, record 89, July 2026).
 
-Left out: its weights in bfloat16 (ours are float32) and its 8-bit products; a flag each: --model.matrix_dtype, --model.fp8.
-Its gates are products of two networks for all layers; ours are each technique's own.
+Left out: its 8-bit products (one flag: --model.fp8), embedding and head in bfloat16. Its gates are products of two networks
+for all layers; ours are each technique's own.
 """
 
 from dataclasses import replace
@@ -10,6 +10,7 @@ from configs.groups import Group, Optim
 from configs.schema import Data, Identity, Log, Model, Run, Schedule, Train
 
 STEPS, STAGES = 1285, (423, 847, 1270)  # the record's length, and where its stages begin
+FLOAT32 = {"matrix_dtype": "float32", "table_dtype": "float32"}
 LR = "0=1 hold 423=1.52 508=1.52 846=0.912 hold 847=1.027 1270=0.15 100%=0.15"
 
 
@@ -19,13 +20,15 @@ def stages(first: float, *later: float) -> str:
 
 
 def record_optim() -> Optim:
-    """NorMuon for matrices, Adam at every second step for the rest, cautious decay falling with the square of the lr."""
+    """NorMuon for matrices, Adam at every second step for the rest, cautious decay falling with the square of the lr; exact
+    where weights are stored in bfloat16."""
+    exact = {"rounding": "remainder", "state_dtype": "float32"}
     adam = Group(lr=0.008, beta1=0.5, beta2=0.95, eps=1e-10, weight_decay=0.006, decay="cautious", update_every=2)
-    table = replace(adam, lr=0.6, beta1=0.75, weight_decay=0.015)
+    table = replace(adam, lr=0.6, beta1=0.75, weight_decay=0.015, **exact)
     small = replace(adam, lr=0.008, beta1=0.9, beta2=0.99, weight_decay=0.0)
     matrix = Group(rule="normuon", norm="spectral", unit="at_least_one", normalise="longer", lr=0.023, beta2=0.9, eps=1e-10,
                    weight_decay=0.0276, decay="cautious", blocks=("attention.q=3", "attention.k=3"),
-                   lr_factors=("mlp.down=4",))  # twice the upward map's: the record keeps both in one shape, m/n = 4
+                   lr_factors=("mlp.down=4",), **exact)  # twice the upward map's: the record has both in one shape, m/n = 4
     return Optim(matrix=matrix, embed=adam, head=adam, value_embed=table, bigram_embed=replace(table, sparse_rows=True),
                  gate=small, scalar=replace(small, lr=0.04), gain=small, bias=small)
 
@@ -43,7 +46,8 @@ def speedrun() -> Run:
                     inject=True, window_tokens=128, long_window_tokens=384, full_attention_layers=(3, 10), yarn=True,
                     paired_heads=(0, 2, 5, 9), key_offset=True, xsa=True, head_gates=True, attention_free=(6,),
                     shared_attention_input=7, projection_gains=True, residual_growth=1.1, skips=("3>6",),
-                    dynamic_heads=(10,), dense="mudd", mtp_weights=(0.5, 0.25), prefix_loss=0.25),
+                    dynamic_heads=(10,), dense="mudd", mtp_weights=(0.5, 0.25), prefix_loss=0.25,
+                    matrix_dtype="bfloat16", table_dtype="bfloat16"),
         optim=record_optim(),
         schedule=Schedule(lr=LR, weight_decay=LR, momentum="0=0.85 300=0.95 -50=0.95 100%=0.85",
                           batch_tokens=stages(1, 2, 3), window_tokens=stages(1, 3, 5, 6),
@@ -57,20 +61,21 @@ def speedrun() -> Run:
 
 
 def speedrun_1gpu() -> Run:
-    """`speedrun` on one GPU of 24 to 141 GB: the same tokens and updates by accumulation."""
-    return replace(speedrun(), preset="speedrun_1gpu")
+    """`speedrun` on one GPU of 24 to 141 GB: the same tokens and updates by accumulation, in float32."""
+    run = speedrun()
+    return replace(run, preset="speedrun_1gpu", model=replace(run.model, **FLOAT32))
 
 
 def speedrun_consumer() -> Run:
     """`speedrun` for an RTX 3090 or 4090: rows of 2048 tokens, small portions, no kernel that needs Hopper."""
-    run = speedrun()
+    run = speedrun_1gpu()
     return replace(run, preset="speedrun_consumer", data=replace(run.data, sequence_tokens=2048),
                    train=replace(run.train, micro_tokens=4096))
 
 
 def medium() -> Run:
     """The speedrun's second track: a GPT of 350 M active parameters to 2.92 nats in 4740 steps, without the tables."""
-    run, steps = speedrun(), 4740
+    run, steps = speedrun_1gpu(), 4740
     twelfths = "0=1 hold 8.3333%=2 hold 16.6667%=3 hold 25%=4"
     model = replace(run.model, layers=16, dim=1024, value_embeds=0, value_embed_layers=(), value_gates=False,
                     bigram_buckets=0, bigram_signs=0, full_attention_layers=(3, 7, 11, 15), paired_heads=(),
@@ -87,7 +92,7 @@ def medium() -> Run:
 
 def speedrun_cpu() -> Run:
     """The whole recipe shrunk to a laptop, everything on: a BPE model on Python's own source code."""
-    run, steps = speedrun(), 320
+    run, steps = speedrun_1gpu(), 320
     token = replace(run.optim.embed, lr=0.06, weight_decay=0.0)
     matrix = replace(run.optim.matrix, blocks=("attention.q=2", "attention.k=2"))
     optim = replace(run.optim, matrix=matrix, embed=token, head=token,

@@ -45,7 +45,8 @@ class NgramEmbedding(nn.Module):
     def __init__(self, config: Model, order: int = 2) -> None:
         super().__init__()
         self.order = order
-        self.table = parameter(torch.zeros(config.bigram_buckets, config.dim), "bigram_embed")
+        dtype = getattr(torch, config.table_dtype)
+        self.table = parameter(torch.zeros(config.bigram_buckets, config.dim, dtype=dtype), "bigram_embed")
         signs = fixed_signs(config.bigram_signs, config.dim, seed=order) if config.bigram_signs else None
         self.register_buffer("signs", signs, persistent=False)
 
@@ -61,8 +62,8 @@ class NgramEmbedding(nn.Module):
             starts = F.pad(starts_BT, (before, 0))
             crosses = crosses | sum(starts[:, before - k:starts.size(1) - k] for k in range(before)).bool()
         bucket, row = bucket.masked_fill(crosses, last), row.masked_fill(crosses, 0)
-        # On CPUs the gradient's rows are added into the buffer that is there: no table-sized temporary.
-        sparse = self.table.grad is not None and self.table.device.type == "cpu"
+        # On CPUs the gradient's rows are added into the buffer that is there: no table-sized temporary; Inductor cannot.
+        sparse = self.table.grad is not None and self.table.device.type == "cpu" and not torch.compiler.is_compiling()
         found = F.embedding(bucket, self.table, sparse=sparse)
         return found if self.signs is None else found * F.embedding(row % len(self.signs), self.signs)
 

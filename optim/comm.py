@@ -93,6 +93,7 @@ class Comm:
         """Every rank's slice of `bank` reaches all ranks, in place."""
         if self.world_size == 1:
             return _Done()
+        bank = bank.view(torch.uint8) if bank.dtype == torch.int16 else bank  # which neither NCCL nor gloo knows
         own = bank[self.slice_of(bank.size(0))]
         collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         return collective(bank, own if self._in_place else own.clone(), async_op=True)

@@ -56,6 +56,8 @@ FLAGS: dict[str, tuple[dict, set[str], set[str]]] = {
     "full_attention_every": ({"window_tokens": 3, "full_attention_every": 2}, set(), set()),
     "document_mask": ({"document_mask": True}, set(), set()),
     "bfloat16_embedding": ({"embed_dtype": "bfloat16"}, set(), set()),
+    "bfloat16_tables": ({"table_dtype": "bfloat16", "value_embeds": 1, "bigram_buckets": 37, "bigram_signs": 11},
+                        {"value_embeds.0", "ngrams.0.table", "blocks.1.attention.mix_value.weight"}, set()),
     "bfloat16_matrices": ({"matrix_dtype": "bfloat16"}, set(), set()),
     "loss_chunks": ({"loss_chunk_tokens": 5}, set(), set()),
     "vocab_multiple": ({"vocab_multiple": 1}, set(), set()),
@@ -181,8 +183,8 @@ def test_flag_adds_only_its_own_parameters(changes, added, removed):
 
 
 OTHER_START = {"zero_init", "init_gain", "embed_std", "bfloat16_embedding", "bfloat16_matrices"}
-DRAWS = {"no_positions", "rotary", "half_rotary", "swiglu", "value_embed", "value_embeds", "yarn", "key_offset",
-         "attention_free", "value_gates", "mudd"}  # not PLAIN's random numbers
+DRAWS = {"no_positions", "rotary", "half_rotary", "swiglu", "value_embed", "value_embeds", "bfloat16_tables",
+         "yarn", "key_offset", "attention_free", "value_gates", "mudd"}  # not PLAIN's random numbers
 OTHER_SHAPE = {"mlp_dim", "vocab_multiple"}
 quiet = [name for name in FLAGS if name not in OTHER_START | OTHER_SHAPE | DRAWS]
 

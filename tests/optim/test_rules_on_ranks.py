@@ -51,7 +51,8 @@ def random(shape: tuple[int, ...], *key: int) -> Tensor:
 
 
 def make(case: str, comm: Comm, seed: int = 0) -> tuple[dict[str, nn.Parameter], ShardedOptimizer]:
-    params = {name: nn.Parameter(0.1 * random(shape, seed, i)) for i, (name, shape) in enumerate(SHAPES.items())}
+    dtype = torch.bfloat16 if "rounding" in CASES[case] else torch.float32
+    params = {name: nn.Parameter((0.1 * random(shape, seed, i)).to(dtype)) for i, (name, shape) in enumerate(SHAPES.items())}
     optim = Optim(matrix=Group(**{"lr": 0.02, "weight_decay": 0.1} | CASES[case]))
     groups = build_groups(params, dict.fromkeys(params, "matrix"), optim)
     lookahead = Lookahead(0.8, (0.0, *[0.5] * STEPS)) if case == "adam_ahead" else None

@@ -3,9 +3,11 @@
 Run as a program with RANK and WORLD_SIZE in the environment, this file is one rank of the runs that its tests compare.
 """
 
+import dataclasses
 import functools
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.groups import Group, Optim
+from configs.speedrun import record_optim
 from optim.comm import Comm
 from optim.groups import build_groups
 from optim.rules import RULES, Hyper
@@ -288,6 +291,31 @@ def test_measures_are_their_formulas():
         assert set(found) == {role for role, _, _ in TENSORS.values()}
         for role in found:
             assert found[role] == pytest.approx(plain_measures(role, before, copies(params), step), rel=1e-5), role
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch's compiler needs a C++ compiler")
+def test_weights_in_bfloat16_are_exact_when_compiled():
+    """The record's groups, whose weights keep their remainders, by the real compiler."""
+    start = {"a": (48, 32), "b": (32, 96), "t": (300, 32)}
+    roles = {"a": "matrix", "b": "matrix", "t": "value_embed"}
+    record = record_optim()
+    optim = dataclasses.replace(
+        record, matrix=dataclasses.replace(record.matrix, blocks=("a=3",), lr_factors=("b=4",)))
+    found = []
+    for compiled in (False, True):
+        params = {name: nn.Parameter((torch.randn(shape, generator=seeded(name)) / 20).bfloat16())
+                  for name, shape in start.items()}
+        optimizer = ShardedOptimizer(build_groups(params, roles, optim), Comm(), compile_updates=compiled)
+        for step in range(4):
+            for name, param in params.items():
+                param.grad.add_(torch.randn(param.shape, generator=seeded(name, step)))
+            optimizer.step(Values(1 - 0.1 * step, 1, 0.9, 1, 1, None), step + 1)
+            optimizer.zero_grad()
+        found.append({bank.names[0]: bank.step.exact(bank.weights, bank.state) for bank in optimizer.banks})
+    plain, fast = found
+    for name in plain:
+        torch.testing.assert_close(fast[name], plain[name], atol=1e-6, rtol=1e-6)
+        assert not torch.equal(plain[name], plain[name].bfloat16().float())
 
 
 def test_compiled_updates_are_the_plain_ones_and_compile_once(monkeypatch):
