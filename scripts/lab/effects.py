@@ -66,7 +66,8 @@ def _sample(outcomes: Sequence[Outcome], experiment: str | None, key: str) -> li
 
 
 def _judged(row: Effect, outcomes: Sequence[Outcome]) -> Effect:
-    """With the verdict on what the row changes: `helps` where its loss is lower, by Holm's p."""
+    """With the verdict on what the row changes: `helps` where its loss is lower, by Holm's p; `perhaps` where it is so by its
+    own p alone, which one row in twenty without any effect would show."""
     errors = [one.error for one in outcomes if one.trial.experiment == row.name and one.status == "failed"]
     if row.n == 0:
         return row._replace(verdict=f"failed: {errors[0] if errors else 'no loss was measured'}")
@@ -75,7 +76,8 @@ def _judged(row: Effect, outcomes: Sequence[Outcome]) -> Effect:
     elif row.p_holm is None:
         word = "too few runs to tell"
     else:
-        word = "no difference seen" if row.p_holm >= ALPHA else "helps" if row.difference < 0 else "hurts"
+        word = "helps" if row.difference < 0 else "hurts"
+        word = "no difference seen" if row.p >= ALPHA else word if row.p_holm < ALPHA else f"perhaps {word}"
     failed = f"{len(errors)} failed: {errors[0]}" if errors else ""
     return row._replace(verdict="; ".join(filter(None, [word, failed])))
 
