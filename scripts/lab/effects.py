@@ -66,8 +66,8 @@ def _sample(outcomes: Sequence[Outcome], experiment: str | None, key: str) -> li
 
 
 def _judged(row: Effect, outcomes: Sequence[Outcome]) -> Effect:
-    """With the verdict on what the row changes: `helps` where its loss is lower, by Holm's p; `perhaps` where it is so by its
-    own p alone, which one row in twenty without any effect would show."""
+    """With the verdict on what the row changes: `helps` where its loss is lower, by Holm's p; `perhaps` where only its own p
+    says so, as one row in twenty without effect would."""
     errors = [one.error for one in outcomes if one.trial.experiment == row.name and one.status == "failed"]
     if row.n == 0:
         return row._replace(verdict=f"failed: {errors[0] if errors else 'no loss was measured'}")

@@ -31,8 +31,8 @@ def rows(tmp_path):
 
 def test_verdicts(rows):
     assert {name: row.verdict for name, row in rows.items()} == {
-        "better": "helps", "worse": "hurts; 1 failed: loss is nan", "same": "no difference seen", "slightly": "perhaps hurts",
-        "once": "too few runs to tell", "broken": "failed: loss is nan"}
+        "better": "helps", "worse": "hurts; 1 failed: loss is nan", "same": "no difference seen",
+        "slightly": "perhaps hurts", "once": "too few runs to tell", "broken": "failed: loss is nan"}
 
 
 def test_numbers_are_the_statistics_own(rows):
