@@ -24,12 +24,14 @@ def with_lrs(optim: Optim, **lrs: float) -> Optim:
 def tiny() -> Run:
     """The newcomer's run: a BPE model on Python's own source code, within a minute on two CPU cores.
 
-    One layer: in a minute on this hardware more tokens are worth more than more depth.
+    One layer: in a minute on this hardware more tokens are worth more than more depth; and with offset keys one layer finds
+    what followed the present token before, in as long a context as pays.
     """
     return Run(
         preset="tiny",
-        data=Data(sequence_tokens=256),
-        model=Model(layers=1, softcap="none", smear=True, value_embeds=1, bigram_buckets=65_536),
+        data=Data(sequence_tokens=1024),
+        model=Model(layers=1, position="half_rotary", key_offset=True, xsa=True, softcap="none", smear=True, value_embeds=1,
+                    bigram_buckets=65_536),
         optim=Optim(matrix=Group(rule="steepest", lr=0.02), head=Group(lr=0.01), value_embed=Group(lr=0.15),
                     bigram_embed=Group(lr=0.035)),
         schedule=Schedule(momentum="0=0.85 20%=0.95", batch_tokens="0=0.5 40%=1"),
