@@ -45,7 +45,6 @@ ROWS = (
     Row("no_value_embeds", "tiny", "--model.value_embeds 0"),
     Row("no_bigram", "tiny", "--model.bigram_buckets 0"),
     Row("no_key_offset", "tiny", "--model.no_key_offset"),
-    Row("no_xsa", "tiny", "--model.no_xsa"),
     Row("short_context", "tiny", "--data.sequence_tokens 256"),
     Row("gelu", "tiny", "--model.activation gelu"),
     Row("random_init_projections", "tiny", "--model.no_zero_init_projections"),

@@ -30,7 +30,7 @@ def tiny() -> Run:
     return Run(
         preset="tiny",
         data=Data(sequence_tokens=1024),
-        model=Model(layers=1, position="half_rotary", key_offset=True, xsa=True, softcap="none", smear=True, value_embeds=1,
+        model=Model(layers=1, position="half_rotary", key_offset=True, softcap="none", smear=True, value_embeds=1,
                     bigram_buckets=65_536),
         optim=Optim(matrix=Group(rule="steepest", lr=0.02), head=Group(lr=0.01), value_embed=Group(lr=0.15),
                     bigram_embed=Group(lr=0.035)),
