@@ -22,7 +22,7 @@ def with_lrs(optim: Optim, **lrs: float) -> Optim:
 
 
 def tiny() -> Run:
-    """The newcomer's run: a BPE model on Python's own source code, within a minute on two CPU cores.
+    """The newcomer's run: a BPE model on Python's own source code, in a minute on two CPU cores.
 
     One layer: in a minute on this hardware more tokens are worth more than more depth; and with offset keys one layer finds
     what followed the present token before, in as long a context as pays.
