@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,13 @@ def record_of(run: RunFolder) -> dict[str, Any]:
 
 
 def record_of_failure(trial: Trial, error: str) -> dict[str, Any]:
-    """The record of a trial that broke down: what was to be run, and why there is no result."""
+    """The record of a trial that broke down: what was to be run, and why there is no result, without the machine's paths."""
     run = parse_row(trial.preset, [*trial.flags, "--run.seed", str(trial.seed), "--log.experiment", trial.experiment])
     config = {name: value for name, value in flatten(config_to_dict(run)).items() if name not in ("run.name", "run.dir")}
     summary = dict.fromkeys(SUMMARY_KEYS) | {"seed": trial.seed, "config_hash": config_hash(run)}
+    told = re.sub(rf"\S*/(?={re.escape(trial.name)}/)", "", error)
     return {"format": FORMAT, "name": trial.name, "experiment": trial.experiment, "preset": trial.preset, "config": config,
-            "summary": summary, "environment": {}, "validations": [], "failed": error}
+            "summary": summary, "environment": {}, "validations": [], "failed": told}
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

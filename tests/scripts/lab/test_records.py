@@ -145,6 +145,8 @@ def test_a_run_that_broke_down_is_a_record_without_a_loss():
     assert "loss" in faults(tampered(broken, "summary", "val_loss_nats", value=1.0))[0]
     assert "model.layers" in faults(tampered(broken, "config", "model.layers", value=5))[0]
     assert table([broken]).count("\n") == 1
+    lost = record_of_failure(trial, f"/home/me/runs/{trial.name}/checkpoint.safetensors is cut short")
+    assert lost["failed"] == f"{trial.name}/checkpoint.safetensors is cut short"
 
 
 def test_unflatten_undoes_flatten():
