@@ -1,7 +1,7 @@
 """The speedrun's record recipe, from eight H100s to a laptop (KellerJordan/modded-nanogpt, record 89, July 2026).
 
-Left out: its 8-bit products (one flag: --model.fp8), embedding and head in bfloat16. Its gates are products of two networks
-for all layers; ours are each technique's own.
+Left out: its 8-bit products (one flag: --model.fp8), embedding and head in bfloat16, MUDD's ways into the values. Its gates
+are products of two networks for all layers; ours are each technique's own.
 """
 
 from dataclasses import replace

@@ -21,7 +21,6 @@ from optim.rules.adam import Adam
 from optim.schedule import Schedule
 from optim.sharded import ShardedOptimizer
 from optim.step import Step
-from scripts.lab.models import anywhere
 from train_gpt import Trainer
 
 TOKENS = 64
@@ -30,7 +29,8 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="the runti
 
 def steps_without_values(run: Run, count: int = 2) -> None:
     with torch.device("meta"):
-        model = GPT(anywhere(run.model), vocab_size=300, max_tokens=TOKENS, document_start=5, prefix_of=[-1] * 300)
+        model = GPT(replace(run.model, attention="sdpa"), vocab_size=300, max_tokens=TOKENS, document_start=5,
+                    prefix_of=[-1] * 300)
         tokens, terms = torch.zeros(2, TOKENS, dtype=torch.long), Terms(torch.ones(()), torch.ones(()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Step, "enter", lambda *_: None)  # which looks at the first weights, once
