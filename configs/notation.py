@@ -1,0 +1,112 @@
+"""The small notations of settings (numbers by tensor name, skips, Newton-Schulz tables), and how bad values are refused."""
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+
+def refuse(condition: bool, message: str) -> None:
+    """Raise ValueError(message) where `condition` holds."""
+    if condition:
+        raise ValueError(message)
+
+
+def refuse_below(owner: object, least: float, *names: str) -> None:
+    """Refuse attributes of `owner` that are set and not finite numbers of at least `least`."""
+    for name in names:
+        value = getattr(owner, name)
+        refuse(value is not None and not least <= value < math.inf, f"{name} must be at least {least}, got {value}")
+
+
+def nearest(word: str, choices: Sequence[str]) -> str:
+    """`; did you mean X?` with the choice closest to `word`, or the list of choices."""
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; choices: {', '.join(choices)}"
+
+
+# ---- NAME=NUMBER: a number for the tensors whose dotted name contains NAME as whole words: mlp.down=4 ---------------------
+
+
+def parse_by_name(words: tuple[str, ...]) -> dict[str, float]:
+    """Number by name. Raises ValueError, quoting the offending word."""
+    numbers = {}
+    for word in words:
+        name, _, text = word.partition("=")
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        refuse(not name or not 0 < number < math.inf,
+               f"numbers by name are NAME=NUMBER, positive, say mlp.down=4; got {word!r}")
+        numbers[name] = number
+    return numbers
+
+
+def is_named(key: str, name: str) -> bool:
+    """Whether the words of `key` stand in a dotted name: mlp.down in blocks.0.mlp.down.weight."""
+    return f".{key}." in f".{name}."
+
+
+def number_of(name: str, numbers: Mapping[str, float], default: float) -> float:
+    """The number of a tensor: that of the last key that names it."""
+    return ([default] + [number for key, number in numbers.items() if is_named(key, name)])[-1]
+
+
+def unmatched_keys(numbers: Mapping[str, float], names: Iterable[str]) -> list[str]:
+    """Keys that name no tensor."""
+    every = list(names)
+    return [key for key in numbers if not any(is_named(key, name) for name in every)]
+
+
+# ---- SOURCE>TARGET: a skip from what one layer wrote to what a later one reads; `unet` pairs the first with the last ------
+
+
+def parse_skips(words: tuple[str, ...], layers: int) -> tuple[tuple[int, int], ...]:
+    """(source, target) of every skip. Raises ValueError, quoting the offending word."""
+    pairs: list[tuple[int, int]] = []
+    for word in words:
+        if word == "unet":  # the first half's outputs, taken back in reverse order by the second half (speedrun, Nov 2024)
+            pairs += [(i, layers - 1 - i) for i in range(layers // 2)]
+            continue
+        source, _, target = word.partition(">")
+        refuse(not (source.isdigit() and target.isdigit()), f"a skip is SOURCE>TARGET, say 3>6, or unet; got {word!r}")
+        refuse(not int(source) < int(target) < layers,
+               f"a skip goes from a layer to a later one of {layers} (numbered from 0), got {word!r}")
+        pairs.append((int(source), int(target)))
+    return tuple(pairs)
+
+
+# ---- a,b,c;a,b,c;...: a table of odd quintics p(x) = a x + b x^3 + c x^5, one a Newton-Schulz step; the last repeats ------
+# It may begin with `safety=1.02;`: inputs then have Frobenius norm 1 / 1.02, otherwise 1.
+
+Triple = tuple[float, float, float]
+TABLE_NAMES = ("quintic", "polar_express", "convergent", "dion", "radii", "svd")
+TABLE_GRAMMAR = "an inline table is 'a,b,c;a,b,c;...', after 'safety=S;' with S >= 1 where inputs have norm 1/S"
+
+
+def check_table(text: str) -> None:
+    """Raise ValueError, naming the nearest right choice, where `text` is neither a table's name nor an inline table."""
+    if "," in text or ";" in text:
+        parse_table(text)
+    elif text not in TABLE_NAMES:
+        raise ValueError(f"unknown ns {text!r}{nearest(text, TABLE_NAMES)}; {TABLE_GRAMMAR}")
+
+
+def parse_table(text: str) -> tuple[float, tuple[Triple, ...]]:
+    """Safety factor and triples of an inline table. Raises ValueError, quoting the offending part."""
+    head, _, rest = text.partition(";")
+    given = head.strip().startswith("safety=")
+    safety = _numbers(head.strip().removeprefix("safety="), 1, text)[0] if given else 1.0
+    refuse(safety < 1, f"safety must be at least 1, got {safety:g} in {text!r}")
+    parts = (rest if given else text).split(";")
+    return safety, tuple(_numbers(part, 3, text) for part in parts)
+
+
+def _numbers(part: str, count: int, text: str) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(word) for word in part.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != count or not all(math.isfinite(number) for number in numbers):
+        raise ValueError(f"cannot read {part!r} in ns {text!r}: {TABLE_GRAMMAR}")
+    return numbers
