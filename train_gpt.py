@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import Identity, Run
+from configs.serialize import config_to_dict, flatten
 from data.batches import Batches
 from data.checkpoint import load_checkpoint, match_tensors, save_checkpoint
 from data.clock import Clock, Interruption
@@ -35,7 +36,7 @@ from data.evaluate import Score, evaluate
 from data.metrics import EQUILIBRIUM, measure_name
 from data.orders import Position
 from data.reporter import Progress, Reporter
-from data.runs import config_to_dict, flatten, open_run_folder
+from data.runs import open_run_folder
 from data.sources import Source, open_source
 from data.tokenizers import prefix_tokens
 from layers.diagnostics import Measures, feature_measures, in_row, weight_measures

@@ -4,8 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from configs.refuse import refuse, refuse_below
-from configs.skips import parse_skips
+from configs.notation import parse_skips, refuse, refuse_below
 
 # The sphere has norms everywhere and gains nowhere, and a zero vector has no direction.
 SPHERE_NEEDS = {"zero_init_projections": False, "norm_gains": False, "biases": False, "tied_head": False, "qk_norm": True,

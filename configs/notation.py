@@ -18,6 +18,14 @@ def refuse_below(owner: object, least: float, *names: str) -> None:
         refuse(value is not None and not least <= value < math.inf, f"{name} must be at least {least}, got {value}")
 
 
+def refuse_unknown(wanted: Iterable[str], given: Iterable[str], what: str) -> None:
+    """Refuse the first given name that is not among the wanted ones, with the nearest that is; `what` has the fields."""
+    for name in given:
+        if name not in wanted:
+            near = difflib.get_close_matches(name, wanted, n=1)
+            refuse(True, f"{what} has no field {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+
+
 def nearest(word: str, choices: Sequence[str]) -> str:
     """`; did you mean X?` with the choice closest to `word`, or the list of choices."""
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)

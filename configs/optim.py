@@ -427,7 +427,8 @@ class Stiefel(Averaged):
 
 
 RULES: dict[str, type[RuleConfig]] = {config.rule: config for config in (
-    Muon, Adam, NorMuon, Steepest, Muon2, Muown, Dion, Dion2, SM3, Prodigy, AGD, SWAN, Shampoo, SOAP, SOAPMuon, PSGD, Stiefel)}
+    Muon, Adam, NorMuon, Steepest, Muon2, Muown, Dion, Dion2, SM3, Prodigy, AGD, SWAN, Shampoo, SOAP, SOAPMuon, PSGD,
+    Stiefel)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

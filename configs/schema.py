@@ -10,7 +10,7 @@ from typing import Literal
 from configs.curve import parse_curve
 from configs.groups import Optim
 from configs.model import Model
-from configs.refuse import refuse, refuse_below
+from configs.notation import refuse, refuse_below
 
 Curve = str  # the notation of configs/curve.py
 

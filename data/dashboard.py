@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import Run
+from configs.serialize import config_to_dict, flatten
 from data.metrics import VAL_BITS, VAL_LOSS
-from data.runs import METRICS_KEYS, config_to_dict, flatten, write_text
+from data.runs import METRICS_KEYS, write_text
 
 ID_FILE = "wandb_id.txt"
 INIT_SECONDS = 30  # longest wait for the server at the start

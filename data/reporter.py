@@ -8,12 +8,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from configs.schema import Run
+from configs.serialize import config_hash, config_to_dict
 from data.alarms import alarms
 from data.dashboard import open_dashboard
 from data.environment import code_files, code_hash, code_text, describe_environment
 from data.evaluate import Score
 from data.metrics import MFU, STEP_MS, TOKENS_PER_SECOND, TRAIN_LOSS, VAL_BITS, VAL_LOSS, measure_name
-from data.runs import MetricsLog, config_hash, config_to_dict, write_json, write_summary, write_text
+from data.runs import MetricsLog, write_json, write_summary, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -5,11 +5,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from optim.groups import Kind, ParamGroup
-from optim.step import Step
+from optim.comm import DONE, Comm, Work
+from optim.groups import ParamGroup, TensorSpec
+from optim.rule import Step
+
+SMALL_BANK_ELEMENTS = 16_384  # below this an all-reduce costs less than a scatter and a gather
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Bank:
     """K tensors of one shape, stacked: `weights` and `grads` are (lead, ...), lead padded for the world size."""
 
@@ -19,29 +22,44 @@ class Bank:
     weights: Tensor
     grads: Tensor
     own: slice
+    """This rank's part of the first dimension; all of it where the bank is not sharded."""
     sharded: bool
     step: Step
-    kind: Kind = Kind()
+    spec: TensorSpec = TensorSpec()
     state: dict[str, Tensor] = field(default_factory=dict)
     """Of the owned slice, in the form of the rule: the first dimension is K; for rows and elements the second is cut."""
+    gradient: Tensor | None = None
+    """During a step: the owned slice of the gradients' sum over ranks, once `work` is waited for."""
+    work: Work = DONE
+    received: bool = False
 
     @property
-    def waits(self) -> bool:
-        """Whether gradients add up over several steps before they are used."""
-        return self.group.config.update_every > 1
+    def update_every(self) -> int:
+        """Steps over which gradients add up before they are used."""
+        return self.group.config.update_every
 
-    def is_due(self, count: int) -> bool:
-        """Whether step `count`, 1 at the first, uses the gradients."""
-        return count % self.group.config.update_every == 0
+    def own_matrices(self) -> Tensor:
+        """The owned weights as stacked matrices (k, m, n), a view."""
+        return as_matrices(self.weights[self.own])
+
+    def rule_gradient(self) -> Tensor:
+        """The received gradient as the rule gets it: matrices (k, m, n), clipped, in the state's dtype, tangent where the
+        constraint says so."""
+        grad = as_matrices(self.gradient)
+        if self.group.clip is not None:
+            grad = self.group.clip(grad)
+        if self.group.config.state_dtype == "float32":
+            grad = grad.float()
+        constraint = self.step.constraint
+        return grad if constraint is None else constraint.project_gradient(self.own_matrices(), grad, self.state)
 
     def stacked(self, lead: Tensor) -> Tensor:
         """A whole-bank tensor (lead, ...) without its padding, as one part per parameter: (K, *part_shape)."""
-        units = self._units()
-        parts = lead[:len(self.names) * units]
+        parts = lead[:len(self.names) * self._units()]
         return parts.reshape(len(self.names), *self.part_shape(lead))
 
     def part_shape(self, lead: Tensor) -> tuple[int, ...]:
-        """What one parameter has of a bank tensor (lead, ...): its own shape, if it is a number per element."""
+        """The shape of one parameter's part of a bank tensor (lead, ...): its own shape, if it is a number per element."""
         units, rest = self._units(), lead.shape[1:]
         if units * rest.numel() == self.shape.numel():
             return tuple(self.shape)
@@ -50,19 +68,40 @@ class Bank:
     def _units(self) -> int:
         """First-dimension entries of one parameter: matrices, rows or elements."""
         scope = self.group.scope
-        return {"matrix": self.kind.blocks, "row": self.shape[:-1].numel(), "element": self.shape.numel()}[scope]
+        return {"matrix": self.spec.blocks, "row": self.shape[:-1].numel(), "element": self.shape.numel()}[scope]
 
     def name_at(self, lead: int) -> str:
         """The parameter that a first-dimension entry belongs to."""
         return self.names[lead // self._units()]
 
-    def as_matrices(self, lead: Tensor) -> Tensor:
-        """Any slice of the bank as stacked matrices (k, m, n), the form that norms and rules expect."""
-        return lead if lead.ndim == 3 else lead.reshape(1, -1, lead.size(-1) if lead.ndim == 2 else 1)
-
     def lead(self, state: Tensor) -> Tensor:
         """A state tensor with the dimension first that ranks divide among them."""
         return state if self.group.scope == "matrix" else state.flatten(0, 1)
+
+
+def make_bank(group: ParamGroup, names: list[str], comm: Comm) -> Bank:
+    """Move the storage of a group's parameters `names` into a bank: rank 0's weights, zero gradients, first state."""
+    params, spec = [group.params[name] for name in names], group.specs[names[0]]
+    step = group.step_for(spec)
+    flat = lead_view(torch.stack([p.detach() for p in params]), group.scope, spec.blocks)
+    step.project_start(flat)
+    sharded = comm.world_size > 1 and flat.numel() >= SMALL_BANK_ELEMENTS
+    padding = -flat.size(0) % comm.world_size if sharded else 0
+    weights = torch.cat([flat, flat.new_zeros(padding, *flat.shape[1:])]) if padding else flat.clone()
+    comm.broadcast(weights)
+    own = comm.slice_of(weights.size(0)) if sharded else slice(0, weights.size(0))
+    bank = Bank(group, names, params[0].shape, weights, torch.zeros_like(weights), own, sharded, step, spec)
+    for param, weight, grad in zip(params, bank.stacked(weights), bank.stacked(bank.grads), strict=True):
+        param.data, param.grad = weight, grad
+    first = bank.own_matrices()
+    bank.state = step.init_state(first)
+    bank.state |= group.rule.init_state(first.float() if group.config.state_dtype == "float32" else first)
+    return bank
+
+
+def as_matrices(lead: Tensor) -> Tensor:
+    """Any slice of a bank as stacked matrices (k, m, n), the form that norms and rules expect."""
+    return lead if lead.ndim == 3 else lead.reshape(1, -1, lead.size(-1) if lead.ndim == 2 else 1)
 
 
 def lead_view(stack: Tensor, scope: str, blocks: int = 1) -> Tensor:
@@ -74,9 +113,9 @@ def lead_view(stack: Tensor, scope: str, blocks: int = 1) -> Tensor:
     return matrices.flatten(0, 1) if scope == "row" else matrices.reshape(-1, matrices.size(1) // blocks, matrices.size(2))
 
 
-def alike(group: ParamGroup) -> list[list[str]]:
-    """Names of a group's parameters, by equal shape, dtype and kind, in order."""
-    kinds: dict[tuple, list[str]] = {}
+def group_by_shape(group: ParamGroup) -> list[list[str]]:
+    """Names of a group's parameters, by equal shape, dtype and spec, in order."""
+    by_shape: dict[tuple, list[str]] = {}
     for name, param in group.params.items():
-        kinds.setdefault((param.shape, param.dtype, group.kinds[name]), []).append(name)
-    return list(kinds.values())
+        by_shape.setdefault((param.shape, param.dtype, group.specs[name]), []).append(name)
+    return list(by_shape.values())

@@ -19,9 +19,14 @@ class Work(Protocol):
         """Block (or order the stream) until the result is there."""
 
 
-class _Done:
+class Done:
+    """Nothing to wait for."""
+
     def wait(self) -> None:
-        pass
+        """Return at once."""
+
+
+DONE = Done()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +71,7 @@ class Comm:
         """This rank's slice of the sum of `bank` over all ranks, once the work is waited for; `bank` may be clobbered."""
         own = bank[self.slice_of(bank.size(0))]
         if self.world_size == 1:
-            return own, _Done()
+            return own, DONE
         result = own if self._in_place else torch.empty_like(own)
         collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         return result, collective(result, bank, op=dist.ReduceOp.SUM, async_op=True)
@@ -77,7 +82,7 @@ class Comm:
         """
         own = bank[self.slice_of(bank.size(0))]
         if self.world_size == 1:
-            return own, _Done()
+            return own, DONE
         touched = bank.flatten(1).any(1).nonzero().flatten()
         sent = torch.bincount(touched // own.size(0), minlength=self.world_size)
         arriving = torch.empty_like(sent)
@@ -92,7 +97,7 @@ class Comm:
     def all_gather(self, bank: Tensor) -> Work:
         """Every rank's slice of `bank` reaches all ranks, in place."""
         if self.world_size == 1:
-            return _Done()
+            return DONE
         bank = bank.view(torch.uint8) if bank.dtype == torch.int16 else bank  # which neither NCCL nor gloo knows
         own = bank[self.slice_of(bank.size(0))]
         collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -101,7 +106,7 @@ class Comm:
     def all_reduce(self, tensor: Tensor) -> Work:
         """Sum over ranks, in place."""
         if self.world_size == 1:
-            return _Done()
+            return DONE
         return dist.all_reduce(tensor, op=dist.ReduceOp.SUM, async_op=True)
 
     def broadcast(self, tensor: Tensor) -> None:

@@ -1,23 +1,39 @@
-"""From the model's roles to groups of tensors that are trained alike: an exact cover, or an error that lists the strays."""
+"""From the model's roles to groups of tensors that are trained alike: an exact cover of the parameters, or an error."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from configs.by_name import number_of, parse_by_name, strays
-from configs.groups import EVERY_RULE_READS, Group, Optim, acting_fields
-from configs.refuse import refuse
-from optim.clip import Clip
-from optim.norms import Scope
-from optim.rules import Rule, build_rule
-from optim.step import Step, coarsest
+from configs.notation import number_of, parse_by_name, refuse, unmatched_keys
+from configs.optim import Graft, Optim, RuleConfig
+from optim.constraint import Scope, coarsest, load
+from optim.norms import build_norm
+from optim.rule import Hyper, Rule, Step
+from optim.schedule import Values
 
-SHOWN_IF_SET = ("constraint", "radial_brake", "row_floor", "update_every", "sparse_rows", "lr_factors", "blocks")
+# Where each rule's class is; its module is imported when a role names the rule.
+RULES = {
+    "muon": "optim.muon:Muon", "adam": "optim.adam:Adam", "normuon": "optim.normuon:NorMuon",
+    "steepest": "optim.zoo.steepest:Steepest", "muon2": "optim.zoo.muon2:Muon2", "muown": "optim.zoo.muown:Muown",
+    "dion": "optim.zoo.dion:Dion", "dion2": "optim.zoo.dion2:Dion2", "sm3": "optim.zoo.sm3:SM3",
+    "prodigy": "optim.zoo.prodigy:Prodigy", "agd": "optim.zoo.agd:AGD", "swan": "optim.zoo.swan:SWAN",
+    "shampoo": "optim.zoo.shampoo:Shampoo", "soap": "optim.zoo.soap:SOAP", "soap_muon": "optim.zoo.soap:SOAPMuon",
+    "psgd": "optim.zoo.psgd:PSGD", "stiefel": "optim.zoo.stiefel:Stiefel",
+}
 
 
-class Kind(NamedTuple):
+def build_rule(config: RuleConfig) -> Rule:
+    """The rule that a configuration describes, grafted if it says so."""
+    rule = load(RULES[config.rule])(config)
+    if config.graft == Graft():
+        return rule
+    return load("optim.zoo.graft:Grafted")(rule, load(RULES[config.graft.rule])(config.graft))
+
+
+class TensorSpec(NamedTuple):
     """What sets a tensor apart within its group."""
 
     axis: int = -1
@@ -32,32 +48,31 @@ class ParamGroup:
     """Tensors of one role, their configuration and the rule built from it."""
 
     role: str
-    config: Group
+    config: RuleConfig
     rule: Rule
     step: Step
+    clip: "object | None"
+    """The ball that gradients are projected onto (optim/zoo/clip.py), if any."""
     params: dict[str, Tensor]
-    kinds: dict[str, Kind]
-
-    @property
-    def clip(self) -> Clip | None:
-        """The ball that its gradients are projected onto, if any."""
-        return Clip.build(self.config)
+    specs: dict[str, TensorSpec]
 
     @property
     def scope(self) -> Scope:
         """How finely its tensors may be cut: the coarsest of what rule, constraint and clipping need."""
-        steps = (self.step_for(kind).scope for kind in self.kinds.values())
-        sent = "row" if self.config.sparse_rows else "element"
+        steps = (self.step_for(spec).scope for spec in self.specs.values())
+        sent = "row" if self.config.extra.sparse_rows else "element"
         return coarsest(self.rule.scope, self.clip.scope if self.clip else "element", sent, *steps)
 
-    def step_for(self, kind: Kind) -> Step:
-        """The step of its tensors of a kind."""
-        return replace(self.step.along(kind.axis), peak_lr=self.step.peak_lr * kind.lr_factor)
+    def step_for(self, spec: TensorSpec) -> Step:
+        """The step of its tensors with a spec."""
+        return replace(self.step.along(spec.axis), peak_lr=self.step.peak_lr * spec.lr_factor)
 
-    @property
-    def elements(self) -> int:
-        """Numbers in all its tensors."""
-        return sum(param.numel() for param in self.params.values())
+    def hyper_at(self, values: Values, count: int) -> Hyper:
+        """The group's numbers at the schedule's `values`, as 0-D tensors; `count` steps so far, this one included."""
+        config = self.config
+        momentum = getattr(config, "momentum", 0.0) if values.momentum is None else values.momentum
+        return Hyper(*(torch.tensor(x, dtype=torch.float32) for x in (
+            config.lr * values.lr, config.weight_decay * values.weight_decay, momentum, count // config.update_every)))
 
 
 def build_groups(params: Mapping[str, Tensor], roles: Mapping[str, str], optim: Optim,
@@ -70,51 +85,43 @@ def build_groups(params: Mapping[str, Tensor], roles: Mapping[str, str], optim: 
     known = [f.name for f in fields(optim)]
     without = sorted(set(params) ^ set(roles))
     unknown = sorted(f"{name}: {role}" for name, role in roles.items() if role not in known)
-    if without or unknown:
-        raise ValueError(f"roles must cover the parameters exactly; strays: {without}, unknown roles: {unknown}, "
-                         f"known roles: {known}")
+    refuse(bool(without or unknown), f"roles must cover the parameters exactly; not covered: {without}, unknown roles: "
+                                     f"{unknown}, known roles: {known}")
     groups = []
     for role in known:
         members = {name: param for name, param in params.items() if roles[name] == role}
         if members:
-            config = getattr(optim, role)
-            groups.append(ParamGroup(role, config, build_rule(config), Step.build(config), members,
-                                     kinds_of(role, config, members, axes or {})))
-            refuse(config.sparse_rows and groups[-1].scope == "matrix",
-                   f"optim.{role}.sparse_rows: rule {config.rule}, as it is configured, updates whole matrices; rule adam "
-                   "or norm row would do")
-            refuse(bool(config.blocks) and groups[-1].scope != "matrix",
-                   f"optim.{role}.blocks has no effect on rule {config.rule}, as it is configured: it updates each "
-                   f"{groups[-1].scope} alone")
+            groups.append(build_group(role, getattr(optim, role), members, axes or {}))
     return groups
 
 
-def kinds_of(role: str, config: Group, members: Mapping[str, Tensor], axes: Mapping[str, int]) -> dict[str, Kind]:
-    """The kind of every tensor of a role. Raises ValueError for names of none, and blocks that do not divide."""
-    factors, blocks = parse_by_name(config.lr_factors), parse_by_name(config.blocks)
+def build_group(role: str, config: RuleConfig, members: dict[str, Tensor], axes: Mapping[str, int]) -> ParamGroup:
+    """The group of one role. Raises ValueError for settings that the rule, as it is configured, cannot follow."""
+    extra = config.extra
+    clip = load("optim.zoo.clip:Clip")(build_norm(extra.clip_norm), extra.clip) if extra.clip else None
+    group = ParamGroup(role, config, build_rule(config), Step.build(config), clip, members,
+                       tensor_specs(role, config, members, axes))
+    refuse(extra.sparse_rows and group.scope == "matrix",
+           f"optim.{role}.extra.sparse_rows: rule {config.rule}, as it is configured, updates whole matrices; rule adam or "
+           "norm row would do")
+    refuse(bool(extra.blocks) and group.scope != "matrix",
+           f"optim.{role}.extra.blocks has no effect on rule {config.rule}, as it is configured: it updates each "
+           f"{group.scope} alone")
+    return group
+
+
+def tensor_specs(role: str, config: RuleConfig, members: Mapping[str, Tensor], axes: Mapping[str, int],
+                 ) -> dict[str, TensorSpec]:
+    """The spec of every tensor of a role. Raises ValueError for names of none, and blocks that do not divide."""
+    factors, blocks = parse_by_name(config.extra.lr_factors), parse_by_name(config.extra.blocks)
     for field, numbers in (("lr_factors", factors), ("blocks", blocks)):
-        refuse(bool(unknown := strays(numbers, members)),
-               f"optim.{role}.{field}: no tensor of the role has {unknown[:1]} in its name; they are {', '.join(members)}")
-    kinds = {name: Kind(axes.get(name, -1), int(number_of(name, blocks, 1)), number_of(name, factors, 1.0))
+        unmatched = unmatched_keys(numbers, members)
+        refuse(bool(unmatched), f"optim.{role}.extra.{field}: no tensor of the role has {unmatched[:1]} in its name; they "
+                                f"are {', '.join(members)}")
+    specs = {name: TensorSpec(axes.get(name, -1), int(number_of(name, blocks, 1)), number_of(name, factors, 1.0))
              for name in members}
-    for name, kind in kinds.items():
+    for name, spec in specs.items():
         rows = members[name].size(0) if members[name].ndim else 1
-        refuse(rows % kind.blocks != 0, f"optim.{role}.blocks: {kind.blocks} does not divide the {rows} rows of {name}")
-    return kinds
-
-
-def group_table(groups: list[ParamGroup]) -> str:
-    """One line a group: role, tensors, parameters, rule and the settings that act on it."""
-    rows = [("role", "tensors", "parameters", "rule", "lr", "decay", "settings")]
-    for group in groups:
-        decay = f"{group.config.weight_decay:g} {group.config.decay}" if group.config.weight_decay else "none"
-        rows.append((group.role, str(len(group.params)), f"{group.elements:,}", group.config.rule, f"{group.config.lr:g}",
-                     decay, _settings(group.config)))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def _settings(config: Group) -> str:
-    names = [f.name for f in fields(config) if f.name in acting_fields(config) - EVERY_RULE_READS]
-    names += [name for name in SHOWN_IF_SET if getattr(config, name) != getattr(Group(), name)]
-    return " ".join(f"{name}={getattr(config, name)}" for name in names)
+        refuse(rows % spec.blocks != 0,
+               f"optim.{role}.extra.blocks: {spec.blocks} does not divide the {rows} rows of {name}")
+    return specs

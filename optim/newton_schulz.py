@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from configs.newton_schulz import Triple, parse_table
+from configs.notation import Triple, parse_table
 from optim.symmetric import gram, quadratic
 
 LARGE_MATRIX_ELEMENTS = 2**18  # on CPUs, matrices of this size gain nothing from a batch, and lose the cache
@@ -27,10 +27,6 @@ class Table:
     safety: float
     band: tuple[float, float] | None
     source: str
-
-    def steps(self, count: int) -> list[Triple]:
-        """The first `count` triples."""
-        return [self.triples[min(i, len(self.triples) - 1)] for i in range(count)]
 
 
 TABLES = {
@@ -51,35 +47,44 @@ TABLES = {
 }
 
 
-def find_table(text: str) -> Table:
-    """The table of a name, or of the inline notation of configs/newton_schulz.py. Raises ValueError for neither."""
-    if text in TABLES:
-        return TABLES[text]
+def find_table(text: str) -> Table | None:
+    """The table of a name, or of the inline notation of configs/notation.py; None for `svd`. Raises ValueError otherwise."""
+    if text == "svd" or text in TABLES:
+        return TABLES.get(text)
     safety, triples = parse_table(text)
     return Table(triples, safety, None, "inline")
 
 
-def orthogonalize(G_Kmn: Tensor, table: str = "polar_express", *, steps: int = 5) -> Tensor:
+def orthogonalize(G_Kmn: Tensor, table: str | Table | None = "polar_express", *, steps: int = 5) -> Tensor:
     """Approximate polar factor of each matrix: (K, m, n) or (m, n) -> the same shape and dtype, a new tensor.
 
     Computed in bfloat16 on CUDA, in the input's precision elsewhere; tall matrices are transposed, so that A is the
-    smaller Gram matrix. Zero stays zero. `table` is a key of TABLES, an inline table, or `svd` for the exact twin.
+    smaller Gram matrix. Zero stays zero. `table` is a Table, a key of TABLES, an inline table, or None (`svd`) for the exact
+    twin.
     """
-    if table == "svd":
+    table = find_table(table) if isinstance(table, str) else table
+    if table is None:
         return orthogonalize_svd(G_Kmn)
     if G_Kmn.ndim == 2:
         return orthogonalize(G_Kmn[None], table, steps=steps)[0]
     if G_Kmn.device.type == "cpu" and len(G_Kmn) > 1 and G_Kmn[0].numel() >= LARGE_MATRIX_ELEMENTS:
         return torch.cat([orthogonalize(G_1mn, table, steps=steps) for G_1mn in G_Kmn.split(1)])
-    chosen = find_table(table)
     tall = G_Kmn.size(-2) > G_Kmn.size(-1)
     X = G_Kmn.mT if tall else G_Kmn
+    # First by the largest entry, so that the squares in the norm neither over- nor underflow.
     X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) * chosen.safety).clamp_min(1e-7)
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) * table.safety).clamp_min(1e-7)
     X = X.to(torch.bfloat16 if X.is_cuda else X.dtype)
-    for a, b, c in chosen.steps(steps):
+    for i in range(steps):
+        a, b, c = table.triples[min(i, len(table.triples) - 1)]  # the last triple repeats
         X = torch.baddbmm(X, quadratic(gram(X), b, c), X, beta=a)
     return (X.mT if tall else X).to(G_Kmn.dtype)
+
+
+def unit_length(unit: str, m: int, n: int) -> float:
+    """Spectral norm of an m x n step of size 1 in a unit: the field's lr corrections (configs.optim.Muon.unit)."""
+    return {"spectral": 1.0, "rms_operator": (m / n) ** 0.5, "at_least_one": max(1.0, m / n) ** 0.5,
+            "match_adam": 0.2 * max(m, n) ** 0.5}[unit]
 
 
 def orthogonalize_svd(G_Kmn: Tensor) -> Tensor:

@@ -9,18 +9,15 @@ A unit multiplies dual and ball by a length that depends on the shape alone: the
 vector is a matrix of one row; its RMS norm is `Row`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from configs.groups import Group
-from optim.lp import lp_dual, lp_project, lp_size
-from optim.newton_schulz import orthogonalize
+from optim.constraint import Scope, load
+from optim.newton_schulz import orthogonalize, unit_length
 
-Scope = Literal["element", "row", "matrix"]
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -54,20 +51,19 @@ def _unit(G: Tensor, dim: int | tuple[int, ...]) -> Tensor:
 class Spectral:
     """Largest singular value, in units that depend on the shape alone; the dual is the polar factor U V^T.
 
-    unit `plain`: spectral norm 1; `rms`: the RMS -> RMS operator norm, dual = (m/n)^.5 U V^T (Bernstein & Newhouse 2024;
-    Large et al. 2024, arXiv 2405.14813); `at_least_one`: max(1, m/n)^.5 (Jordan 2024); `match_adam`: .2 max(m, n)^.5, so
-    that the step's RMS is about Adam's (Liu et al. 2025, arXiv 2502.16982).
+    unit `spectral`: 1; `rms_operator`: the RMS -> RMS operator norm, dual = (m/n)^.5 U V^T (Bernstein & Newhouse 2024; Large
+    et al. 2024, arXiv 2405.14813); `at_least_one`: max(1, m/n)^.5 (Jordan 2024); `match_adam`: .2 max(m, n)^.5, so that the
+    step's RMS is about Adam's (Liu et al. 2025, arXiv 2502.16982).
     """
 
-    unit: Literal["plain", "rms", "at_least_one", "match_adam"] = "plain"
+    unit: Literal["rms_operator", "spectral", "at_least_one", "match_adam"] = "spectral"
     table: str = "polar_express"
     steps: int = 5
     scope: Scope = "matrix"
 
     def scale(self, m: int, n: int) -> float:
         """Spectral norm of a tensor of size 1."""
-        return {"plain": 1.0, "rms": (m / n) ** 0.5, "at_least_one": max(1.0, m / n) ** 0.5,
-                "match_adam": 0.2 * max(m, n) ** 0.5}[self.unit]
+        return unit_length(self.unit, m, n)
 
     def dual(self, G_Kmn: Tensor) -> Tensor:
         """scale U V^T."""
@@ -197,51 +193,13 @@ class Frobenius:
         return W_Kmn.norm(dim=(-2, -1)) / self.scale(*W_Kmn.shape[-2:])
 
 
-@dataclass(frozen=True, slots=True)
-class Schatten:
-    """The l_p norm of the singular values: nuclear at p = 1, Frobenius at 2, spectral at infinity; by SVD, in float64.
-
-    The dual U diag((s / ||s||_q)^(q - 1)) V^T, 1/p + 1/q = 1, flattens the spectrum of G the more, the larger p: not at
-    all at 2 (normalised SGD), wholly at infinity (Muon). Unit `rms` takes the power mean of the singular values in place
-    of their sum, each in the RMS -> RMS unit: a flat spectrum has the same size for every p, `rms_operator`'s.
-    """
-
-    p: float
-    unit: Literal["plain", "rms"] = "plain"
-    scope: Scope = "matrix"
-
-    def scale(self, m: int, n: int) -> float:
-        """l_p norm of the singular values of a tensor of size 1."""
-        return {"plain": 1.0, "rms": (m / n) ** 0.5 * min(m, n) ** (1 / self.p)}[self.unit]
-
-    def dual(self, G_Kmn: Tensor) -> Tensor:
-        """scale U diag(dual of the singular values) V^T."""
-        return _on_spectrum(lambda s: lp_dual(s, self.p) * self.scale(*G_Kmn.shape[-2:]), G_Kmn)
-
-    def project(self, W_Kmn: Tensor) -> Tensor:
-        """Singular values projected onto the l_p ball of radius `scale`."""
-        scale = self.scale(*W_Kmn.shape[-2:])
-        return _on_spectrum(lambda s: lp_project(s / scale, self.p) * scale, W_Kmn)
-
-    def size(self, W_Kmn: Tensor) -> Tensor:
-        """||singular values||_p / scale."""
-        size = lp_size(torch.linalg.svdvals(W_Kmn.double()), self.p).squeeze(-1)
-        return (size / self.scale(*W_Kmn.shape[-2:])).to(W_Kmn.dtype)
-
-
-def _on_spectrum(change: Callable[[Tensor], Tensor], W_Kmn: Tensor) -> Tensor:
-    """U diag(change(s)) V^T for W = U diag(s) V^T."""
-    U, s, Vh = torch.linalg.svd(W_Kmn.double(), full_matrices=False)
-    return ((U * change(s).unsqueeze(-2)) @ Vh).to(W_Kmn.dtype)
-
-
-def build_norm(group: Group) -> Norm:
-    """The norm that a group's configuration names, in its unit."""
-    if group.norm in ("spectral", "rms_operator"):
-        return Spectral("rms" if group.norm == "rms_operator" else group.unit, group.ns, group.ns_steps)
-    if group.norm == "schatten":
-        return Schatten(group.schatten_p, group.unit)
-    if group.norm == "frobenius":
-        return Frobenius(group.unit)
-    norm = {"row": Row, "column": Column, "sign": Sign}[group.norm]()
-    return FanIn(norm) if group.unit == "fan_in" else norm
+def build_norm(name: str, unit: str = "plain", *, table: str = "polar_express", steps: int = 5, p: float = 4.0) -> Norm:
+    """The norm of a name (configs.optim.NormName) in its unit; `table`, `steps`: of Newton-Schulz; `p`: of Schatten."""
+    if name in ("spectral", "rms_operator"):
+        return Spectral(name if unit == "plain" else unit, table, steps)
+    if name == "schatten":
+        return load("optim.zoo.schatten:Schatten")(p, unit)
+    if name == "frobenius":
+        return Frobenius(unit)
+    norm = {"row": Row, "column": Column, "sign": Sign}[name]()
+    return FanIn(norm) if unit == "fan_in" else norm

@@ -1,248 +1,172 @@
 """The sharded optimizer: parameters live in banks, and every rank updates its own slice of each.
 
-Parameters of one group, shape and dtype are views into one buffer, their gradients into another, so that collectives
-copy nothing and the model knows nothing of it. A bank's first dimension is what its rule allows to cut (elements, rows
-or whole matrices), padded to a multiple of the world size. One step: launch every reduce-scatter; for each bank wait,
-update the owned slice, launch the all-gather; wait for all. Banks of few elements are all-reduced and updated everywhere.
-Rules that need sums over their group first (`Rule.sums`) get them between the two halves.
+Parameters of one group, shape and dtype are views into one buffer, their gradients into another (optim/bank.py), so that
+collectives copy nothing and the model knows nothing of it. A bank's first dimension is what its rule allows to cut
+(elements, rows or whole matrices), padded to a multiple of the world size. Banks of few elements are all-reduced and updated
+on every rank.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 
-from optim.bank import Bank, alike, lead_view
-from optim.comm import Comm, Work
-from optim.finite import AT_ONCE, Watch
+from optim.bank import Bank, group_by_shape, make_bank
+from optim.comm import Comm
+from optim.constraint import load
 from optim.groups import ParamGroup
-from optim.lookahead import Lookahead
-from optim.measures import Measures, Moments, moments_by_tensor, moments_of, summarise, turn
-from optim.memory import Memory
-from optim.rules import Hyper, Rule
+from optim.hooks import Hook
+from optim.rule import Hyper, Rule, Step
 from optim.schedule import Values
-from optim.step import Step
-from optim.weight_average import WeightAverage
+from optim.state import OptimizerState
 
-Launched = dict[int, tuple[Tensor, Work | None]]  # by bank: the gradient to be, and what to wait for, None once waited
-SMALL_BANK_ELEMENTS = 16_384  # below this an all-reduce costs less than a scatter and a gather
+NEVER = 2.0**30
+AT_ONCE = ("cpu", "mps")  # devices whose gradients are checked before any weight is touched: there it waits for nothing
+
+
+class NonFiniteError(RuntimeError):
+    """A gradient holds a NaN or an infinity."""
 
 
 class ShardedOptimizer:
     """Owns weights, gradients and state of all groups; the only writer of the model's parameters after construction."""
 
     def __init__(self, groups: list[ParamGroup], comm: Comm, *, compile_updates: bool = False,
-                 average: WeightAverage | None = None, lookahead: Lookahead | None = None) -> None:
-        """Moves every parameter's storage into a bank and broadcasts rank 0's weights."""
+                 hooks: Sequence[Hook] = ()) -> None:
+        """Moves every parameter's storage into a bank and broadcasts rank 0's weights. `hooks` act in every step."""
         self.comm = comm
-        self.average, self.lookahead = average, lookahead
-        self._before: list[Tensor] | None = None
         self.shared = {group.role: {key: tensor.to(comm.device) for key, tensor in group.rule.init_shared().items()}
                        for group in groups}
-        self.banks = [self._make_bank(group, names) for group in groups for names in alike(group)]
-        self.watch = Watch(self.banks, comm)
-        self._memory = Memory(self.banks, self.shared, comm)
+        self.banks = [make_bank(group, names, comm) for group in groups for names in group_by_shape(group)]
+        self.hooks = list(hooks)
+        for hook in self.hooks:
+            for bank in self.banks:
+                hook.init(bank)
+        if any(self.shared.values()):
+            self.hooks.insert(0, load("optim.zoo.role_sums:RoleSums")(comm, self._receive))
+        # On the device, so that noting a bad gradient waits for nothing: the step of each bank's first, and where it was.
+        self._bad_step = torch.full((len(self.banks),), NEVER, device=comm.device)
+        self._bad_entry = torch.zeros(len(self.banks), dtype=torch.int64, device=comm.device)
+        self.state = OptimizerState(self.banks, self.shared, comm, also_restored=[self._bad_step, self._bad_entry])
         if compile_updates:
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # one graph a bank
-        self._update = torch.compile(_update, dynamic=False) if compile_updates else _update
+        self._compiled = torch.compile(_update, dynamic=False) if compile_updates else _update
 
-    def _make_bank(self, group: ParamGroup, names: list[str]) -> Bank:
-        params = [group.params[name] for name in names]
-        kind = group.kinds[names[0]]
-        step = group.step_for(kind)
-        flat = lead_view(torch.stack([p.detach() for p in params]), group.scope, kind.blocks)
-        step.enter(flat)
-        sharded = self.comm.world_size > 1 and flat.numel() >= SMALL_BANK_ELEMENTS
-        padding = -flat.size(0) % self.comm.world_size if sharded else 0
-        weights = torch.cat([flat, flat.new_zeros(padding, *flat.shape[1:])]) if padding else flat.clone()
-        self.comm.broadcast(weights)
-        own = self.comm.slice_of(weights.size(0)) if sharded else slice(0, weights.size(0))
-        bank = Bank(group, names, params[0].shape, weights, torch.zeros_like(weights), own, sharded, step, kind)
-        for param, weight, grad in zip(params, bank.stacked(weights), bank.stacked(bank.grads), strict=True):
-            param.data, param.grad = weight, grad
-        memory = bank.as_matrices(weights[own])
-        bank.state = step.init_state(memory)
-        bank.state |= group.rule.init_state(memory.float() if group.config.state_dtype == "float32" else memory)
-        for kept in filter(None, (self.average, self.lookahead)):
-            kept.init(bank)
-        return bank
+    @torch.no_grad()
+    def step(self, values: Values, count: int, *, hooks: Sequence[Hook] = ()) -> None:
+        """One update from the gradients' sum over ranks; `count` is 1 at the first. The gradients are spent afterwards.
+        Groups with `update_every` k are updated at every k-th, by the mean of k steps; till then they add gradients up.
+
+        `hooks` act in this step alone, after those of the constructor. A gradient that is not finite touches no weight: it
+        raises NonFiniteError here, or on CUDA, where that would wait for the device, at the next `refuse_non_finite`.
+        """
+        # Launch all sums over ranks: the network works while the first banks are updated.
+        due = [bank for bank in self.banks if count % bank.update_every == 0]
+        for bank in due:
+            self._launch(bank)
+        hypers = {bank.group.role: bank.group.hyper_at(values, count)._replace(shared=self.shared[bank.group.role])
+                  for bank in due}
+        # Check that gradients are finite before any weight is touched, where that costs no waiting for the device.
+        if self.comm.device.type in AT_ONCE:
+            for bank in due:
+                self._receive(bank, count)
+            self.refuse_non_finite()
+        hooks = [*self.hooks, *hooks]
+        for hook in hooks:
+            hook.before(self.banks, due, hypers, count)
+        # Bank by bank: wait for its sum, update the owned slice, launch the all-gather of the new weights.
+        gathers = []
+        for bank in self.banks:
+            if bank in due:
+                self._receive(bank, count)
+                self._update_own(bank, hypers[bank.group.role])
+            for hook in hooks:
+                hook.after_update(bank, count)
+            if bank in due and bank.sharded:
+                gathers.append(self.comm.all_gather(bank.weights))
+        # Wait until every rank has all weights.
+        for gather in gathers:
+            gather.wait()
+
+    def _launch(self, bank: Bank) -> None:
+        """Start to sum a bank's gradients over ranks; `bank.gradient` is the owned slice of the sum, once it is received."""
+        bank.received = False
+        if not bank.sharded:
+            bank.gradient, bank.work = bank.grads, self.comm.all_reduce(bank.grads)
+        elif bank.group.config.extra.sparse_rows:
+            bank.gradient, bank.work = self.comm.reduce_scatter_rows(bank.grads)
+        else:
+            bank.gradient, bank.work = self.comm.reduce_scatter(bank.grads)
+
+    def _receive(self, bank: Bank, count: int) -> None:
+        """Wait for a bank's gradient, once a step; one that is not finite is noted and counts as zero; then take the mean
+        over the steps whose gradients added up."""
+        if bank.received:
+            return
+        bank.work.wait()
+        bank.received = True
+        if bank.gradient.numel():
+            low, high = torch.aminmax(bank.gradient)  # NaN is both; one pass, a tenth of the maximum norm's time on CPUs
+            finite = low.isfinite() & high.isfinite()
+            if self.comm.device.type not in AT_ONCE or not finite:
+                self._note_non_finite(bank, finite, count)
+        if bank.update_every > 1:
+            bank.gradient.div_(bank.update_every)
+
+    def _note_non_finite(self, bank: Bank, finite: Tensor, count: int) -> None:
+        """Note a bank's gradient where it is not finite, and zero it; without waiting for the device."""
+        index, grad = self.banks.index(bank), bank.gradient
+        fresh = ~finite & (self._bad_step[index] == NEVER)
+        entry = grad.isfinite().logical_not().reshape(grad.size(0), -1).any(1).int().argmax()
+        self._bad_entry[index] = torch.where(fresh, entry, self._bad_entry[index])
+        self._bad_step[index] = torch.where(fresh, float(count), self._bad_step[index])
+        grad.masked_fill_(~finite, 0)
+
+    def refuse_non_finite(self) -> None:
+        """Raise NonFiniteError, naming a parameter and the step, if a gradient of any rank so far was not finite. A
+        collective, which waits for the device."""
+        first = [-x for x in self.comm.max(*(-self._bad_step).tolist())]
+        step = min(first, default=NEVER)
+        if step == NEVER:
+            return
+        index = first.index(step)
+        here = self._bad_step[index].item() == step  # only the ranks that saw it know where; all name the same parameter
+        entry = self.banks[index].own.start + int(self._bad_entry[index]) if here else -1
+        name = self.banks[index].name_at(int(self.comm.max(entry)[0]))
+        raise NonFiniteError(f"the gradient of {name} is not finite at step {step:.0f}; no weight has seen it")
+
+    def _update_own(self, bank: Bank, hyper: Hyper) -> None:
+        """Update the owned slice of a bank by its rule."""
+        if bank.spec.lr_factor != 1:
+            hyper = hyper._replace(lr=hyper.lr * bank.spec.lr_factor)
+        own = bank.own_matrices()
+        if own.numel():
+            update = self._compiled if bank.group.rule.compiles else _update
+            update(bank.group.rule, bank.step, own, bank.rule_gradient(), bank.state, hyper)
+        if bank.update_every > 1:
+            bank.grads.zero_()
 
     def zero_grad(self) -> None:
-        """Zero the gradients in place: they stay views into the banks. Those that wait for a later step stay, and are zeroed
-        by the step that uses them."""
+        """Zero the gradients in place: they stay views into the banks. Those that add up for a later step stay, and are
+        zeroed by the step that uses them."""
         for bank in self.banks:
-            if not bank.waits:
+            if bank.update_every == 1:
                 bank.grads.zero_()
 
     @property
     def period(self) -> int:
         """Steps after which every group has been updated as often as it should."""
-        return math.lcm(*(bank.group.config.update_every for bank in self.banks))
-
-    @torch.no_grad()
-    def step(self, values: Values, count: int, *, remember: bool = False) -> None:
-        """One update from the gradients' sum over ranks; `count` is 1 at the first. The gradients are spent afterwards.
-        Groups with `update_every` k are updated at every k-th, by the mean of k steps; till then they add gradients up.
-
-        With `remember`, the weights before it are kept for `measure`. A gradient that is not finite touches no weight: it
-        raises NonFiniteError here, or on CUDA, where that would wait for the device, at the next `refuse_non_finite`.
-        """
-        launched = {i: self._launch(bank) for i, bank in enumerate(self.banks) if bank.is_due(count)}
-        hypers = {self.banks[i].group.role: self._hyper(self.banks[i].group, values, count) for i in launched}
-        self._receive_early(launched, hypers, count)
-        self._exchange_sums(launched, hypers)
-        gathers = []
-        self._before = [bank.weights[bank.own].clone() for bank in self.banks] if remember else None
-        for index, bank in enumerate(self.banks):
-            if index in launched:
-                self._receive(index, launched, count)
-                self._update_bank(bank, launched[index][0], _of_bank(bank, hypers))
-            for kept in filter(None, (self.average, self.lookahead)):
-                kept.update(bank, count)
-            if index in launched and bank.sharded:
-                gathers.append(self.comm.all_gather(bank.weights))
-        for gather in gathers:
-            gather.wait()
-
-    def _launch(self, bank: Bank) -> tuple[Tensor, Work | None]:
-        """Start to sum a bank's gradients over ranks: the owned slice of the sum, and what to wait for."""
-        if not bank.sharded:
-            return bank.grads, self.comm.all_reduce(bank.grads)
-        if bank.group.config.sparse_rows:
-            return self.comm.reduce_scatter_rows(bank.grads)
-        return self.comm.reduce_scatter(bank.grads)
-
-    def _receive_early(self, launched: Launched, hypers: dict[str, Hyper], count: int) -> None:
-        """Wait for the gradients that must be there before any update: all where they are refused at once, else those of
-        groups with sums."""
-        at_once = self.comm.device.type in AT_ONCE
-        for index in launched:
-            if at_once or hypers[self.banks[index].group.role].shared:
-                self._receive(index, launched, count)
-        if at_once:
-            self.refuse_non_finite()
-
-    def _receive(self, index: int, launched: Launched, count: int) -> None:
-        """Wait for a bank's gradients, once, watch them, and take the mean over the steps that they waited."""
-        grad, work = launched[index]
-        if work is not None:
-            work.wait()
-            self.watch.see(index, grad, count)
-            if self.banks[index].waits:
-                grad.div_(self.banks[index].group.config.update_every)
-            launched[index] = grad, None
-
-    def refuse_non_finite(self) -> None:
-        """Raise NonFiniteError if any gradient so far was not finite. A collective, which waits for the device."""
-        self.watch.refuse()
+        return math.lcm(*(bank.update_every for bank in self.banks))
 
     @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        """Within, the model has the weights that count: not ahead, and averaged, where that is kept. A collective."""
-        with ExitStack() as shown:
-            for kept in filter(None, (self.lookahead, self.average)):
-                shown.enter_context(kept.shown(self.banks, self.comm))
+    def evaluation_weights(self) -> Iterator[None]:
+        """Within, the model has the weights that count: not ahead, and averaged, where a hook says so. A collective."""
+        with ExitStack() as stack:
+            for hook in reversed(self.hooks):
+                stack.enter_context(hook.evaluation_weights(self.banks, self.comm))
             yield
-
-    def _hyper(self, group: ParamGroup, values: Values, count: int) -> Hyper:
-        return hyper_at(group, values, count)._replace(shared=self.shared[group.role])
-
-    def _exchange_sums(self, launched: Launched, hypers: dict[str, Hyper]) -> None:
-        """For rules that need them: sums over all of a group's tensors on all ranks, absorbed into its shared numbers."""
-        for role, hyper in hypers.items():
-            if not hyper.shared:
-                continue
-            parts = []
-            for bank, grad in ((self.banks[i], grad) for i, (grad, _) in launched.items()):
-                if bank.group.role == role:
-                    part = bank.group.rule.sums(*self._seen(bank, bank.weights[bank.own], grad), _of_bank(bank, hypers))
-                    parts.append(part if bank.sharded or self.comm.rank == 0 else torch.zeros_like(part))
-                    rule = bank.group.rule
-            total = torch.stack(parts).sum(0)
-            self.comm.all_reduce(total).wait()
-            rule.absorb(total, hyper)
-
-    def _seen(self, bank: Bank, own: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Weights, gradients and state of the owned slice as the rule sees them."""
-        grad = bank.as_matrices(grad)
-        clip = bank.group.clip
-        grad = clip(grad) if clip else grad
-        weights, grad = bank.as_matrices(own), grad.float() if bank.group.config.state_dtype == "float32" else grad
-        return weights, bank.step.constraint.see(weights, grad, bank.state), bank.state
-
-    def _update_bank(self, bank: Bank, grad: Tensor, hyper: Hyper) -> None:
-        own = bank.weights[bank.own]
-        if own.numel():
-            update = self._update if bank.group.rule.compiles else _update
-            update(bank.group.rule, bank.step, *self._seen(bank, own, grad), hyper)
-        if bank.waits:
-            bank.grads.zero_()
-
-    @torch.no_grad()
-    def measure(self, values: Values) -> Measures:
-        """What the last step did, if it was told to remember; else nothing. A collective: every rank must call it."""
-        if self._before is None:
-            return {}
-        moments: dict[str, list[Moments]] = {}
-        for bank, before in zip(self.banks, self._before, strict=True):
-            after = bank.weights[bank.own]
-            found = moments_of(bank.group.rule.norm, bank.as_matrices(before), bank.as_matrices(after))
-            once = bank.sharded or self.comm.rank == 0
-            moments.setdefault(bank.group.role, []).append(found if once else found.without_sums())
-        self._before = None
-        groups = {bank.group.role: bank.group for bank in self.banks}
-        return {role: {"lr": groups[role].config.lr * values.lr} | summarise(found, groups[role].elements, self.comm)
-                for role, found in moments.items()}
-
-    @torch.no_grad()
-    def turns(self, role: str) -> Measures:
-        """How the last step turned each tensor of a role that was not zero before it, by name, if it was told to remember;
-        else nothing. A collective, to be called before `measure`, which forgets."""
-        if self._before is None:
-            return {}
-        kept = [(bank, before) for bank, before in zip(self.banks, self._before, strict=True) if bank.group.role == role]
-        found = [(bank, moments_by_tensor(bank, before)) for bank, before in kept]
-        mine = [moments if bank.sharded or self.comm.rank == 0 else 0 * moments for bank, moments in found]
-        total = self.comm.sum(*(x for moments in mine for x in moments.flatten().tolist()))
-        names = [name for bank, _ in found for name in bank.names]
-        return {name: turn(*total[3 * i:3 * i + 3]) for i, name in enumerate(names) if total[3 * i + 1]}
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Weights, state and waiting gradients of every parameter, whole, on the CPU. A collective; see optim/memory.py."""
-        return self._memory.tensors()
-
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Undo `state_tensors`, at any world size. The caller has checked names and shapes (see `state_shapes`)."""
-        self._memory.load(tensors)
-
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of `state_tensors`, without communication."""
-        return self._memory.shapes()
-
-    def snapshot(self) -> list[Tensor]:
-        """Copies of this rank's weights and state, for `restore`."""
-        return self._memory.snapshot()
-
-    def restore(self, snapshot: list[Tensor]) -> None:
-        """Undo every step since the snapshot was taken."""
-        self._memory.restore(snapshot)
-        self.watch.reset()
-
-
-def hyper_at(group: ParamGroup, values: Values, count: int) -> Hyper:
-    """The group's numbers at this step, as 0-D tensors."""
-    momentum = group.config.momentum if values.momentum is None else values.momentum
-    return Hyper(*(torch.tensor(x, dtype=torch.float32) for x in (
-        group.config.lr * values.lr, group.config.weight_decay * values.weight_decay, momentum,
-        count // group.config.update_every)))
-
-
-def _of_bank(bank: Bank, hypers: dict[str, Hyper]) -> Hyper:
-    """The numbers of its group, lr times its tensors' own factor."""
-    hyper = hypers[bank.group.role]
-    return hyper if bank.kind.lr_factor == 1 else hyper._replace(lr=hyper.lr * bank.kind.lr_factor)
 
 
 def _update(rule: Rule, step: Step, own: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> None:

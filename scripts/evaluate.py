@@ -127,8 +127,8 @@ def place(model: "GPT", device: "torch.device") -> None:
 
 def main(args: Arguments) -> None:
     """Evaluate, print."""
+    from configs.serialize import config_from_dict
     from data.device import choose_device
-    from data.runs import config_from_dict
     from scripts.lab.models import load_trained
 
     wanted = [0]

@@ -31,8 +31,8 @@ def export(folder: Path, target: Path) -> int:
     """
     from safetensors.torch import save_file
 
+    from configs.serialize import config_to_dict
     from data.files import replacing
-    from data.runs import config_to_dict
     from scripts.lab.models import load_trained
 
     if target.suffix != ".safetensors":

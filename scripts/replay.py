@@ -27,7 +27,7 @@ DRIVER = """
 import json, sys
 from pathlib import Path
 import train_gpt
-from data.runs import config_from_dict
+from configs.serialize import config_from_dict
 train_gpt.main(config_from_dict(json.loads(Path(sys.argv[1]).read_text())))
 """
 LOSSES = (TRAIN_LOSS, VAL_LOSS)

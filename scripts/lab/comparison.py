@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from scipy import stats
 
-from data.runs import HASH_IGNORES
+from configs.serialize import HASH_IGNORES
 from scripts.lab.folders import RunFolder, by_experiment, differences
 from scripts.lab.statistics import (
     MARGIN,

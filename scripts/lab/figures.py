@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data.runs import config_from_dict
+from configs.serialize import config_from_dict
 from optim.schedule import Schedule, Values
 from scripts.lab.curves import MOST_RUNS, compact, records_of, short, thin
 from scripts.lab.folders import RunFolder, by_experiment, read_json

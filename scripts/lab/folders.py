@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.cli import nearest
-from data.runs import HASH_IGNORES, flatten, read_metrics
+from configs.serialize import HASH_IGNORES, flatten
+from data.runs import read_metrics
 
 
 @dataclass(frozen=True, slots=True)

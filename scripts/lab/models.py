@@ -36,8 +36,8 @@ def load_trained(folder: Path, *, max_tokens: int = 0) -> Trained:
 
     Raises ValueError for a folder without a run or without a checkpoint, and where learned positions end sooner.
     """
+    from configs.serialize import config_from_dict
     from data.checkpoint import load_checkpoint
-    from data.runs import config_from_dict
     from data.sources import open_source
 
     if not (folder / "config.json").exists():
@@ -67,7 +67,7 @@ def load_exported(file: Path, *, max_tokens: int = 0) -> Trained:
     """What scripts.export wrote, as `load_trained` gives it. Raises ValueError for a file that it did not write."""
     from safetensors import SafetensorError, safe_open
 
-    from data.runs import config_from_dict
+    from configs.serialize import config_from_dict
     from data.sources import open_source
 
     try:

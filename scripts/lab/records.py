@@ -10,7 +10,8 @@ from typing import Any
 from configs.cli import parse_row
 from configs.presets import PRESETS
 from configs.schema import Run
-from data.runs import SUMMARY_KEYS, config_from_dict, config_hash, config_to_dict, flatten, write_text
+from configs.serialize import config_from_dict, config_hash, config_to_dict, flatten
+from data.runs import SUMMARY_KEYS, write_text
 from scripts.lab.folders import RunFolder
 from scripts.lab.statistics import summarize
 from scripts.lab.sweep import Trial
@@ -91,7 +92,7 @@ def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> int:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of data.runs.flatten: {"optim.lr": 1} becomes {"optim": {"lr": 1}}."""
+    """The inverse of configs.serialize.flatten: {"optim.lr": 1} becomes {"optim": {"lr": 1}}."""
     nested: dict[str, Any] = {}
     for name, value in flat.items():
         *groups, field = name.split(".")

@@ -10,7 +10,7 @@ import numpy as np
 from configs.cli import nearest
 from configs.presets import PRESETS
 from configs.schema import Run
-from data.runs import config_to_dict, flatten
+from configs.serialize import config_to_dict, flatten
 
 Scale = Literal["linear", "log", "one_minus"]
 DIGITS = 4  # significant ones, so that flags stay short

@@ -8,7 +8,7 @@ from configs.ablations import ROWS, TECHNIQUES, each_off, find_row, row_named
 from configs.cli import parse_row
 from configs.groups import RULE_READS, Optim
 from configs.presets import PRESETS
-from data.runs import config_to_dict, flatten
+from configs.serialize import config_to_dict, flatten
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

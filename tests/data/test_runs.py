@@ -1,38 +1,19 @@
-"""Run folders, the configuration's way to JSON and back, its hash, metrics.jsonl and summary.json."""
+"""Run folders, metrics.jsonl and summary.json."""
 
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import pytest
 
-import data.runs
-from configs.groups import Group, Optim
-from configs.presets import PRESETS
-from configs.schema import Data, Identity, Log, Model, Run, Schedule, Train
 from data.files import replacing
 from data.runs import (
     SUMMARY_KEYS,
     MetricsLog,
-    config_from_dict,
-    config_hash,
-    config_to_dict,
-    flatten,
     open_run_folder,
     read_metrics,
     write_json,
     write_summary,
-)
-
-RICH = Run(
-    preset="rich",
-    run=Identity(name="a", target_loss_nats=3.28, stop_at_target=True),
-    data=Data(source="shards", tokenizer="gpt2", train_files=("a.bin", "b*.bin"), val_files=("c.bin",)),
-    model=Model(mlp_dim=300, window_tokens=64),
-    optim=Optim(matrix=Group(rule="steepest", lr=1, norm="spectral", unit="match_adam")),
-    schedule=Schedule(momentum="0=0.85 300=0.95"),
-    log=Log(wandb_tags=("x", "y")),
 )
 
 
@@ -114,76 +95,6 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, object())
     assert json.loads(path.read_text()) == 1 and list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("run", [Run(), RICH])
-def test_a_configuration_survives_json(run):
-    config = json.loads(json.dumps(config_to_dict(run)))
-    restored = config_from_dict(config)
-    assert config == config_to_dict(run)  # so that a checkpoint's settings compare with a run's
-    assert restored == run and config_hash(restored) == config_hash(run)
-    assert isinstance(restored.data.train_files, tuple) and isinstance(restored.log.wandb_tags, tuple)
-
-
-def test_a_field_that_the_file_does_not_know_takes_its_default():
-    config = config_to_dict(Run(preset="old"))
-    del config["model"]["smear"], config["log"], config["optim"]["matrix"]["nesterov"]
-    assert config_from_dict(config) == Run(preset="old")
-
-
-def test_the_hash_outlives_new_fields(monkeypatch):
-    """A field that is at its default does not count, so that adding one changes no hash."""
-    run = PRESETS["tiny"]()
-    known = data.runs.config_to_dict
-    before = config_hash(run)
-    monkeypatch.setattr(data.runs, "config_to_dict", lambda run: known(run) | {"new": {"technique": False}})
-    monkeypatch.setattr(data.runs, "config_from_dict", lambda config: run)
-    assert config_hash(run) == before
-
-
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda c: c["optim"]["matrix"].update(learning_rate=1.0), "optim.matrix has no field 'learning_rate'"),
-    (lambda c: c["train"].update(stepz=1), "train has no field 'stepz'; did you mean 'steps'"),
-    (lambda c: c.update(data=3), "data must be an object, got 3"),
-    (lambda c: c["model"].update(dim="128"), "model.dim must be int, got '128'"),
-    (lambda c: c["model"].update(dim=True), "model.dim must be int, got True"),
-    (lambda c: c["model"].update(mlp_dim=1.5), r"model.mlp_dim must be int \| None, got 1.5"),
-    (lambda c: c["run"].update(device="tpu"), "run.device must be .*'cuda'.*, got 'tpu'"),
-    (lambda c: c["log"].update(wandb_tags=[1]), r"log.wandb_tags must be .*, got \[1\]"),
-    (lambda c: c["train"].update(steps=0), "steps must be at least 1"),
-])
-def test_a_foreign_configuration_is_refused(change, message):
-    config = config_to_dict(Run())
-    change(config)
-    with pytest.raises(ValueError, match=message):
-        config_from_dict(config)
-
-
-def test_flatten():
-    assert flatten({"a": 1, "b": {"c": {"d": (2,)}, "e": None}}) == {"a": 1, "b.c.d": (2,), "b.e": None}
-    assert flatten(config_to_dict(Run()))["optim.matrix.lr"] == Run().optim.matrix.lr
-
-
-@pytest.mark.parametrize("other", [
-    Run(preset="other", log=Log(every_steps=3, wandb="offline"), train=Train(warmup_steps=0)),
-    Run(run=Identity(name="x", dir="y", device="cpu", compile="on", resume=True, checkpoint_every_steps=9)),
-    Run(run=Identity(dry_run=True, target_loss_nats=3.0)),
-    Run(model=Model(rotary_base=1024)),
-])
-def test_the_hash_ignores_what_the_losses_ignore(other):
-    assert config_hash(other) == config_hash(Run())
-
-
-@pytest.mark.parametrize("other", [
-    Run(run=Identity(seed=2)), Run(model=Model(dim=192)), Run(optim=Optim(head=Group(lr=0.021))),
-    Run(run=Identity(target_loss_nats=3.0, stop_at_target=True)), Run(train=Train(steps=281)), RICH,
-])
-def test_the_hash_tells_experiments_apart(other):
-    assert config_hash(other) != config_hash(Run()) and len(config_hash(other)) == 16
-
-
-def test_the_hash_tells_targets_apart_where_they_end_the_run():
-    assert config_hash(RICH) != config_hash(replace(RICH, run=replace(RICH.run, target_loss_nats=3.3)))
 
 
 def test_metrics_are_read_as_written(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from configs.schema import Model
-from configs.skips import parse_skips
+from configs.notation import parse_skips
 from layers.streams import DynamicMixture, StaticMixture, Streams, connects
 from model import GPT
 

@@ -10,7 +10,8 @@ import pytest
 from scipy import stats
 
 from configs.presets import PRESETS
-from data.runs import SUMMARY_KEYS, config_to_dict, write_json
+from configs.serialize import config_to_dict
+from data.runs import SUMMARY_KEYS, write_json
 from scripts.compare import Compare, examine, main
 from scripts.lab.comparison import loss_per_step
 from scripts.lab.folders import find_runs

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from configs.cli import parse_row
-from data.runs import SUMMARY_KEYS, config_hash, config_to_dict
+from configs.serialize import config_hash, config_to_dict
+from data.runs import SUMMARY_KEYS
 from scripts import leaderboard
 from scripts.lab.folders import read_run
 from scripts.lab.leaderboard import TUNING_SEED

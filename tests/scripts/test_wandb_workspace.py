@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from configs.schema import Run
-from data.runs import SUMMARY_KEYS, config_to_dict, flatten, read_metrics
+from configs.serialize import config_to_dict, flatten
+from data.runs import SUMMARY_KEYS, read_metrics
 from scripts import wandb_workspace
 from scripts.wandb_workspace import View, build_workspace, spec
 

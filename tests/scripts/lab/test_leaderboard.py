@@ -6,7 +6,7 @@ import pytest
 
 from configs.entries import ENTRIES, REFERENCE, entry_named
 from configs.presets import PRESETS
-from data.runs import config_to_dict, flatten
+from configs.serialize import config_to_dict, flatten
 from scripts.lab.board import page, profile_page, target_of
 from scripts.lab.leaderboard import (
     RULE_MARGIN,

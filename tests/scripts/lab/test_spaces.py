@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.cli import parse_row
-from data.runs import config_to_dict, flatten
+from configs.serialize import config_to_dict, flatten
 from scripts.lab.spaces import Range, draw, flags_of, parse_grid, parse_range
 
 LR = Range("optim.matrix.lr", 0.001, 0.1, "log")

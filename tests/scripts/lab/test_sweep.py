@@ -23,7 +23,8 @@ import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 from configs.cli import parse
-from data.runs import config_hash, config_to_dict, write_json
+from configs.serialize import config_hash, config_to_dict
+from data.runs import write_json
 run = parse(sys.argv[1:])
 folder = Path(run.run.dir) / run.run.name
 folder.mkdir(exist_ok=True)

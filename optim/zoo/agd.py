@@ -1,18 +1,15 @@
 """Automatic gradient descent: every layer's normalised gradient, and a step length that the gradients themselves give."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from configs.groups import Group
-from optim.norms import Frobenius, Norm
-from optim.rules.base import Hyper, Rule
+import configs.optim as configs
+from optim.norms import Frobenius
+from optim.rule import Hyper, Rule
 
 LARGE = 1e37  # four times it is a float32
 
 
-@dataclass(frozen=True, slots=True)
 class AGD(Rule):
     """D = eta / L (m/n)^.5 G / ||G||_F for each of the group's L matrices, eta = log((1 + sqrt(1 + 4 S)) / 2) with the
     gradient summary S, the mean over the group of (m/n)^.5 ||G||_F. Bernstein et al. 2023, arXiv 2304.05187, algorithm 1.
@@ -20,12 +17,8 @@ class AGD(Rule):
     There is nothing to tune: lr is the paper's gain, 1. L counts the matrices that have a weight or a gradient.
     """
 
-    norm: Norm = Frobenius()
-
-    @classmethod
-    def build(cls, group: Group) -> "AGD":
-        """The rule; it reads nothing."""
-        return cls()
+    config: configs.AGD
+    norm = Frobenius()
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
         """None."""

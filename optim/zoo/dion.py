@@ -1,19 +1,17 @@
 """Dion: orthonormal momentum of low rank, by one power iteration a step, with error feedback."""
 
-from dataclasses import dataclass
 from math import ceil
 
 import torch
 from torch import Tensor
 
-from configs.groups import Group
-from optim.norms import TINY, Norm, Spectral
-from optim.rules.base import Hyper, Rule, zeros_like_bank
+import configs.optim as configs
+from optim.norms import TINY, Spectral
+from optim.rule import Hyper, Rule, zeros_like_bank
 
 ROUNDING = 1e-6  # a direction this much weaker than the strongest is float32's rounding, not the gradient
 
 
-@dataclass(frozen=True, slots=True)
 class Dion(Rule):
     """M <- M + g; P = qr(M Q); R = M^T P; M <- M - (1 - mu) P R^T; D = (m/n)^.5 P Q^T with Q <- R, columns at length 1.
 
@@ -21,18 +19,13 @@ class Dion(Rule):
     matrices are transposed. Columns of R without content leave Q as it is and give no step.
     """
 
-    rank_frac: float
-    norm: Norm = Spectral("rms")
-
-    @classmethod
-    def build(cls, group: Group) -> "Dion":
-        """The rule that a group's configuration describes."""
-        return cls(group.rank_frac)
+    config: configs.Dion
+    norm = Spectral("rms_operator")
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
         """The residual M, and Q, float32 (K, min(m, n), r): one Gaussian start for all, whichever rank owns a matrix."""
         side = min(param.shape[-2:])
-        start = torch.randn(side, ceil(self.rank_frac * side), generator=torch.Generator().manual_seed(0))
+        start = torch.randn(side, ceil(self.config.rank_frac * side), generator=torch.Generator().manual_seed(0))
         return {"residual": zeros_like_bank(param), "right": start.to(param.device).repeat(param.size(0), 1, 1)}
 
     def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:

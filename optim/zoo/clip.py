@@ -1,12 +1,12 @@
 """Clipping: each tensor's gradient to the nearest point of a norm's ball."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from configs.groups import Group
-from optim.norms import Norm, Scope, build_norm
+from optim.constraint import Scope
+from optim.norms import Norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,13 +16,6 @@ class Clip:
 
     norm: Norm
     radius: float
-
-    @classmethod
-    def build(cls, group: Group) -> "Clip | None":
-        """What a group's configuration describes; None where it clips nothing."""
-        if not group.clip:
-            return None
-        return cls(build_norm(replace(group, norm=group.clip_norm, unit="plain", equilibrate=False)), group.clip)
 
     @property
     def scope(self) -> Scope:

@@ -6,12 +6,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from configs.groups import Group
-from optim.norms import Norm, Scope, Spectral
-from optim.rules.average import absorb_square
-from optim.rules.base import Hyper, Rule, zeros_like_bank
-from optim.rules.kronecker import absorb_grams, eigenbasis, init_grams, turn_basis
-from optim.rules.steepest import Steepest
+import configs.optim as configs
+from optim.muon import Muon, average_gradient
+from optim.norms import Spectral
+from optim.rule import Hyper, Rule, absorb_square, zeros_like_bank
+from optim.zoo.kronecker import absorb_grams, eigenbasis, init_grams, turn_basis
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +52,7 @@ class Basis:
                     state[key].copy_(state[key].gather(dim, order.expand_as(state[key])))
 
 
-@dataclass(frozen=True, slots=True)
-class Soap(Rule):
+class SOAP(Rule):
     """D = Q_L [mhat' / (sqrt(vhat') + eps)] Q_R^T: Adam on G' = Q_L^T G Q_R, bias-corrected.
 
     Vyas et al. 2024, arXiv 2409.11321, algorithm 3. The first gradient sets the bases and moves nothing, as in the public
@@ -62,18 +60,13 @@ class Soap(Rule):
     own axes and rotated when it is used, so that it needs no turning when the bases turn.
     """
 
-    beta1: float
-    beta2: float
-    eps: float
-    basis: Basis
-    norm: Norm = Spectral()
-    scope: Scope = "matrix"
+    config: configs.SOAP
+    norm = Spectral()
     compiles: ClassVar[bool] = False
 
-    @classmethod
-    def build(cls, group: Group) -> "Soap":
-        """The rule that a group's configuration describes."""
-        return cls(group.beta1, group.beta2, group.eps, Basis(group.gram_beta, group.every_steps))
+    def __init__(self, config: configs.SOAP) -> None:
+        super().__init__(config)
+        self.basis = Basis(config.gram_beta, config.every_steps)
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
         """Mean, second moment in the bases (float32), Gram matrices and bases."""
@@ -86,52 +79,41 @@ class Soap(Rule):
         step = torch.zeros_like(grad, dtype=torch.float32)
         if int(steps):
             mean = state["mean"]
-            mean.lerp_(grad.to(mean.dtype), 1 - self.beta1)
-            absorb_square(state["square"], self.basis.enter(grad, state), self.beta2)
-            root = (state["square"] / (1 - self.beta2**steps)).sqrt_().add_(self.eps)
+            mean.lerp_(grad.to(mean.dtype), 1 - self.config.beta1)
+            absorb_square(state["square"], self.basis.enter(grad, state), self.config.beta2)
+            root = (state["square"] / (1 - self.config.beta2**steps)).sqrt_().add_(self.config.eps)
             step = self.basis.leave(self.basis.enter(mean, state) / root.clamp_min_(1e-30), state)
-            step = step / (1 - self.beta1**steps)
+            step = step / (1 - self.config.beta1**steps)
         self.basis.learn(grad, state, hyper, kept=("square",))
         return step
 
 
-@dataclass(frozen=True, slots=True)
-class SoapMuon(Rule):
+class SOAPMuon(Muon):
     """D = dual(Q_L [u' / (sqrt(v') + eps)] Q_R^T), u' = Q_L^T u Q_R for the average u, v' <- b2 v' + (1 - b2) u'^2.
 
     The core of the speedrun's track-3 record (result 46: SOAP on all hidden matrices). The bases learn after the step, so
     that the first is plain steepest descent. No bias correction: the dual ignores a common factor.
     """
 
-    steepest: Steepest
-    beta2: float
-    eps: float
-    basis: Basis
-    scope: Scope = "matrix"
+    config: configs.SOAPMuon
     compiles: ClassVar[bool] = False
 
-    @classmethod
-    def build(cls, group: Group) -> "SoapMuon":
-        """The rule that a group's configuration describes."""
-        return cls(Steepest.build(group), group.beta2, group.eps, Basis(group.gram_beta, group.every_steps))
-
-    @property
-    def norm(self) -> Norm:
-        """The one whose dual it steps to."""
-        return self.steepest.norm
+    def __init__(self, config: configs.SOAPMuon) -> None:
+        super().__init__(config)
+        self.basis = Basis(config.gram_beta, config.every_steps)
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
         """The averages, the second moment in the bases (float32), Gram matrices and bases."""
-        return self.steepest.init_state(param) | {"square": torch.zeros_like(param, dtype=torch.float32)
+        return super().init_state(param) | {"square": torch.zeros_like(param, dtype=torch.float32)
                                                   } | self.basis.init_state(param)
 
     def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
         """The dual of the preconditioned average: float32 (K, m, n)."""
-        average = self.steepest.average.next(grad.float(), state, hyper.momentum).float()
+        average = average_gradient(grad.float(), state, self.config, hyper.momentum).float()
         if int(hyper.count) > 1:
             inner = self.basis.enter(average, state)
-            absorb_square(state["square"], inner, self.beta2)
-            average = self.basis.leave(inner / state["square"].sqrt().add_(self.eps).clamp_min_(1e-30), state)
-        step = self.steepest.dual(average)
+            absorb_square(state["square"], inner, self.config.beta2)
+            average = self.basis.leave(inner / state["square"].sqrt().add_(self.config.eps).clamp_min_(1e-30), state)
+        step = self.dual(average)
         self.basis.learn(grad, state, hyper, kept=("square",))
         return step

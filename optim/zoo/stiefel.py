@@ -9,17 +9,39 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from configs.groups import Group
-from optim.norms import Norm, Spectral
-from optim.rules.average import Average
-from optim.rules.base import Hyper, Rule
+import configs.optim as configs
+from optim.constraint import TINY, Constraint
+from optim.muon import average_gradient, init_average
+from optim.newton_schulz import orthogonalize_svd
+from optim.norms import Spectral
+from optim.rule import Hyper, Rule
 
 RANK = 1e-15  # squared singular values below this share of |G|^2 count as so much: float64 does not know them
 MEMORY = 6  # iterates that Anderson's acceleration combines
 CONVERGED = 1e-22  # squared changes below this, of gradients with entries up to 1, are rounding: nothing to accelerate
+POLAR_STEPS = 8  # of Newton's cubic: from singular values of .5 to 1 - 1e-7
 
 
 @dataclass(frozen=True, slots=True)
+class StiefelSet(Constraint):
+    """All singular values are 1 (Bernstein 2025, "Modular Manifolds"); a step is W - lr D, and its polar factor."""
+
+    def project_start(self, weights: Tensor) -> None:
+        """The polar factor, exactly. Raises ValueError for a matrix without full rank, whose polar factor is not unique."""
+        if (torch.linalg.matrix_rank(weights) < min(weights.shape[-2:])).any():
+            raise ValueError("a matrix without full rank has no place on the Stiefel manifold: start with "
+                             "--model.no_zero_init_projections")
+        weights.copy_(orthogonalize_svd(weights))
+
+    def retract(self, weights: Tensor, state: dict[str, Tensor]) -> None:
+        """X <- X (3 - X^T X) / 2, float32: a tangent step has singular values of at least 1 before it is scaled down."""
+        X = weights.mT if weights.size(-2) < weights.size(-1) else weights.clone()
+        X = X / (X.mT @ X).abs().sum(-1).amax(-1)[:, None, None].sqrt().clamp_min(TINY)
+        for _ in range(POLAR_STEPS):
+            X = torch.baddbmm(X, X, X.mT @ X, beta=1.5, alpha=-0.5)
+        weights.copy_(X.mT if weights.size(-2) < weights.size(-1) else X)
+
+
 class Stiefel(Rule):
     """D = argmax <G, A> over |A|_2 <= 1 and A^T W + W^T A = 0, G the averaged gradient, W^T W = I (tall; wide: transposed).
 
@@ -30,28 +52,22 @@ class Stiefel(Rule):
     the sources' gradient ascent, which after 20 iterations leaves some percent. Square W: S = 0 is exact.
     """
 
-    average: Average
-    iterations: int
-    norm: Norm = Spectral()
+    config: configs.Stiefel
+    norm = Spectral()
     compiles: ClassVar[bool] = False
-
-    @classmethod
-    def build(cls, group: Group) -> "Stiefel":
-        """The rule that a group's configuration describes."""
-        return cls(Average.build(group), group.dual_steps)
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
         """Averages, and the dual variable in units of the gradient's root mean square, (K, s, s), s the shorter side."""
         short = min(param.shape[-2:])
-        return self.average.init_state(param) | {"dual": param.new_zeros(len(param), short, short, dtype=torch.float32)}
+        return init_average(param, self.config) | {"dual": param.new_zeros(len(param), short, short, dtype=torch.float32)}
 
     def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
         """(K, m, n) -> (K, m, n), tangent at the weights, spectral norm at most 1."""
-        average = self.average.next(grad, state, hyper.momentum)
+        average = average_gradient(grad, state, self.config, hyper.momentum)
         wide = param.size(-2) < param.size(-1)
         W, G = ((x.mT if wide else x).double() for x in (param, average))
         size = G.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        A, S = solve(W, G / size, state["dual"].double(), self.iterations)
+        A, S = solve(W, G / size, state["dual"].double(), self.config.dual_steps)
         state["dual"].copy_(S)
         return (A.mT if wide else A).to(param.dtype if param.dtype == torch.float64 else torch.float32)
 

@@ -1,20 +1,16 @@
 """Prodigy: Adam that finds its own learning rate, an estimate d of the distance from the start to a solution."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from configs.groups import Group
-from optim.norms import Norm, Sign
-from optim.rules.base import Hyper, Rule, zeros_like_bank
-from optim.step import Step
+import configs.optim as configs
+from optim.norms import Sign
+from optim.rule import Hyper, Rule, Step, zeros_like_bank
 
 TINY = torch.finfo(torch.float32).tiny
 LARGE = 1e37  # sums beyond it are not to be trusted in float32
 
 
-@dataclass(frozen=True, slots=True)
 class Prodigy(Rule):
     """D = d m / (sqrt(v) + d' eps), with m, v Adam's moments of d g, not debiased, and d' = max(d, numerator / ||s||_1):
 
@@ -23,16 +19,8 @@ class Prodigy(Rule):
     its end; weight decay acts as (1 - d lr wd) W.
     """
 
-    beta1: float
-    beta2: float
-    eps: float
-    start: float
-    norm: Norm = Sign()
-
-    @classmethod
-    def build(cls, group: Group) -> "Prodigy":
-        """The rule that a group's configuration describes."""
-        return cls(group.beta1, group.beta2, group.eps, group.distance_start)
+    config: configs.Prodigy
+    norm = Sign()
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
         """Adam's moments; s; and the weights at the start. float32: d^2 g^2 is small."""
@@ -41,12 +29,13 @@ class Prodigy(Rule):
 
     def init_shared(self) -> dict[str, Tensor]:
         """d after and before the present step, and the numerator."""
-        return {"d": torch.tensor(self.start), "d_before": torch.tensor(self.start), "numerator": torch.zeros(())}
+        start = torch.tensor(self.config.distance_start)
+        return {"d": start, "d_before": start.clone(), "numerator": torch.zeros(())}
 
     def sums(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
         """<g, W0 - W> and ||s||_1, with g taken into s."""
         grad, s, d = grad.float(), state["s"], hyper.shared["d"]
-        s.mul_(self.beta2**0.5).add_(grad * (d / self.start * d * hyper.lr)).clamp_(-LARGE, LARGE)
+        s.mul_(self.config.beta2**0.5).add_(grad * (d / self.config.distance_start * d * hyper.lr)).clamp_(-LARGE, LARGE)
         return torch.stack([(grad * (state["origin"] - param)).sum(), s.abs().sum()])
 
     def absorb(self, sums: Tensor, hyper: Hyper) -> None:
@@ -55,7 +44,7 @@ class Prodigy(Rule):
         hyper.shared["d_before"].copy_(d)
         trusted = (sums.abs() < LARGE).all()
         inner = torch.where(trusted, sums[0], 0)
-        numerator.mul_(self.beta2**0.5).add_(d / self.start * d * hyper.lr * inner)
+        numerator.mul_(self.config.beta2**0.5).add_(d / self.config.distance_start * d * hyper.lr * inner)
         found = numerator / sums[1].clamp_min(TINY)
         d.copy_(torch.where(trusted & (sums[1] > 0), torch.maximum(d, found), d))
 
@@ -63,9 +52,9 @@ class Prodigy(Rule):
         """d m / (sqrt(v) + d' eps), float32, of any shape."""
         d, mean, square = hyper.shared["d_before"], state["mean"], state["square"]
         scaled = grad.float() * d
-        mean.lerp_(scaled, 1 - self.beta1)
-        square.lerp_(scaled.square(), 1 - self.beta2).clamp_(max=LARGE)
-        return mean * d / (square.sqrt() + hyper.shared["d"] * self.eps).clamp_min(TINY)
+        mean.lerp_(scaled, 1 - self.config.beta1)
+        square.lerp_(scaled.square(), 1 - self.config.beta2).clamp_(max=LARGE)
+        return mean * d / (square.sqrt() + hyper.shared["d"] * self.config.eps).clamp_min(TINY)
 
     def update(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper, *, step: Step) -> None:
         """The whole step, in place; weight decay is in units of d."""

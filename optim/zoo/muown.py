@@ -1,23 +1,19 @@
 """Muown: Muon on the directions of the rows, Adam on their lengths."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from configs.groups import Group
-from optim.norms import Norm, Scope
-from optim.rules.adam import Adam
-from optim.rules.base import Hyper, Rule
-from optim.rules.steepest import Steepest
+import configs.optim as configs
+from optim.adam import Adam
+from optim.muon import Muon
+from optim.rule import Hyper
 
 ZERO_ROW_GAIN = 0.33**0.5  # of rows that start at zero: the length of the speedrun's random rows
 TINY = 1e-30
 LARGE = 1e18  # its square is a float32
 
 
-@dataclass(frozen=True, slots=True)
-class Muown(Rule):
+class Muown(Muon):
     """W = g v / |v| row by row (weight normalisation): v <- v - lr dual(average of dL/dv), g <- g - lr Adam(dL/dg).
 
     arXiv 2605.10797, and the speedrun's track 3, result 23. Here |v| stays what it was at the start, so that lr alone sets
@@ -25,25 +21,17 @@ class Muown(Rule):
     Weight decay and constraints act on the weights, hence on g.
     """
 
-    muon: Steepest
-    gains: Adam
-    scope: Scope = "matrix"
+    config: configs.Muown
 
-    @classmethod
-    def build(cls, group: Group) -> "Muown":
-        """The rule that a group's configuration describes."""
-        return cls(Steepest.build(group), Adam.build(group))
-
-    @property
-    def norm(self) -> Norm:
-        """Muon's."""
-        return self.muon.norm
+    def __init__(self, config: configs.Muown) -> None:
+        super().__init__(config)
+        self.gains = Adam(config)
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
         """The averages of dL/dv, Adam's moments of dL/dg, g and |v|: the last four float32 (K, m, 1)."""
         length = param.float().norm(dim=-1, keepdim=True)
         length = torch.where(length > 0, length, ZERO_ROW_GAIN)
-        return self.muon.init_state(param) | self.gains.init_state(length) | {"gain": length, "length": length.clone()}
+        return super().init_state(param) | self.gains.init_state(length) | {"gain": length, "length": length.clone()}
 
     def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
         """(W - g' v' / |v'|) / lr, zero where lr is: float32 (K, m, n)."""
@@ -53,7 +41,7 @@ class Muown(Rule):
         unit = weights / gain.where(gain != 0, 1)
         grad_gain = (grad * unit).sum(-1, keepdim=True)
         grad_v = (grad - unit * grad_gain) * (gain / length)
-        v = unit * length - hyper.lr * self.muon.direction(param, grad_v, state, hyper)
+        v = unit * length - hyper.lr * super().direction(param, grad_v, state, hyper)
         gain = gain - hyper.lr * self.gains.direction(gain, grad_gain.clamp(-LARGE, LARGE), state, hyper)
         state["gain"].copy_(gain)
         moved = gain * (v / v.norm(dim=-1, keepdim=True).clamp_min(TINY))

@@ -1,22 +1,20 @@
 """Shampoo: a norm learned from the Gram matrices of past gradients; without memory it is the spectral norm."""
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from configs.groups import Group
-from optim.norms import Norm, Scope, Spectral
-from optim.rules.average import Average
-from optim.rules.base import Hyper, Rule
-from optim.rules.kronecker import absorb_grams, chosen, init_grams
+import configs.optim as configs
+from optim.muon import average_gradient, init_average
+from optim.norms import Spectral
+from optim.rule import Hyper, Rule
+from optim.zoo.kronecker import absorb_grams, chosen, init_grams
 
 NEWTON_STEPS = 40
 TINY = 1e-30
 
 
-@dataclass(frozen=True, slots=True)
 class Shampoo(Rule):
     """D = L^p u R^p for the average u, with L <- b L + (1 - b) G G^T, R <- b R + (1 - b) G^T G, over 1 - b^t.
 
@@ -25,45 +23,32 @@ class Shampoo(Rule):
     refreshed every `every` updates; eigenvalues are lifted by eps times the largest.
     """
 
-    average: Average
-    beta: float
-    eps: float
-    every: int
-    sides: Literal["both", "left", "right", "smaller"]
-    exponent: float | None
-    root: Literal["eigh", "newton"]
-    norm: Norm = Spectral()
-    scope: Scope = "matrix"
+    config: configs.Shampoo
+    norm = Spectral()
     compiles: ClassVar[bool] = False
-
-    @classmethod
-    def build(cls, group: Group) -> "Shampoo":
-        """The rule that a group's configuration describes."""
-        return cls(Average.build(group), group.gram_beta, group.eps, group.every_steps, group.sides, group.exponent,
-                   group.root)
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
         """The averages; Gram matrices and their roots, float32, (K, m, m) and (K, n, n)."""
-        grams = init_grams(param, self.sides)
+        grams = init_grams(param, self.config.sides)
         roots = {key.replace("gram", "root"): torch.zeros_like(gram) for key, gram in grams.items()}
-        return self.average.init_state(param) | grams | roots
+        return init_average(param, self.config) | grams | roots
 
     def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
         """L^p u R^p: float32 (K, m, n)."""
-        absorb_grams(grad, state, self.beta)
-        sides = chosen(self.sides, *param.shape[-2:])
-        if (int(hyper.count) - 1) % self.every == 0:
-            power = self.exponent if self.exponent is not None else -0.5 / len(sides)
-            weight = 1 - self.beta**hyper.count if self.beta < 1 else 1.0
+        absorb_grams(grad, state, self.config.gram_beta)
+        sides = chosen(self.config.sides, *param.shape[-2:])
+        if (int(hyper.count) - 1) % self.config.every_steps == 0:
+            power = self.config.exponent if self.config.exponent is not None else -0.5 / len(sides)
+            weight = 1 - self.config.gram_beta**hyper.count if self.config.gram_beta < 1 else 1.0
             for side in sides:
                 state[f"root_{side}"].copy_(self._root(state[f"gram_{side}"] / weight, power))
-        step = self.average.next(grad.float(), state, hyper.momentum).float()
+        step = average_gradient(grad.float(), state, self.config, hyper.momentum).float()
         if "left" in sides:
             step = state["root_left"] @ step
         return step @ state["root_right"] if "right" in sides else step
 
     def _root(self, gram: Tensor, power: float) -> Tensor:
-        return (matrix_power if self.root == "eigh" else inverse_root_newton)(gram, power, eps=self.eps)
+        return (matrix_power if self.config.root == "eigh" else inverse_root_newton)(gram, power, eps=self.config.eps)
 
 
 def matrix_power(gram: Tensor, power: float, *, eps: float) -> Tensor:

@@ -1,19 +1,16 @@
 """SWAN: the gradient standardised and whitened, with no memory at all."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from configs.groups import Group
-from optim.norms import Frobenius, Norm, Spectral
-from optim.rules.base import Hyper, Rule
+import configs.optim as configs
+from optim.norms import Frobenius, Spectral
+from optim.rule import Hyper, Rule
 
 TINY = torch.finfo(torch.float32).tiny
 FLAT = 1e-5  # a row that varies less than this, relative to its largest entry, is constant up to rounding
 
 
-@dataclass(frozen=True, slots=True)
 class SWAN(Rule):
     """D = sqrt(m n) P / ||P||_F, P = (S S^T)^(-1/2) S, with S the gradient whose rows are shifted to mean 0 and scaled to
     variance 1. Ma et al. 2024, arXiv 2412.13148, algorithm 1. D has RMS 1, like Adam's.
@@ -21,13 +18,8 @@ class SWAN(Rule):
     For tall matrices P = S (S^T S)^(-1/2), which is the polar factor too: the smaller Gram matrix is inverted.
     """
 
-    steps: int
-    norm: Norm = Spectral()
-
-    @classmethod
-    def build(cls, group: Group) -> "SWAN":
-        """The rule that a group's configuration describes."""
-        return cls(group.whiten_steps)
+    config: configs.SWAN
+    norm = Spectral()
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
         """None."""
@@ -35,7 +27,7 @@ class SWAN(Rule):
 
     def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
         """sqrt(m n) P / ||P||_F, zero where all rows of G are constant: float32 (K, m, n)."""
-        whitened = whiten(standardise_rows(grad.float()), steps=self.steps)
+        whitened = whiten(standardise_rows(grad.float()), steps=self.config.whiten_steps)
         return Frobenius("rms").dual(whitened)
 
 

@@ -1,17 +1,31 @@
-"""What may change a direction before it is subtracted: a brake on the growth of a matrix, a floor under the step of a row.
+"""What the speedrun's track 3 does to the lengths of matrices and rows (results 44 to 46): a pin, a brake and a floor.
 
-Both read the weights; both are off in plain groups. Stacks of matrices (K, m, n), float32.
+Stacks of matrices (K, m, n), float32. All of it reads the weights; all of it is off in plain groups.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from configs.groups import Group
-from optim.norms import Scope
+from optim.constraint import TINY, Constraint, Scope, length
 
-TINY = 1e-30  # shorter vectors count as this long, so that no quotient overflows
+
+@dataclass(frozen=True, slots=True)
+class Radial(Constraint):
+    """Each matrix's Frobenius norm changes by the radial part of its step alone: |W| <- |W| - lr <D, W> / |W|. What a
+    straight step adds to that, by leaving the sphere tangentially, is taken back (speedrun track 3, results 44 to 46)."""
+
+    plain: ClassVar[bool] = False
+
+    def move(self, weights: Tensor, direction: Tensor, lr: Tensor, state: dict[str, Tensor]) -> None:
+        """W - lr D at the length that the radial part says."""
+        before = length(weights, (-2, -1))
+        inward = (direction * (weights / before.clamp_min(TINY))).sum(dim=(-2, -1), keepdim=True)
+        weights.sub_(direction * lr)
+        wanted = torch.where(before > 0, before - lr * inward, length(weights, (-2, -1))).clamp_min(TINY)
+        weights.mul_(wanted / length(weights, (-2, -1)).clamp_min(TINY))
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +40,6 @@ class Shape:
 
     radial_brake: float = 0.0
     row_floor: float = 0.0
-
-    @classmethod
-    def build(cls, group: Group) -> "Shape":
-        """What a group's configuration describes."""
-        return cls(group.radial_brake, group.row_floor)
 
     @property
     def scope(self) -> Scope:
@@ -53,9 +62,3 @@ class Shape:
     def _raise(self, weights: Tensor, direction: Tensor) -> Tensor:
         least, have = self.row_floor * length(weights, -1), length(direction, -1)
         return torch.where(have < least, direction / have.clamp_min(TINY) * least, direction)
-
-
-def length(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """Euclidean norm along `dim`, kept, whose squares neither over- nor underflow."""
-    largest = x.abs().amax(dim=dim, keepdim=True)
-    return largest * torch.linalg.vector_norm(x / largest.clamp_min(TINY), dim=dim, keepdim=True)

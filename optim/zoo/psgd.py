@@ -1,20 +1,17 @@
 """PSGD with Kronecker factors: descent in coordinates in which the gradient is white."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from configs.groups import Group
-from optim.norms import Norm, Scope, Spectral
-from optim.rules.base import Hyper, Rule, zeros_like_bank
+import configs.optim as configs
+from optim.norms import Spectral
+from optim.rule import Hyper, Rule, zeros_like_bank
 
 TINY = 1e-30
 LEAST_EPS = 1e-20  # where gradients stay zero factors grow as eps^-1/4: they must stay finite
 LARGEST = 1e15  # whitened gradients are clipped here for the factors alone, whose fit squares them
 
 
-@dataclass(frozen=True, slots=True)
 class PSGD(Rule):
     """D = P_L mhat P_R, P_L = Q_L^2 and P_R = Q_R^2 learned such that D is white: E[D D^T] = n I and E[D^T D] = m I.
 
@@ -25,17 +22,13 @@ class PSGD(Rule):
     Steps of more than `most` RMS are scaled back, as the factors may lag behind a gradient that grows.
     """
 
-    beta1: float
-    eps: float
-    factor_lr: float
-    most: float
-    norm: Norm = Spectral()
-    scope: Scope = "matrix"
+    config: configs.PSGD
+    norm = Spectral()
 
-    @classmethod
-    def build(cls, group: Group) -> "PSGD":
-        """The rule that a group's configuration describes."""
-        return cls(group.beta1, max(group.eps, LEAST_EPS), group.factor_lr, group.step_rms)
+    @property
+    def eps(self) -> float:
+        """The configured one, at least LEAST_EPS."""
+        return max(self.config.eps, LEAST_EPS)
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
         """Mean, and factors (float32) that are zero until there is a gradient."""
@@ -46,14 +39,14 @@ class PSGD(Rule):
     def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
         """The whitened mean, its RMS at most `most`: float32 (K, m, n)."""
         mean, left, right = state["mean"], state["factor_left"], state["factor_right"]
-        mean.lerp_(grad.to(mean.dtype), 1 - self.beta1)
-        M = mean.float() / (1 - self.beta1**hyper.count)
+        mean.lerp_(grad.to(mean.dtype), 1 - self.config.beta1)
+        M = mean.float() / (1 - self.config.beta1**hyper.count)
         self._begin(M, left, right)
         size = _largest(M)
         P_left, P_right = left @ left, right @ right
         white = P_left @ (M / size.clamp_min(TINY)) @ P_right  # times `size`, whose product might overflow
         self._learn(white * torch.minimum(size, LARGEST / _largest(white)), state, P_left, P_right)
-        return white * torch.minimum(size, self.most / _rms(white, 2))
+        return white * torch.minimum(size, self.config.step_rms / _rms(white, 2))
 
     def _begin(self, M: Tensor, left: Tensor, right: Tensor) -> None:
         """At the first gradient that is not zero: multiples of the identity that give it RMS 1, by its fourth moment."""
@@ -74,7 +67,7 @@ class PSGD(Rule):
         right.div_(ratio)
 
     def _descend(self, factor: Tensor, gram: Tensor, wanted: int) -> None:
-        rate = self.factor_lr / 2 / (spectral_bound(gram) + wanted)
+        rate = self.config.factor_lr / 2 / (spectral_bound(gram) + wanted)
         factor.sub_(rate * (gram @ factor - wanted * factor))
         factor.sub_(rate * (factor @ gram - wanted * factor))
         factor.copy_((factor + factor.mT) / 2)

@@ -1,19 +1,16 @@
 """SM3: Adagrad whose memory is a number per row and a number per column."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from configs.groups import Group
-from optim.norms import Norm, Sign
-from optim.rules.average import Average
-from optim.rules.base import Hyper, Rule
+import configs.optim as configs
+from optim.muon import average_gradient, init_average
+from optim.norms import Sign
+from optim.rule import Hyper, Rule
 
 TINY = torch.finfo(torch.float32).tiny
 
 
-@dataclass(frozen=True, slots=True)
 class SM3(Rule):
     """nu_ij = min(r_i, c_j) + g_ij^2, D = average of g / sqrt(nu), r_i <- max_j nu_ij, c_j <- max_i nu_ij; 0 / 0 is 0.
 
@@ -22,21 +19,16 @@ class SM3(Rule):
     float32, which neither over- nor underflow.
     """
 
-    average: Average
-    norm: Norm = Sign()
-    scope: str = "matrix"
-
-    @classmethod
-    def build(cls, group: Group) -> "SM3":
-        """The rule that a group's configuration describes."""
-        return cls(Average.build(group))
+    config: configs.SM3
+    norm = Sign()
+    scope = "matrix"
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
         """sqrt(r) (K, m, 1), sqrt(c) (K, 1, n), and the average of the steps."""
         stack, rows, columns = param.shape
         roots = {"row": param.new_zeros(stack, rows, 1, dtype=torch.float32),
                  "column": param.new_zeros(stack, 1, columns, dtype=torch.float32)}
-        return roots | self.average.init_state(param)
+        return roots | init_average(param, self.config)
 
     def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
         """The average of g / sqrt(nu): float32 (K, m, n)."""
@@ -44,4 +36,4 @@ class SM3(Rule):
         root = torch.minimum(state["row"], state["column"]).hypot(grad)
         state["row"].copy_(root.amax(-1, keepdim=True))
         state["column"].copy_(root.amax(-2, keepdim=True))
-        return self.average.next(grad / root.clamp_min(TINY), state, hyper.momentum)
+        return average_gradient(grad / root.clamp_min(TINY), state, self.config, hyper.momentum)

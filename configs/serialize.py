@@ -1,0 +1,86 @@
+"""A configuration as JSON gives it back, and its hash: nested dicts, dotted names, 16 hexadecimal digits."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from configs.notation import refuse_unknown
+from configs.schema import Run
+
+# What leaves the losses as they are, up to the rounding of the device: names, folders, machine, what is written down.
+HASH_IGNORES = frozenset({"preset", "run.name", "run.dir", "run.resume", "run.device", "run.compile", "run.dry_run",
+                          "run.checkpoint_every_steps", "train.warmup_steps"})
+
+
+def config_to_dict(run: Run) -> dict[str, Any]:
+    """The configuration as nested dicts, in the order of the schema, and as JSON gives it back: tuples are lists."""
+    return strict_json(asdict(run))
+
+
+def config_from_dict(config: Mapping[str, Any]) -> Run:
+    """The inverse of `config_to_dict`, lists become tuples again and whole numbers floats.
+
+    A missing field takes its default: an older version wrote the file, and new techniques are off by default. Raises
+    ValueError naming an unknown or ill-typed field, and for all that the schema itself refuses.
+    """
+    return _restore(Run, config, "")
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with dotted names: {"optim": {"lr": 1}} becomes {"optim.lr": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def config_hash(run: Run) -> str:
+    """16 hexadecimal digits over every field that the losses depend on; runs of one hash are one experiment and seed.
+
+    Left out: HASH_IGNORES, all of `log`, the target loss unless the run ends there, and what is at its default, so that
+    the hash outlives fields that later versions add.
+    """
+    normal = config_from_dict(config_to_dict(run))  # so that 1 and 1.0 in a float field are the same
+    ignored = HASH_IGNORES if run.run.stop_at_target else HASH_IGNORES | {"run.target_loss_nats"}
+    defaults = flatten(config_to_dict(Run()))
+    kept = {name: value for name, value in flatten(config_to_dict(normal)).items()
+            if value != defaults[name] and name not in ignored and not name.startswith("log.")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def strict_json(value: Any) -> Any:
+    """The same value as JSON gives it back: lists for tuples, and None for every float that JSON cannot write."""
+    if isinstance(value, Mapping):
+        return {key: strict_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict_json(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _restore(hint: Any, value: Any, where: str) -> Any:
+    """The value that a field of type `hint` had before it was written as JSON; `where` is its dotted name."""
+    if is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where or 'the configuration'} must be an object, got {value!r}")
+        refuse_unknown(tuple(f.name for f in fields(hint)), value, where or "the configuration")
+        hints = get_type_hints(hint)
+        return hint(**{key: _restore(hints[key], value[key], f"{where}.{key}".lstrip(".")) for key in value})
+    for option in get_args(hint) if isinstance(hint, UnionType) else (hint,):
+        if _fits(option, value):
+            return tuple(value) if get_origin(option) is tuple else float(value) if option is float else value
+    kind = hint.__name__ if isinstance(hint, type) else str(hint).removeprefix("typing.")
+    raise ValueError(f"{where} must be {kind}, got {value!r}")
+
+
+def _fits(option: Any, value: Any) -> bool:
+    if get_origin(option) is Literal:
+        return value in get_args(option)
+    if get_origin(option) is tuple:
+        return isinstance(value, list | tuple) and all(isinstance(item, get_args(option)[0]) for item in value)
+    if option in (int, float):
+        return isinstance(value, int | option) and not isinstance(value, bool)
+    return isinstance(value, option)

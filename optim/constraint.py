@@ -1,0 +1,78 @@
+"""Constraint sets of the weights: how first weights get in, how a step stays in. The sets themselves are in optim/zoo/."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from configs.optim import RuleConfig
+
+Scope = Literal["element", "row", "matrix"]
+"""How finely a tensor may be cut among ranks, each part updated alone."""
+TINY = 1e-30  # shorter vectors count as this long, so that no quotient overflows
+CONSTRAINTS = {"hyperball": "optim.zoo.hyperball:Hyperball", "radial": "optim.zoo.radial:Radial",
+               "sphere": "optim.zoo.sphere:Sphere", "stiefel": "optim.zoo.stiefel:StiefelSet"}
+
+
+def coarsest(*scopes: Scope) -> Scope:
+    """The coarsest of several scopes."""
+    return next(scope for scope in ("matrix", "row", "element") if scope in scopes)
+
+
+def load(place: str) -> type:
+    """The class at `module:Class`, its module imported only now."""
+    module, name = place.split(":")
+    return getattr(import_module(module), name)
+
+
+def length(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """Euclidean norm along `dim`, which is kept with size 1; its squares neither over- nor underflow."""
+    largest = x.abs().amax(dim=dim, keepdim=True)
+    return largest * torch.linalg.vector_norm(x / largest.clamp_min(TINY), dim=dim, keepdim=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """A set that weights stay in, stacks of matrices (K, m, n), float32; here all of space, for subclasses to narrow."""
+
+    plain: ClassVar[bool] = True
+    """Whether a step is W - lr D and then `retract`, so that a rule may subtract in its own kernel."""
+
+    @classmethod
+    def build(cls, config: RuleConfig) -> "Constraint":
+        """The set that a rule's configuration describes."""
+        del config
+        return cls()
+
+    @property
+    def scope(self) -> Scope:
+        """How finely a tensor may be cut and each part moved alone."""
+        return "matrix"
+
+    def along(self, axis: int) -> "Constraint":
+        """The same set for tensors whose model dimension is `axis`, -1 or -2."""
+        del axis
+        return self
+
+    def init_state(self, param: Tensor) -> dict[str, Tensor]:
+        """State that the set needs of the first weights; its names begin with `step_`."""
+        del param
+        return {}
+
+    def project_start(self, weights: Tensor) -> None:
+        """Bring the first weights into the set, in place."""
+
+    def project_gradient(self, weights: Tensor, grad: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """The gradient as the rule gets it; averages in `state` may be moved to the present weights, in place."""
+        del weights, state
+        return grad
+
+    def move(self, weights: Tensor, direction: Tensor, lr: Tensor, state: dict[str, Tensor]) -> None:
+        """A step of length lr along -D within the set, in place."""
+        weights.sub_(direction * lr)
+        self.retract(weights, state)
+
+    def retract(self, weights: Tensor, state: dict[str, Tensor]) -> None:
+        """Back into the set, in place."""
