@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import NamedTuple
 
-from configs.cli import nearest, parse_row
-from configs.groups import RULE_READS, Optim
+from configs.cli import parse_row
+from configs.notation import nearest
+from configs.optim import Averaged, Muon, Optim, switch_rule
 from configs.presets import PRESETS
 from configs.schema import Model, Run
 
@@ -34,9 +35,9 @@ ROWS = (
     Row("svd", "bytes", "--optim.matrix.ns svd"),
     Row("no_nesterov", "bytes", "--optim.matrix.no_nesterov"),
     Row("no_momentum", "bytes", "--optim.matrix.averaging none"),
-    Row("signum", "bytes", "--optim.matrix.norm sign --optim.matrix.lr 0.001"),
-    Row("normalised_sgd", "bytes", "--optim.matrix.norm frobenius --optim.matrix.lr 0.1"),
-    Row("spectral_unit", "bytes", "--optim.matrix.norm spectral"),
+    Row("signum", "bytes", "--optim.matrix.rule steepest --optim.matrix.norm sign --optim.matrix.lr 0.001"),
+    Row("normalised_sgd", "bytes", "--optim.matrix.rule steepest --optim.matrix.norm frobenius --optim.matrix.lr 0.1"),
+    Row("spectral_unit", "bytes", "--optim.matrix.unit spectral"),
     Row("row_embedding", "bytes", "--optim.embed.rule steepest --optim.embed.norm row --optim.embed.lr 0.1"),
     Row("no_qk_norm", "tiny", "--model.no_qk_norm"),
     Row("softcap", "tiny", "--model.softcap tanh"),
@@ -53,7 +54,7 @@ ROWS = (
     Row("normuon", "bytes", "--optim.matrix.rule normuon"),
     Row("normuon_longer", "bytes", "--optim.matrix.rule normuon --optim.matrix.normalise longer"),
     Row("muon2", "bytes", "--optim.matrix.rule muon2"),
-    Row("muown", "bytes", "--optim.matrix.rule muown --optim.matrix.norm spectral --optim.matrix.unit match_adam "
+    Row("muown", "bytes", "--optim.matrix.rule muown --optim.matrix.unit match_adam "
                           "--optim.matrix.beta1 0.9 --optim.matrix.momentum 0.8 --optim.matrix.lr 0.008"),
     Row("dion", "bytes", "--optim.matrix.rule dion --optim.matrix.rank_frac 0.5 --optim.matrix.lr 0.05"),
     Row("dion2", "bytes", "--optim.matrix.rule dion2 --optim.matrix.rank_frac 0.5 --optim.matrix.lr 0.06"),
@@ -63,20 +64,20 @@ ROWS = (
     Row("swan", "bytes", "--optim.matrix.rule swan --optim.matrix.lr 0.004"),
     Row("psgd", "bytes", "--optim.matrix.rule psgd --optim.matrix.beta1 0.95 --optim.matrix.lr 0.006 "
                        "--optim.matrix.factor_lr 0.3"),
-    Row("row_floor", "bytes", "--optim.matrix.row_floor 0.3825 --optim.matrix.radial_brake 0.5 "
+    Row("row_floor", "bytes", "--optim.matrix.extra.row_floor 0.3825 --optim.matrix.extra.radial_brake 0.5 "
                               "--optim.matrix.constraint radial --model.no_zero_init_projections"),
     Row("lookahead", "bytes", "--train.lookahead 0.6 --train.lookahead_gamma 0.95"),
     Row("slow_adam", "bytes", "--optim.embed.update_every 2 --optim.head.update_every 2"),
     Row("adamh", "bytes", "--optim.matrix.rule adam --optim.matrix.constraint hyperball --optim.matrix.lr 0.003 "
                           "--model.no_zero_init_projections"),
-    Row("spectral_clip", "bytes", "--optim.matrix.clip 0.05 --optim.matrix.clip_norm spectral"),
+    Row("spectral_clip", "bytes", "--optim.matrix.extra.clip 0.05 --optim.matrix.extra.clip_norm spectral"),
     Row("weight_average", "bytes", "--train.weight_average 0.95 --train.weight_average_start 0.5"),
     Row("stiefel", "bytes", "--optim.matrix.rule stiefel --optim.matrix.dual_steps 6 "
                             "--model.no_zero_init_projections"),
     Row("muonh", "bytes", "--optim.matrix.constraint hyperball --model.no_zero_init_projections"),
     Row("sphere_adam", "ngpt_bytes", "--optim.matrix.rule adam --optim.matrix.lr 0.02"),
-    Row("sphere_geodesic", "ngpt_bytes", "--optim.matrix.retraction geodesic"),
-    Row("sphere_tangent", "ngpt_bytes", "--optim.matrix.tangent dual"),
+    Row("sphere_geodesic", "ngpt_bytes", "--optim.matrix.extra.retraction geodesic"),
+    Row("sphere_tangent", "ngpt_bytes", "--optim.matrix.extra.tangent dual"),
     Row("sphere_free", "ngpt_bytes", "--optim.matrix.constraint none"),
     Row("asymmetric_softcap", "bytes", "--model.softcap asymmetric"),
     Row("head_gates", "bytes", "--model.head_gates"),
@@ -104,7 +105,7 @@ ROWS = (
     Row("scion_constrained", "bytes", f"{SCION} {SCION_BALLS} --optim.matrix.lr 0.04 --optim.embed.lr 0.03 "
                                       "--optim.head.lr 0.005"),
     # From normalised SGD towards Muon: what does p tune? In one unit, a flat spectrum moves as far for every p.
-    *(Row(f"schatten_{p}", "bytes", f"--optim.matrix.norm schatten --optim.matrix.unit rms --optim.matrix.schatten_p {p}")
+    *(Row(f"schatten_{p}", "bytes", f"--optim.matrix.rule steepest --optim.matrix.norm schatten --optim.matrix.unit rms --optim.matrix.schatten_p {p}")
       for p in (2, 4, 8, 32)),
     Row("sign_head", "bytes", "--optim.head.rule steepest --optim.head.norm sign --optim.head.unit fan_in "
                               "--optim.head.lr 0.5"),
@@ -122,7 +123,7 @@ class Technique(NamedTuple):
 
 
 def _averages(run: Run) -> bool:
-    return "averaging" in RULE_READS[run.optim.matrix.rule] and run.optim.matrix.averaging != "none"
+    return isinstance(run.optim.matrix, Averaged) and run.optim.matrix.averaging != "none"
 
 
 def _set(name: str, off: str = "") -> "Technique":
@@ -171,9 +172,10 @@ TECHNIQUES = (
     Technique("momentum", _averages, "--optim.matrix.averaging none"),
     Technique("momentum_curve", lambda run: _averages(run) and run.schedule.momentum is not None,
               "--schedule.momentum None"),
-    Technique("blocks", lambda run: bool(run.optim.matrix.blocks), "--optim.matrix.blocks"),
-    Technique("lr_factors", lambda run: bool(run.optim.matrix.lr_factors), "--optim.matrix.lr_factors"),
-    Technique("row_moments", lambda run: run.optim.matrix.rule == "normuon", "--optim.matrix.rule steepest"),
+    Technique("blocks", lambda run: bool(run.optim.matrix.extra.blocks), "--optim.matrix.extra.blocks"),
+    Technique("lr_factors", lambda run: bool(run.optim.matrix.extra.lr_factors),
+              "--optim.matrix.extra.lr_factors"),
+    Technique("row_moments", lambda run: run.optim.matrix.rule == "normuon", "--optim.matrix.rule muon"),
     Technique("slow_adam", lambda run: run.optim.embed.update_every > 1,
               " ".join(f"--optim.{role.name}.update_every 1" for role in fields(Optim))),
     Technique("cautious_decay", lambda run: run.optim.matrix.decay == "cautious", "--optim.matrix.decay decoupled"),
@@ -194,16 +196,17 @@ def each_off(run: Run) -> list[Row]:
     """
     rows = [Row(f"no_{one.name}", run.preset, one.off) for one in TECHNIQUES if one.is_on(run)]
     twin = PRESETS.get(ADAMW_TWINS.get(run.preset, f"{run.preset}_adamw"))
-    if run.optim.matrix.rule == "steepest" and twin:
+    if type(run.optim.matrix) is Muon and twin:
         rows.append(Row("no_muon", run.preset, _matrices_as(twin(), run)))
     return rows
 
 
 def _matrices_as(twin: Run, run: Run) -> str:
-    """The flags that give the run's matrices the twin's rule, with all that the rule reads."""
-    theirs, ours = twin.optim.matrix, run.optim.matrix
-    differing = [name for name in sorted(RULE_READS[theirs.rule]) if getattr(theirs, name) != getattr(ours, name)]
-    return " ".join(f"--optim.matrix.{name} {getattr(theirs, name)}" for name in differing)
+    """The flags that give the run's matrices the twin's rule, with all its settings."""
+    theirs, ours = twin.optim.matrix, switch_rule(run.optim.matrix, twin.optim.matrix.rule)
+    differing = [f.name for f in fields(theirs) if getattr(theirs, f.name) != getattr(ours, f.name)]
+    return " ".join([f"--optim.matrix.rule {theirs.rule}",
+                     *(f"--optim.matrix.{name} {getattr(theirs, name)}" for name in differing)])
 
 
 def find_row(name: str) -> Row:

@@ -1,7 +1,6 @@
 """The command line: `[PRESET] [--dotted.field VALUE ...]`, parsed into a Run without importing torch."""
 
 import contextlib
-import difflib
 import io
 import sys
 from collections.abc import Sequence
@@ -10,23 +9,19 @@ from typing import NoReturn
 
 import tyro
 
-from configs.groups import Optim, acting_fields
-from configs.presets import PRESETS
-from configs.schema import Run
+from configs.notation import nearest
+from configs.optim import RULES, Optim, switch_rule
+from configs.presets import PRESETS, preset_title
+from configs.schema import Run, with_settings
+from configs.serialize import config_to_dict, flatten
 
 PROGRAM = "train_gpt.py"
 
 
 def fail(message: str) -> NoReturn:
-    """Say what is wrong on standard error and exit with status 2."""
+    """Print what is wrong to standard error and exit with status 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def nearest(word: str, choices: Sequence[str]) -> str:
-    """`; did you mean X?` with the choice closest to `word`, or the list of choices."""
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; choices: {', '.join(choices)}"
 
 
 def parse(argv: Sequence[str]) -> Run:
@@ -35,12 +30,12 @@ def parse(argv: Sequence[str]) -> Run:
     if name not in PRESETS:
         fail(f"unknown preset {name!r}{nearest(name, list(PRESETS))}")
     try:
-        run = tyro.cli(Run, default=PRESETS[name](), args=flags, prog=f"{PROGRAM} {name}", use_underscores=True,
-                       description=f"{PRESETS[name].__doc__} Presets: {', '.join(PRESETS)}.")
-        _refuse_idle_flags(run, flags)
+        run, flags = choose_rules(PRESETS[name](), flags)
+        refuse_unknown_flags(run, flags)
+        return tyro.cli(Run, default=run, args=flags, prog=f"{PROGRAM} {name}", use_underscores=True,
+                        description=f"{preset_title(name)} Presets: {', '.join(PRESETS)}.")
     except ValueError as error:
         fail(str(error))
-    return run
 
 
 def parse_row(preset: str, flags: Sequence[str]) -> Run:
@@ -58,15 +53,43 @@ def unboxed(message: str) -> str:
     return " ".join(message.translate({ord(sign): " " for sign in "│─╭╮╰╯"}).split())
 
 
-def _refuse_idle_flags(run: Run, flags: Sequence[str]) -> None:
-    """A flag that was given but cannot act is an error: optim flags that do not act in their group."""
-    given = {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")}
-    if "preset" in given:
-        raise ValueError(f"the preset is the first word: python {PROGRAM} NAME")
-    for group in (f.name for f in fields(Optim)):
-        config = getattr(run.optim, group)
-        acting = acting_fields(config)
-        idle = sorted(flag for flag in given if flag.startswith(f"optim.{group}.")
-                      and flag.rsplit(".")[-1].removeprefix("no_") not in acting)
-        if idle:
-            raise ValueError(f"--{idle[0]} has no effect: rule {config.rule} reads {', '.join(sorted(acting))}")
+def choose_rules(run: Run, flags: Sequence[str]) -> tuple[Run, list[str]]:
+    """The run with the optimizers that `--optim.ROLE.rule NAME` (and `.graft.rule NAME`) name, and the other flags.
+
+    First of all flags, because the rule decides which others there are. Raises ValueError for an unknown role or rule.
+    """
+    words, rest = list(flags), []
+    while words:
+        flag, equals, value = words.pop(0).partition("=")
+        path = flag.removeprefix("--").split(".")
+        if not (flag.startswith("--optim.") and path[-1] == "rule" and len(path) in (3, 4)):
+            rest.append(flag + equals + value)
+            continue
+        roles = [f.name for f in fields(Optim)]
+        if path[1] not in roles:
+            raise ValueError(f"{flag}: unknown role {path[1]!r}{nearest(path[1], roles)}")
+        name = value if equals else words.pop(0) if words else ""
+        old = getattr(run.optim, path[1])
+        old = old if len(path) == 3 else old.graft
+        run = with_settings(run, {".".join(path[:-1]): switch_rule(old, name)})
+    return run, rest
+
+
+def refuse_unknown_flags(run: Run, flags: Sequence[str]) -> None:
+    """Raise ValueError for a flag of an optimizer that the role's rule does not have, naming the nearest one and the rules
+    that have it; and for a preset given as a flag."""
+    known = flatten(config_to_dict(run))
+    for flag in (flag.split("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")):
+        if flag == "preset":
+            raise ValueError(f"the preset is the first word: python {PROGRAM} NAME")
+        group, _, name = flag.rpartition(".")
+        role = flag.split(".")[1] if flag.count(".") > 1 else ""
+        if not flag.startswith("optim.") or not hasattr(run.optim, role) or flag in known:
+            continue
+        if name.startswith("no_") and isinstance(known.get(f"{group}.{name[3:]}"), bool):
+            continue
+        own = [key.removeprefix(f"optim.{role}.") for key in known if key.startswith(f"optim.{role}.")]
+        given, rule = flag.removeprefix(f"optim.{role}."), getattr(run.optim, role).rule
+        having = [other for other, config in RULES.items() if given in config.__dataclass_fields__]
+        elsewhere = f"; rules that have it: {', '.join(having)}" if having else nearest(given, own)
+        raise ValueError(f"--{flag}: rule {rule} has no {given}{elsewhere}; it has {', '.join(own)}")

@@ -7,7 +7,7 @@ so a narrow space is a claim and a wide one costs. Ranges: NAME=LOW:HIGH:SCALE; 
 from typing import NamedTuple
 
 from configs.ablations import SCION
-from configs.cli import nearest
+from configs.notation import nearest
 
 
 class Entry(NamedTuple):
@@ -38,7 +38,8 @@ ENTRIES = (
     Entry("soap", "--optim.matrix.rule soap --optim.matrix.eps 1e-8",
           ("optim.matrix.lr=0.002:0.02:log", "optim.matrix.beta1=0.8:0.95:one_minus",
            "optim.matrix.beta2=0.85:0.98:one_minus")),
-    Entry("shampoo_adam", "--optim.matrix.rule shampoo --optim.matrix.graft adam --optim.matrix.eps 1e-8",
+    Entry("shampoo_adam", "--optim.matrix.rule shampoo --optim.matrix.graft.rule adam --optim.matrix.eps 1e-8 "
+          "--optim.matrix.graft.eps 1e-8",
           ("optim.matrix.lr=0.001:0.01:log", "optim.matrix.momentum=0.7:0.95:one_minus",
            "optim.matrix.gram_beta=0.8:0.98:one_minus")),
     Entry("muonh", "--optim.matrix.constraint hyperball --model.no_zero_init_projections", MUON_SPACE),
@@ -49,9 +50,9 @@ ENTRIES = (
     Entry("psgd", "--optim.matrix.rule psgd",
           ("optim.matrix.lr=0.001:0.01:log", "optim.matrix.beta1=0.8:0.97:one_minus",
            "optim.matrix.factor_lr=0.03:0.5:log")),
-    Entry("signum", "--optim.matrix.norm sign",
+    Entry("signum", "--optim.matrix.rule steepest --optim.matrix.norm sign",
           ("optim.matrix.lr=0.0003:0.01:log", "optim.matrix.momentum=0.7:0.97:one_minus")),
-    Entry("normalised_sgd", "--optim.matrix.norm frobenius --optim.matrix.unit rms",
+    Entry("normalised_sgd", "--optim.matrix.rule steepest --optim.matrix.norm frobenius --optim.matrix.unit rms",
           ("optim.matrix.lr=0.0003:0.03:log", "optim.matrix.momentum=0.7:0.97:one_minus")),
     Entry("scion", f"{SCION} --optim.embed.lr 0.03 --optim.head.lr 0.004", MUON_SPACE),
     Entry("dion", "--optim.matrix.rule dion --optim.matrix.rank_frac 0.5", MUON_SPACE),

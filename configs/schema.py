@@ -4,13 +4,14 @@ A `Run` is complete and frozen; impossible combinations are refused when it is b
 schedule in the notation of configs/curve.py. Everything that is not here is derived from what is here by a formula.
 """
 
-from dataclasses import dataclass, field, fields
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 from configs.curve import parse_curve
-from configs.groups import Optim
 from configs.model import Model
 from configs.notation import refuse, refuse_below
+from configs.optim import Optim
 
 Curve = str  # the notation of configs/curve.py
 
@@ -242,3 +243,20 @@ class Run:
         slow = [role.name for role in fields(Optim) if getattr(self.optim, role.name).update_every > 1]
         refuse(train.lookahead > 0 and bool(slow),
                f"train.lookahead needs every group's update_every to be 1; it is more for {', '.join(slow)}")
+
+
+def with_settings(config: Any, settings: Mapping[str, object]) -> Any:
+    """The dataclass `config` with other values by dotted name: {"model.layers": 4, "optim.matrix": Adam(lr=0.003)}.
+
+    All at once, so that only the result must be possible. Raises ValueError for what is not.
+    """
+    changes: dict[str, Any] = {}
+    for name, value in settings.items():
+        head, _, rest = name.partition(".")
+        if rest:
+            changes.setdefault(head, {})[rest] = value
+        else:
+            changes[head] = value
+    nested = {name.partition(".")[0] for name in settings if "." in name}
+    return replace(config, **{name: with_settings(getattr(config, name), value) if name in nested else value
+                              for name, value in changes.items()})

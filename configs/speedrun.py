@@ -6,11 +6,10 @@ are products of two networks for all layers; ours are each technique's own.
 
 from dataclasses import replace
 
-from configs.groups import Group, Optim
-from configs.schema import Data, Identity, Log, Model, Run, Schedule, Train
+from configs.optim import Adam, Extra, NorMuon, Optim
+from configs.schema import Data, Identity, Log, Model, Run, Schedule, Train, with_settings
 
 STEPS, STAGES = 1285, (423, 847, 1270)  # the record's length, and where its stages begin
-FLOAT32 = {"matrix_dtype": "float32", "table_dtype": "float32"}
 LR = "0=1 hold 423=1.52 508=1.52 846=0.912 hold 847=1.027 1270=0.15 100%=0.15"
 
 
@@ -23,14 +22,16 @@ def record_optim() -> Optim:
     """NorMuon for matrices, Adam at every second step for the rest, cautious decay falling with the square of the lr; exact
     where weights are stored in bfloat16."""
     exact = {"rounding": "remainder", "state_dtype": "float32"}
-    adam = Group(lr=0.008, beta1=0.5, beta2=0.95, eps=1e-10, weight_decay=0.006, decay="cautious", update_every=2)
+    adam = Adam(lr=0.008, beta1=0.5, beta2=0.95, eps=1e-10, weight_decay=0.006, decay="cautious", update_every=2)
     table = replace(adam, lr=0.6, beta1=0.75, weight_decay=0.015, **exact)
     small = replace(adam, lr=0.008, beta1=0.9, beta2=0.99, weight_decay=0.0)
-    matrix = Group(rule="normuon", norm="spectral", unit="at_least_one", normalise="longer", lr=0.023, beta2=0.9, eps=1e-10,
-                   weight_decay=0.0276, decay="cautious", blocks=("attention.q=3", "attention.k=3"),
-                   lr_factors=("mlp.down=4",), **exact)  # twice the upward map's: the record has both in one shape, m/n = 4
-    return Optim(matrix=matrix, embed=adam, head=adam, value_embed=table, bigram_embed=replace(table, sparse_rows=True),
-                 gate=small, scalar=replace(small, lr=0.04), gain=small, bias=small)
+    # mlp.down: twice the upward map's step, as the record has both in one shape, m/n = 4.
+    matrix = NorMuon(unit="at_least_one", normalise="longer", lr=0.023, beta2=0.9, eps=1e-10, weight_decay=0.0276,
+                     decay="cautious", **exact,
+                     extra=Extra(blocks=("attention.q=3", "attention.k=3"), lr_factors=("mlp.down=4",)))
+    return Optim(matrix=matrix, embed=adam, head=adam, value_embed=table,
+                 bigram_embed=replace(table, extra=Extra(sparse_rows=True)), gate=small, scalar=replace(small, lr=0.04),
+                 gain=small, bias=small)
 
 
 def speedrun() -> Run:
@@ -60,52 +61,43 @@ def speedrun() -> Run:
     )
 
 
-def speedrun_1gpu() -> Run:
-    """`speedrun` on one GPU of 24 to 141 GB: the same tokens and updates by accumulation, in float32."""
-    run = speedrun()
-    return replace(run, preset="speedrun_1gpu", model=replace(run.model, **FLOAT32))
-
-
-def speedrun_consumer() -> Run:
-    """`speedrun` for an RTX 3090 or 4090: rows of 2048 tokens, small portions, no kernel that needs Hopper."""
-    run = speedrun_1gpu()
-    return replace(run, preset="speedrun_consumer", data=replace(run.data, sequence_tokens=2048),
-                   train=replace(run.train, micro_tokens=4096))
-
-
 def medium() -> Run:
     """The speedrun's second track: a GPT of 350 M active parameters to 2.92 nats in 4740 steps, without the tables."""
-    run, steps = speedrun_1gpu(), 4740
-    twelfths = "0=1 hold 8.3333%=2 hold 16.6667%=3 hold 25%=4"
-    model = replace(run.model, layers=16, dim=1024, value_embeds=0, value_embed_layers=(), value_gates=False,
-                    bigram_buckets=0, bigram_signs=0, full_attention_layers=(3, 7, 11, 15), paired_heads=(),
-                    attention_free=(), dynamic_heads=(), shared_attention_input=None, skips=("3>8",),
-                    dense="none", backout=11, window_tokens=384, long_window_tokens=384, mtp_weights=(), prefix_loss=0.0)
-    optim = replace(run.optim, matrix=replace(run.optim.matrix, lr=0.015, weight_decay=0.018, blocks=()))
     lr = "0=1 30%=1 100%=0.1"
-    return replace(
-        run, preset="medium", run=Identity(target_loss_nats=2.92), model=model, optim=optim,
-        schedule=Schedule(lr=lr, weight_decay=lr, momentum="0=0.85 300=0.95 -50=0.95 100%=0.85", batch_tokens=twelfths,
-                          window_tokens="0=1 50%=2 100%=3", long_window_tokens="0=1 100%=7.6667"),
-        train=replace(run.train, steps=steps, tied_until_frac=2 / 12))
+    return with_settings(speedrun(), {
+        "preset": "medium", "run": Identity(target_loss_nats=2.92),
+        "model.layers": 16, "model.dim": 1024, "model.matrix_dtype": "float32", "model.table_dtype": "float32",
+        "model.value_embeds": 0, "model.value_embed_layers": (), "model.value_gates": False,
+        "model.bigram_buckets": 0, "model.bigram_signs": 0,
+        "model.window_tokens": 384, "model.long_window_tokens": 384, "model.full_attention_layers": (3, 7, 11, 15),
+        "model.paired_heads": (), "model.attention_free": (), "model.dynamic_heads": (),
+        "model.shared_attention_input": None, "model.skips": ("3>8",), "model.dense": "none", "model.backout": 11,
+        "model.mtp_weights": (), "model.prefix_loss": 0.0,
+        "optim.matrix.lr": 0.015, "optim.matrix.weight_decay": 0.018, "optim.matrix.extra.blocks": (),
+        "schedule": Schedule(lr=lr, weight_decay=lr, momentum="0=0.85 300=0.95 -50=0.95 100%=0.85",
+                             batch_tokens="0=1 hold 8.3333%=2 hold 16.6667%=3 hold 25%=4",
+                             window_tokens="0=1 50%=2 100%=3", long_window_tokens="0=1 100%=7.6667"),
+        "train.steps": 4740, "train.tied_until_frac": 2 / 12})
 
 
 def speedrun_cpu() -> Run:
     """The whole recipe shrunk to a laptop, everything on: a BPE model on Python's own source code."""
-    run, steps = speedrun_1gpu(), 320
-    token = replace(run.optim.embed, lr=0.06, weight_decay=0.0)
-    matrix = replace(run.optim.matrix, blocks=("attention.q=2", "attention.k=2"))
-    optim = replace(run.optim, matrix=matrix, embed=token, head=token,
-                    bigram_embed=replace(run.optim.bigram_embed, sparse_rows=False))
-    model = replace(run.model, layers=5, dim=64, head_dim=16, embed_std=0.05, value_embeds=2, value_embed_layers=(1, 4),
-                    bigram_buckets=16_384, bigram_signs=256, ngram_orders=(3,), window_tokens=32, long_window_tokens=64,
-                    full_attention_layers=(1, 4), attention_scale=0.5, paired_heads=(0, 2), attention_free=(3,),
-                    shared_attention_input=3, skips=("1>3",), backout=2, dynamic_heads=(4,), dynamic_window=16)
     lr = "0=1 hold 33%=1.52 40%=1.52 66%=0.91 hold 67%=1.03 100%=0.15"
-    return replace(
-        run, preset="speedrun_cpu", run=Identity(), data=Data(sequence_tokens=128, val_bytes=65_536), model=model,
-        optim=optim, schedule=Schedule(
-            lr=lr, weight_decay=lr, momentum="0=0.85 25%=0.95 95%=0.95 100%=0.85", batch_tokens="0=1 hold 33%=2 hold 67%=3",
-            window_tokens="0=1 hold 33%=2 hold 67%=3", long_window_tokens="0=1 hold 33%=1.5 hold 67%=2",
-            mtp="0=2 33%=1 67%=0", prefix_loss="0=1 33%=1 67%=0"),
-        train=Train(steps=steps, batch_tokens=512, micro_tokens=8192, val_every_steps=80, tied_until_frac=0.66))
+    token = {"lr": 0.06, "weight_decay": 0.0}
+    return with_settings(speedrun(), {
+        "preset": "speedrun_cpu", "run": Identity(), "data": Data(sequence_tokens=128, val_bytes=65_536),
+        "model.layers": 5, "model.dim": 64, "model.head_dim": 16, "model.embed_std": 0.05,
+        "model.matrix_dtype": "float32", "model.table_dtype": "float32",
+        "model.value_embeds": 2, "model.value_embed_layers": (1, 4),
+        "model.bigram_buckets": 16_384, "model.bigram_signs": 256, "model.ngram_orders": (3,),
+        "model.window_tokens": 32, "model.long_window_tokens": 64, "model.full_attention_layers": (1, 4),
+        "model.attention_scale": 0.5, "model.paired_heads": (0, 2), "model.attention_free": (3,),
+        "model.shared_attention_input": 3, "model.skips": ("1>3",), "model.backout": 2,
+        "model.dynamic_heads": (4,), "model.dynamic_window": 16,
+        "optim.matrix.extra.blocks": ("attention.q=2", "attention.k=2"), "optim.bigram_embed.extra.sparse_rows": False,
+        **{f"optim.{role}.{name}": value for role in ("embed", "head") for name, value in token.items()},
+        "schedule": Schedule(
+            lr=lr, weight_decay=lr, momentum="0=0.85 25%=0.95 95%=0.95 100%=0.85",
+            batch_tokens="0=1 hold 33%=2 hold 67%=3", window_tokens="0=1 hold 33%=2 hold 67%=3",
+            long_window_tokens="0=1 hold 33%=1.5 hold 67%=2", mtp="0=2 33%=1 67%=0", prefix_loss="0=1 33%=1 67%=0"),
+        "train": Train(steps=320, batch_tokens=512, micro_tokens=8192, val_every_steps=80, tied_until_frac=0.66)})
