@@ -43,13 +43,11 @@ from layers.diagnostics import Measures, feature_measures, in_row, weight_measur
 from layers.head import Terms
 from model import GPT
 from optim.comm import Comm, local_rank
-from optim.equilibrium import equilibrium_angle
-from optim.finite import NonFiniteError
 from optim.groups import build_groups, group_table
-from optim.lookahead import Lookahead
+from optim.hooks import build_hooks
+from optim.measures import StepMeasures, equilibrium_angle
 from optim.schedule import Schedule, Values
-from optim.sharded import ShardedOptimizer
-from optim.weight_average import WeightAverage
+from optim.sharded import NonFiniteError, ShardedOptimizer
 
 CACHE = Path(__file__).resolve().parent / ".cache"
 CHECKPOINT = "checkpoint.safetensors"
@@ -82,7 +80,8 @@ class Trainer:
         self.group_table = group_table(groups)
         self.compiled = run.run.compile == "on" or (run.run.compile == "auto" and self.device.type == "cuda")
         self.optimizer = ShardedOptimizer(groups, self.comm, compile_updates=self.compiled,
-                                          average=WeightAverage.build(run.train), lookahead=Lookahead.build(run))
+                                          hooks=build_hooks(run))
+        self.measures = StepMeasures(self.comm)
         if self.compiled:
             self.model.compile(dynamic=False)
         self.progress = Progress()
@@ -141,7 +140,7 @@ class Trainer:
         nats = self.gradients(inputs, targets, values)
         if self._is_tied():
             share_gradients(self.model.embed, self.model.head.weight)
-        self.optimizer.step(values, progress.step + 1, remember=remember)
+        self.optimizer.step(values, progress.step + 1, hooks=[self.measures] if remember else [])
         self.optimizer.zero_grad()
         progress.step += 1
         progress.tokens += values.batch_tokens
@@ -158,7 +157,7 @@ class Trainer:
     def validate(self) -> Score:
         """The referee's score of the present weights."""
         values = self.last_values()
-        with self.optimizer.averaged_weights():
+        with self.optimizer.evaluation_weights():
             return evaluate(partial(self.model, **values.windows), self.source,
                             sequence_tokens=self.run.data.val_sequence_tokens or values.sequence_tokens,
                             micro_tokens=self.run.train.micro_tokens, rank=self.comm.rank, world_size=self.comm.world_size,
@@ -171,7 +170,7 @@ class Trainer:
     def layer_measures(self) -> Measures:
         """How the last step turned each hidden matrix; on rank 0 also features, spectra and factors of every layer, on the
         validation text's first tokens, and the angles that groups should turn by. A collective."""
-        values, turns = self.last_values(), self.optimizer.turns("matrix")
+        values, turns = self.last_values(), self.measures.turns("matrix")
         if self.comm.rank > 0:
             return {}
         found = weight_measures(self.model)
@@ -186,7 +185,7 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Run every shape of the schedule on random tokens, so that all is compiled, then undo it."""
-        snapshot = self.optimizer.snapshot()
+        snapshot = self.optimizer.state.snapshot()
         generator = torch.Generator().manual_seed(0)
         shapes = {values[3:7]: values for values in map(self.schedule.values, range(self.run.train.steps))}
         for step, values in enumerate(shapes.values()):
@@ -199,13 +198,13 @@ class Trainer:
             with torch.no_grad():
                 x = next(micro_batches(tokens, tokens, self.run.train.micro_tokens))[0].to(self.device)
                 self.model(x, x, **values.windows)
-        self.optimizer.restore(snapshot)
+        self.optimizer.state.restore(snapshot)
 
     # ---- Saving and resuming ----
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, atomically. A collective: every rank must call it."""
-        tensors = self.optimizer.state_tensors()
+        tensors = self.optimizer.state.tensors()
         if self.comm.rank == 0:
             meta = {"progress": {name: getattr(self.progress, name) for name in Progress.__slots__},
                     "config": flatten(config_to_dict(self.run)), "data_hash": self.source.data_hash}
@@ -215,9 +214,9 @@ class Trainer:
     def load(self, path: Path) -> None:
         """Continue from a checkpoint. Raises ValueError if it is corrupt, of another model, or of another run."""
         tensors, meta = load_checkpoint(path)
-        match_tensors(self.optimizer.state_shapes() | {RNG: tuple(torch.get_rng_state().shape)}, tensors, what=str(path))
+        match_tensors(self.optimizer.state.shapes() | {RNG: tuple(torch.get_rng_state().shape)}, tensors, what=str(path))
         refuse_other_run(meta, self.run, self.source.data_hash, path)
-        self.optimizer.load_state_tensors(tensors)
+        self.optimizer.state.load(tensors)
         torch.set_rng_state(tensors[RNG])
         self.progress = Progress(**meta["progress"])
         self.clock = Clock(self.device, self.progress.train_seconds)
@@ -321,7 +320,7 @@ def train(trainer: Trainer, reporter: Reporter) -> bool:
             score = trainer.validate()
             progress.note_score(score, run.run.target_loss_nats)
             values = trainer.schedule.values(progress.step - 1)
-            reporter.validation(score, trainer.optimizer.measure(values) if run.log.diagnostics else {})
+            reporter.validation(score, trainer.measures.of_roles(values) if run.log.diagnostics else {})
             refuse_non_finite(trainer, score.nats_per_token, reporter.folder)
             clock.start()
         every = run.run.checkpoint_every_steps
@@ -380,7 +379,7 @@ def checkpoint(trainer: Trainer, reporter: Reporter) -> None:
 
 def finish(trainer: Trainer, reporter: Reporter, began: float) -> None:
     """Write summary.json, print it, and sample a continuation of the validation text."""
-    with trainer.optimizer.averaged_weights():  # on all ranks, though one samples
+    with trainer.optimizer.evaluation_weights():  # on all ranks, though one samples
         text = sample(trainer) if reporter.active else None
     reporter.finish(
         sample=text, wall_seconds=time.time() - began,

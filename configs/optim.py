@@ -465,3 +465,14 @@ def switch_rule(config: Graft, name: str) -> Graft:
     theirs = {f.name: f.type for f in fields(config)}
     shared = {f.name: getattr(config, f.name) for f in fields(RULES[name]) if theirs.get(f.name) == f.type}
     return RULES[name](**shared)
+
+
+def summary(config: RuleConfig) -> str:
+    """The settings of a rule in one line: its own fields, then those of all rules that are off their default."""
+    common = {f.name for f in fields(RuleConfig)}
+    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in common}
+    values |= {name: getattr(config, name) for name in ("constraint", "update_every", "rounding", "state_dtype")
+               if getattr(config, name) != getattr(RuleConfig(), name)}
+    values |= {f.name: value for f in fields(Extra) if (value := getattr(config.extra, f.name)) != f.default}
+    values |= {} if config.graft == Graft() else {"graft": config.graft.rule}
+    return " ".join(f"{name}={value}" for name, value in values.items())
