@@ -140,7 +140,9 @@ class Trainer:
         nats = self.gradients(inputs, targets, values)
         if self._is_tied():
             share_gradients(self.model.embed, self.model.head.weight)
-        self.optimizer.step(values, progress.step + 1, hooks=[self.measures] if remember else [])
+        if remember:
+            self.measures.remember(self.optimizer.banks)
+        self.optimizer.step(values, progress.step + 1)
         self.optimizer.zero_grad()
         progress.step += 1
         progress.tokens += values.batch_tokens

@@ -105,8 +105,8 @@ ROWS = (
     Row("scion_constrained", "bytes", f"{SCION} {SCION_BALLS} --optim.matrix.lr 0.04 --optim.embed.lr 0.03 "
                                       "--optim.head.lr 0.005"),
     # From normalised SGD towards Muon: what does p tune? In one unit, a flat spectrum moves as far for every p.
-    *(Row(f"schatten_{p}", "bytes", f"--optim.matrix.rule steepest --optim.matrix.norm schatten --optim.matrix.unit rms --optim.matrix.schatten_p {p}")
-      for p in (2, 4, 8, 32)),
+    *(Row(f"schatten_{p}", "bytes", "--optim.matrix.rule steepest --optim.matrix.norm schatten --optim.matrix.unit rms "
+                                    f"--optim.matrix.schatten_p {p}") for p in (2, 4, 8, 32)),
     Row("sign_head", "bytes", "--optim.head.rule steepest --optim.head.norm sign --optim.head.unit fan_in "
                               "--optim.head.lr 0.5"),
     Row("row_head", "bytes", "--optim.head.rule steepest --optim.head.norm row --optim.head.unit fan_in "

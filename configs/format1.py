@@ -46,7 +46,7 @@ def normal(name: str, value: Any) -> Any:
 
 
 def settings_off_default(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a configuration by dotted name that are not at their default. Raises ValueError for an unknown name."""
+    """The settings of a configuration, by dotted name, that are off their default. Raises ValueError for an unknown one."""
     refuse_unknown(known_names(), flat, "the configuration")
     return {name: normal(name, value) for name, value in flat.items() if normal(name, value) != default(name)}
 
@@ -58,7 +58,7 @@ def migrate(config: Mapping[str, Any]) -> dict[str, Any]:
     for name in REMOVED:
         section, field = name.split(".")
         value = new.get(section, {}).pop(field, default(name))
-        refuse(value != default(name), f"--{name} {value} is no longer there: only its default, {default(name)}, can be read")
+        refuse(value != default(name), f"--{name} {value} is no longer there; only its default {default(name)} can be read")
     if "optim" in new:
         new["optim"] = {role: migrate_group(frozen()["group"] | group) for role, group in new["optim"].items()}
     return {"format": 2} | new

@@ -16,8 +16,8 @@ from configs.schema import Run
 FORMAT = 2
 
 # What leaves the losses as they are, up to the rounding of the device: names, folders, machine, what is written down.
-HASH_IGNORES = frozenset({"format", "preset", "run.name", "run.dir", "run.resume", "run.device", "run.compile", "run.dry_run",
-                          "run.checkpoint_every_steps", "train.warmup_steps"})
+HASH_IGNORES = frozenset({"format", "preset", "run.name", "run.dir", "run.resume", "run.device", "run.compile",
+                          "run.dry_run", "run.checkpoint_every_steps", "train.warmup_steps"})
 
 
 def config_to_dict(run: Run) -> dict[str, Any]:

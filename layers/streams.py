@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.schema import Model
 from configs.notation import parse_skips
+from configs.schema import Model
 from layers.basic import parameter, rms_norm
 
 BACKOUT_START = 0.5  # speedrun, Oct 2025

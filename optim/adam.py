@@ -35,8 +35,9 @@ class Adam(Rule):
     def update(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper, *, step: Step) -> None:
         """The whole step, in place; on CPUs in one pass over memory by PyTorch's fused AdamW, where it is the same."""
         config, mean, square = self.config, state["mean"], state["square"]
-        exact = param.dtype == grad.dtype == mean.dtype == torch.float32
-        if not (param.device.type == "cpu" and step.is_plain and exact):
+        exact = param.device.type == "cpu" and param.dtype == grad.dtype == mean.dtype == torch.float32
+        plain = step.decay in ("none", "decoupled") and step.shape is None
+        if not (exact and plain and (step.constraint is None or step.constraint.plain)):
             step.apply(param, self.direction(param, grad, state, hyper), state, hyper)
             return
         # PyTorch counts the step before it updates, hence count - 1.

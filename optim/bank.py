@@ -25,22 +25,17 @@ class Bank:
     """This rank's part of the first dimension; all of it where the bank is not sharded."""
     sharded: bool
     step: Step
-    spec: TensorSpec = TensorSpec()
+    spec: TensorSpec
+    update_every: int
+    """Steps over which gradients add up before they are used."""
+    matrices: Tensor
+    """The owned weights as stacked matrices (k, m, n), a view."""
     state: dict[str, Tensor] = field(default_factory=dict)
     """Of the owned slice, in the form of the rule: the first dimension is K; for rows and elements the second is cut."""
     gradient: Tensor | None = None
     """During a step: the owned slice of the gradients' sum over ranks, once `work` is waited for."""
     work: Work = DONE
     received: bool = False
-
-    @property
-    def update_every(self) -> int:
-        """Steps over which gradients add up before they are used."""
-        return self.group.config.update_every
-
-    def own_matrices(self) -> Tensor:
-        """The owned weights as stacked matrices (k, m, n), a view."""
-        return as_matrices(self.weights[self.own])
 
     def rule_gradient(self) -> Tensor:
         """The received gradient as the rule gets it: matrices (k, m, n), clipped, in the state's dtype, tangent where the
@@ -51,7 +46,7 @@ class Bank:
         if self.group.config.state_dtype == "float32":
             grad = grad.float()
         constraint = self.step.constraint
-        return grad if constraint is None else constraint.project_gradient(self.own_matrices(), grad, self.state)
+        return grad if constraint is None else constraint.project_gradient(self.matrices, grad, self.state)
 
     def stacked(self, lead: Tensor) -> Tensor:
         """A whole-bank tensor (lead, ...) without its padding, as one part per parameter: (K, *part_shape)."""
@@ -90,12 +85,13 @@ def make_bank(group: ParamGroup, names: list[str], comm: Comm) -> Bank:
     weights = torch.cat([flat, flat.new_zeros(padding, *flat.shape[1:])]) if padding else flat.clone()
     comm.broadcast(weights)
     own = comm.slice_of(weights.size(0)) if sharded else slice(0, weights.size(0))
-    bank = Bank(group, names, params[0].shape, weights, torch.zeros_like(weights), own, sharded, step, spec)
+    bank = Bank(group, names, params[0].shape, weights, torch.zeros_like(weights), own, sharded, step, spec,
+                group.config.update_every, as_matrices(weights[own]))
     for param, weight, grad in zip(params, bank.stacked(weights), bank.stacked(bank.grads), strict=True):
         param.data, param.grad = weight, grad
-    first = bank.own_matrices()
-    bank.state = step.init_state(first)
-    bank.state |= group.rule.init_state(first.float() if group.config.state_dtype == "float32" else first)
+    bank.state = step.init_state(bank.matrices)
+    bank.state |= group.rule.init_state(
+        bank.matrices.float() if group.config.state_dtype == "float32" else bank.matrices)
     return bank
 
 

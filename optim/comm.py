@@ -5,6 +5,7 @@ Started by torchrun: NCCL between GPUs, gloo between CPUs; ranks and addresses c
 
 import os
 from dataclasses import dataclass
+from functools import partialmethod
 from typing import Protocol
 
 import torch
@@ -121,20 +122,16 @@ class Comm:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def sum(self, *values: float) -> list[float]:
-        """Sums of float64 numbers over ranks."""
-        return self._combine(values, dist.ReduceOp.SUM)
-
-    def max(self, *values: float) -> list[float]:
-        """Maxima of float64 numbers over ranks."""
-        return self._combine(values, dist.ReduceOp.MAX)
-
-    def _combine(self, values: tuple[float, ...], op: dist.ReduceOp) -> list[float]:
+    def _combine(self, op: dist.ReduceOp, *values: float) -> list[float]:
+        """Sums or maxima of float64 numbers over ranks."""
         if self.world_size == 1:
             return list(values)
         box = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(box, op=op)
         return box.tolist()
+
+    sum = partialmethod(_combine, dist.ReduceOp.SUM)
+    max = partialmethod(_combine, dist.ReduceOp.MAX)
 
     def barrier(self) -> None:
         """Wait for all ranks."""

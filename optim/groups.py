@@ -4,15 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from configs.notation import number_of, parse_by_name, refuse, unmatched_keys
 from configs.optim import Graft, Optim, RuleConfig, summary
 from optim.constraint import Scope, coarsest, load
 from optim.norms import build_norm
-from optim.rule import Hyper, Rule, Step
-from optim.schedule import Values
+from optim.rule import Rule, Step
 
 # Where each rule's class is; its module is imported when a role names the rule.
 RULES = {
@@ -66,13 +64,6 @@ class ParamGroup:
     def step_for(self, spec: TensorSpec) -> Step:
         """The step of its tensors with a spec."""
         return replace(self.step.along(spec.axis), peak_lr=self.step.peak_lr * spec.lr_factor)
-
-    def hyper_at(self, values: Values, count: int) -> Hyper:
-        """The group's numbers at the schedule's `values`, as 0-D tensors; `count` steps so far, this one included."""
-        config = self.config
-        momentum = getattr(config, "momentum", 0.0) if values.momentum is None else values.momentum
-        return Hyper(*(torch.tensor(x, dtype=torch.float32) for x in (
-            config.lr * values.lr, config.weight_decay * values.weight_decay, momentum, count // config.update_every)))
 
 
 def build_groups(params: Mapping[str, Tensor], roles: Mapping[str, str], optim: Optim,

@@ -1,7 +1,7 @@
 """What hangs on the optimizer's step: averages of the weights, look-ahead. A hook acts at two moments of a step.
 
 `before` any bank is updated, and `after_update` of each bank, ahead of its all-gather, also where the bank was not due.
-Sums over a whole role (optim/zoo/role_sums.py) and measures of a step (optim/measures.py) are hooks too.
+Sums over a whole role (optim/zoo/role_sums.py) are a hook too.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,16 +57,16 @@ class WeightAverage(Hook):
 
     def init(self, bank: Bank) -> None:
         """The average of the weights at the start: themselves."""
-        bank.state[AVERAGE] = bank.own_matrices().float().clone()
+        bank.state[AVERAGE] = bank.matrices.float().clone()
 
     def after_update(self, bank: Bank, count: int) -> None:
         """Take in the weights after update `count`."""
-        bank.state[AVERAGE].lerp_(bank.own_matrices().float(), 1.0 if count <= self.start else 1 - self.beta)
+        bank.state[AVERAGE].lerp_(bank.matrices.float(), 1.0 if count <= self.start else 1 - self.beta)
 
     def evaluation_weights(self, banks: Sequence[Bank], comm: Comm) -> AbstractContextManager[None]:
         """Within, the parameters are blend avg + (1 - blend) W."""
         def blended(bank: Bank) -> Tensor:
-            return bank.own_matrices().float().lerp(bank.state[AVERAGE], self.blend)
+            return bank.matrices.float().lerp(bank.state[AVERAGE], self.blend)
 
         return replaced_weights(banks, comm, blended)
 
@@ -96,12 +96,12 @@ class Lookahead(Hook):
 
     def init(self, bank: Bank) -> None:
         """At the start nothing has moved."""
-        bank.state[BASE] = bank.own_matrices().float().clone()
+        bank.state[BASE] = bank.matrices.float().clone()
         bank.state[DRIFT] = bank.state[BASE].new_zeros(bank.state[BASE].shape)
 
     def after_update(self, bank: Bank, count: int) -> None:
         """From the weights x' after update `count` to where the next gradient is taken; after the last step nowhere."""
-        own, base, drift = bank.own_matrices(), bank.state[BASE], bank.state[DRIFT]
+        own, base, drift = bank.matrices, bank.state[BASE], bank.state[DRIFT]
         weights = bank.step.exact(own, bank.state)
         drift.lerp_(weights - base, 1 - self.gamma)
         base.copy_(weights)
@@ -126,7 +126,7 @@ def replaced_weights(banks: Sequence[Bank], comm: Comm, weights_of: Callable[[Ba
     saved = [bank.weights.clone() for bank in banks]
     with torch.no_grad():
         for bank in banks:
-            bank.own_matrices().copy_(weights_of(bank))
+            bank.matrices.copy_(weights_of(bank))
         for work in [comm.all_gather(bank.weights) for bank in banks if bank.sharded]:
             work.wait()
     try:

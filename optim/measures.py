@@ -1,7 +1,7 @@
 """Measures of a step, from the weights before and after it; and the angle that theory expects."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,6 @@ from configs.optim import Averaged, RuleConfig
 from optim.bank import Bank, as_matrices
 from optim.comm import Comm
 from optim.groups import ParamGroup
-from optim.hooks import Hook
 from optim.norms import Norm
 from optim.rule import Hyper
 from optim.schedule import Values
@@ -19,25 +18,24 @@ from optim.schedule import Values
 Measures = dict[str, dict[str, float]]  # role or tensor > name > value
 
 
-class StepMeasures(Hook):
-    """Remembers the weights before a step that it hangs on, to compare them with those after it."""
+class StepMeasures:
+    """Remembers the weights before a step, to compare them with those after it."""
 
     def __init__(self, comm: Comm) -> None:
         self._comm = comm
         self._before: list[tuple[Bank, Tensor]] = []
 
-    def before(self, banks: Sequence[Bank], due: Sequence[Bank], hypers: Mapping[str, Hyper], count: int) -> None:
-        """Copy the owned weights."""
+    def remember(self, banks: Sequence[Bank]) -> None:
+        """Copy the owned weights, before the step."""
         self._before = [(bank, bank.weights[bank.own].clone()) for bank in banks]
 
     @torch.no_grad()
     def of_roles(self, values: Values) -> Measures:
-        """By role lr, update_rms, weight_rms, weight_size (the largest) and the step's angle; nothing if no step was watched
-        since the last call. A collective: every rank must call it."""
+        """By role lr, update_rms, weight_rms, weight_size (the largest) and the step's angle; nothing if no weights
+        are remembered. A collective: every rank must call it."""
         moments: dict[str, list[Moments]] = {}
         for bank, before in self._before:
-            after = bank.own_matrices()
-            of_bank = moments_of(bank.group.rule.norm, as_matrices(before), after)
+            of_bank = moments_of(bank.group.rule.norm, as_matrices(before), bank.matrices)
             once = bank.sharded or self._comm.rank == 0
             moments.setdefault(bank.group.role, []).append(of_bank if once else of_bank.without_sums())
         groups = {bank.group.role: bank.group for bank, _ in self._before}
@@ -135,7 +133,7 @@ def equilibrium_angle(group: ParamGroup, values: Values) -> float | None:
     """
     if group.step.decay in ("none", "cautious") or not _is_a_walk(group.config):
         return None
-    config, hyper = group.config, group.hyper_at(values, 1)
+    config, hyper = group.config, Hyper.at(group.config, values, 1)
     exact = hyper._replace(lr=hyper.lr.double(), weight_decay=hyper.weight_decay.double())
     if config.rule in BY_BETA1:
         share = spread(config.beta1, nesterov=False)

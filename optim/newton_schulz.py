@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from configs.notation import Triple, parse_table
-from optim.symmetric import gram, quadratic
+from optim.symmetric import gram_polynomial
 
 LARGE_MATRIX_ELEMENTS = 2**18  # on CPUs, matrices of this size gain nothing from a batch, and lose the cache
 
@@ -77,7 +77,7 @@ def orthogonalize(G_Kmn: Tensor, table: str | Table | None = "polar_express", *,
     X = X.to(torch.bfloat16 if X.is_cuda else X.dtype)
     for i in range(steps):
         a, b, c = table.triples[min(i, len(table.triples) - 1)]  # the last triple repeats
-        X = torch.baddbmm(X, quadratic(gram(X), b, c), X, beta=a)
+        X = torch.baddbmm(X, gram_polynomial(X, b, c), X, beta=a)
     return (X.mT if tall else X).to(G_Kmn.dtype)
 
 

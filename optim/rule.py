@@ -12,6 +12,7 @@ from torch import Tensor
 
 from configs.optim import RuleConfig
 from optim.constraint import CONSTRAINTS, Constraint, Scope, coarsest, load
+from optim.schedule import Values
 
 if TYPE_CHECKING:
     from optim.norms import Norm
@@ -27,6 +28,13 @@ class Hyper(NamedTuple):
     """Updates so far, this one included: 1, 2, ..."""
     shared: dict[str, Tensor] = {}  # noqa: RUF012
     """Numbers of the whole role, float32 0-D: what the rule's `init_shared` returned and its `absorb` updates."""
+
+    @classmethod
+    def at(cls, config: RuleConfig, values: Values, count: int, shared: dict[str, Tensor] | None = None) -> "Hyper":
+        """A rule's numbers at the schedule's `values`; `count` steps so far, this one included."""
+        momentum = getattr(config, "momentum", 0.0) if values.momentum is None else values.momentum
+        numbers = (config.lr * values.lr, config.weight_decay * values.weight_decay, momentum, count // config.update_every)
+        return cls(*(torch.tensor(x, dtype=torch.float32) for x in numbers), shared or {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +75,6 @@ class Step:
     def scope(self) -> Scope:
         """How finely a tensor may be cut and each part stepped alone."""
         return coarsest("element", *(part.scope for part in (self.constraint, self.shape) if part is not None))
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is W <- (1 - lr wd) W - lr D, then the constraint's `retract`, no more: a rule may fuse that."""
-        return (self.decay in ("none", "decoupled") and self.rounding == "nearest" and self.shape is None
-                and (self.constraint is None or self.constraint.plain))
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
         """State that the step needs of weights (K, m, n): names begin with `step_`."""

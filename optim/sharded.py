@@ -52,29 +52,27 @@ class ShardedOptimizer:
         self.state = OptimizerState(self.banks, self.shared, comm, also_restored=[self._bad_step, self._bad_entry])
         if compile_updates:
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # one graph a bank
-        self._compiled = torch.compile(_update, dynamic=False) if compile_updates else _update
+        self._compiled = torch.compile(_update, dynamic=False) if compile_updates else None
 
     @torch.no_grad()
-    def step(self, values: Values, count: int, *, hooks: Sequence[Hook] = ()) -> None:
+    def step(self, values: Values, count: int) -> None:
         """One update from the gradients' sum over ranks; `count` is 1 at the first. The gradients are spent afterwards.
         Groups with `update_every` k are updated at every k-th, by the mean of k steps; till then they add gradients up.
 
-        `hooks` act in this step alone, after those of the constructor. A gradient that is not finite touches no weight: it
-        raises NonFiniteError here, or on CUDA, where that would wait for the device, at the next `refuse_non_finite`.
+        A gradient that is not finite touches no weight: it raises NonFiniteError here, or on CUDA, where that would wait for
+        the device, at the next `refuse_non_finite`.
         """
         # Launch all sums over ranks: the network works while the first banks are updated.
         due = [bank for bank in self.banks if count % bank.update_every == 0]
         for bank in due:
             self._launch(bank)
-        hypers = {bank.group.role: bank.group.hyper_at(values, count)._replace(shared=self.shared[bank.group.role])
-                  for bank in due}
+        hypers = {bank.group.role: Hyper.at(bank.group.config, values, count, self.shared[bank.group.role]) for bank in due}
         # Check that gradients are finite before any weight is touched, where that costs no waiting for the device.
         if self.comm.device.type in AT_ONCE:
             for bank in due:
                 self._receive(bank, count)
             self.refuse_non_finite()
-        hooks = [*self.hooks, *hooks]
-        for hook in hooks:
+        for hook in self.hooks:
             hook.before(self.banks, due, hypers, count)
         # Bank by bank: wait for its sum, update the owned slice, launch the all-gather of the new weights.
         gathers = []
@@ -82,7 +80,7 @@ class ShardedOptimizer:
             if bank in due:
                 self._receive(bank, count)
                 self._update_own(bank, hypers[bank.group.role])
-            for hook in hooks:
+            for hook in self.hooks:
                 hook.after_update(bank, count)
             if bank in due and bank.sharded:
                 gathers.append(self.comm.all_gather(bank.weights))
@@ -141,10 +139,11 @@ class ShardedOptimizer:
         """Update the owned slice of a bank by its rule."""
         if bank.spec.lr_factor != 1:
             hyper = hyper._replace(lr=hyper.lr * bank.spec.lr_factor)
-        own = bank.own_matrices()
-        if own.numel():
-            update = self._compiled if bank.group.rule.compiles else _update
-            update(bank.group.rule, bank.step, own, bank.rule_gradient(), bank.state, hyper)
+        rule, own = bank.group.rule, bank.matrices
+        if own.numel() and self._compiled is not None and rule.compiles:
+            self._compiled(rule, bank.step, own, bank.rule_gradient(), bank.state, hyper)
+        elif own.numel():
+            rule.update(own, bank.rule_gradient(), bank.state, hyper, step=bank.step)
         if bank.update_every > 1:
             bank.grads.zero_()
 

@@ -27,15 +27,12 @@ def has_kernel(X_Kmn: Tensor) -> bool:
     return X_Kmn.dtype == torch.bfloat16 and X_Kmn.size(-2) >= LEAST_ROWS and capable(X_Kmn.device)
 
 
-def gram(X_Kmn: Tensor) -> Tensor:
-    """X X^T: (K, m, n) -> (K, m, m)."""
-    return symmetric_product(X_Kmn, None, 1.0, 0.0) if has_kernel(X_Kmn) else X_Kmn @ X_Kmn.mT
-
-
-def quadratic(A_Kmm: Tensor, b: float, c: float) -> Tensor:
-    """b A + c A^2 of symmetric matrices: (K, m, m) -> (K, m, m)."""
-    if has_kernel(A_Kmm):
+def gram_polynomial(X_Kmn: Tensor, b: float, c: float) -> Tensor:
+    """b A + c A^2 of the Gram matrix A = X X^T: (K, m, n) -> (K, m, m)."""
+    if X_Kmn.is_cuda and has_kernel(X_Kmn):
+        A_Kmm = symmetric_product(X_Kmn, None, 1.0, 0.0)
         return symmetric_product(A_Kmm, A_Kmm, c, b)
+    A_Kmm = X_Kmn @ X_Kmn.mT
     return torch.baddbmm(A_Kmm, A_Kmm, A_Kmm, beta=b, alpha=c)
 
 

@@ -31,5 +31,5 @@ class RoleSums(Hook):
     def _part(self, bank: Bank, hyper: Hyper) -> torch.Tensor:
         """One bank's sums on this rank; a bank that every rank updates whole counts once."""
         hyper = hyper._replace(lr=hyper.lr * bank.spec.lr_factor) if bank.spec.lr_factor != 1 else hyper
-        part = bank.group.rule.sums(bank.own_matrices(), bank.rule_gradient(), bank.state, hyper)
+        part = bank.group.rule.sums(bank.matrices, bank.rule_gradient(), bank.state, hyper)
         return part if bank.sharded or self._comm.rank == 0 else torch.zeros_like(part)

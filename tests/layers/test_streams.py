@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from configs.schema import Model
 from configs.notation import parse_skips
+from configs.schema import Model
 from layers.streams import DynamicMixture, StaticMixture, Streams, connects
 from model import GPT
 
