@@ -10,6 +10,8 @@ from torch import Tensor
 
 from data.sources import Source
 
+PROMPT_TOKENS = 32  # of the validation text, which a sample continues
+
 
 @dataclass(frozen=True, slots=True)
 class Score:
@@ -60,3 +62,17 @@ def evaluate(nats_of: Callable[[Tensor, Tensor], Tensor], source: Source, *, seq
     nats = [nats_of(inputs.to(device), targets.to(device)) for inputs, targets in batches]
     mine = torch.stack(nats).cpu().double().sum().item() if nats else 0.0
     return score(sum_over_ranks(mine), len(source.validation) - 1, source.validation_bytes)
+
+
+def sample_text(source: Source, generate: Callable[[Tensor], Tensor], *, device: torch.device) -> tuple[str, str] | None:
+    """The validation text's first tokens and the model's continuation, as text; None where there is no tokenizer.
+
+    `generate` appends tokens: (T,) -> (T + n,).
+    """
+    if source.tokenizer is None:
+        return None
+    prompt = torch.from_numpy(source.validation[1:1 + PROMPT_TOKENS].astype(np.int64)).to(device)
+    tokens = generate(prompt).tolist()
+    parts = tokens[:len(prompt)], tokens[len(prompt):]
+    text, continuation = (source.tokenizer.decode(part).decode("utf-8", "replace") for part in parts)
+    return text, continuation

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from data import dashboard
-from data.runs import read_metrics
+from data.run import wandb as dashboard
+from data.run.metrics import read_metrics
 
-ROOT = Path(dashboard.__file__).resolve().parent.parent
+ROOT = Path(dashboard.__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs wandb")
 
 WATCHED_RUN = """
 import sys
 from pathlib import Path
 from configs.schema import Log, Run
-from data.dashboard import open_dashboard
+from data.run.wandb import open_dashboard
 
 log = Log(wandb=sys.argv[2], wandb_tags=("x",), experiment="wide")
 folder = Path(sys.argv[1])
