@@ -26,6 +26,8 @@ log = Log(wandb=sys.argv[2], wandb_tags=("x",), experiment="wide")
 folder = Path(sys.argv[1])
 watched = open_dashboard(Run(preset="tiny", log=log), folder=folder, environment={"torch": "9"}, code_hash="c0de",
                          resume=len(sys.argv) > 3)
+if watched is None:
+    sys.exit()
 for step in (1, 2, 2, 1):
     watched.log({"step": step, "tokens": 10 * step, "train_seconds": 0.5, "val/loss_nats": 3.0 - step, "none": None})
 watched.add_sample(2, prompt="once", text=" upon")
