@@ -68,8 +68,9 @@ def main(run: Run, began: float | None = None) -> None:
     rank, world_size = trainer.comm.rank, trainer.comm.world_size
     if rank == 0:
         print(trainer.plan(), flush=True)
+        if run.run.dry_run:
+            print(format_schedule(trainer.schedule.values, run.train.steps), flush=True)
     if run.run.dry_run:
-        print(format_schedule(trainer.schedule.values, run.train.steps) if rank == 0 else "", flush=True)
         return
     # Rank 0 chooses and makes the folder: of runs without a name each takes the next number.
     identity, folder = run.run, None
@@ -114,9 +115,10 @@ def train(trainer: "Trainer", log: Log) -> bool:
         log.bar.update()
 
         if is_due(step, run.log.every_steps) or validates:
-            loss = trainer.comm.sum(nats.item())[0] / trainer.last_values().batch_tokens  # waits for the device
+            values = trainer.last_values()
+            loss = trainer.comm.sum(nats.item())[0] / values.batch_tokens  # waits for the device
             progress.train_seconds = clock.seconds
-            log.training(loss, flops_per_token=trainer.flops_per_token())
+            log.training(loss, flops_per_token=trainer.model.flops_per_token(values.sequence_tokens, **values.windows))
             refuse_non_finite(loss, step)
         if measures:
             with clock.paused():
@@ -164,39 +166,36 @@ class Trainer:
 
     def __init__(self, run: Run) -> None:
         """Build everything that the run needs; nothing is written to disk but the tokenizer's cache."""
-        self.run = run
+        self.run, self.schedule, self.progress = run, Schedule(run), Progress()
         self.comm = Comm(choose_device(run.run.device, local_rank()))
         self.device = self.comm.device
-        self.schedule = Schedule(run)
+        on_cuda = self.device.type == "cuda"
+        self.compiled = run.run.compile == "on" or (run.run.compile == "auto" and on_cuda)
         # Each machine's first rank opens the source before the others do, so that caches are built once.
         if local_rank() > 0:
             self.comm.barrier()
         self.source = open_source(run.data, cache_dir=CACHE, seed=run.run.seed)
         if local_rank() == 0:
             self.comm.barrier()
-        self.model = self._build_model()
+        # The model, long enough for every step of the schedule; its draws come first from the seed.
+        torch.manual_seed(run.run.seed)
+        lengths = [self.schedule.values(step).sequence_tokens for step in range(run.train.steps)]
+        pieces = self.source.tokenizer.pieces if run.model.prefix_loss and self.source.tokenizer else None
+        self.model = GPT(run.model, vocab_size=self.source.vocab_size,
+                         max_tokens=max(*lengths, run.data.val_sequence_tokens or 0),
+                         document_start=self.source.document_start, prefix_of=prefix_tokens(pieces) if pieces else None,
+                         on_cuda=on_cuda, dtype=torch.bfloat16 if on_cuda else torch.float32)
+        if run.train.tied_until_frac:
+            self.model.head.weight.data.copy_(self.model.embed)
+        self.model.to(self.device)
         self.parameters = sum(p.numel() for p in self.model.parameters())
+        # The optimizer takes over the storage of all parameters.
         groups = build_groups(dict(self.model.named_parameters()), self.model.roles(), run.optim, self.model.axes())
         self.group_table = group_table(groups)
-        self.compiled = run.run.compile == "on" or (run.run.compile == "auto" and self.device.type == "cuda")
         self.optimizer = ShardedOptimizer(groups, self.comm, compile_updates=self.compiled,
                                           average=WeightAverage.build(run.train), lookahead=Lookahead.build(run))
         if self.compiled:
             self.model.compile(dynamic=False)
-        self.progress = Progress()
-
-    def _build_model(self) -> GPT:
-        torch.manual_seed(self.run.run.seed)
-        sequences = [self.schedule.values(step).sequence_tokens for step in range(self.run.train.steps)]
-        on_cuda, tokenizer = self.device.type == "cuda", self.source.tokenizer
-        prefixes = prefix_tokens(tokenizer.pieces) if self.run.model.prefix_loss and tokenizer else None
-        model = GPT(self.run.model, vocab_size=self.source.vocab_size,
-                    max_tokens=max(*sequences, self.run.data.val_sequence_tokens or 0),
-                    document_start=self.source.document_start, prefix_of=prefixes, on_cuda=on_cuda,
-                    dtype=torch.bfloat16 if on_cuda else torch.float32)
-        if self.run.train.tied_until_frac:
-            model.head.weight.data.copy_(model.embed)
-        return model.to(self.device)
 
     def start_batches(self) -> Batches:
         """The stream of training batches, from the present step on."""
@@ -205,7 +204,7 @@ class Trainer:
                           world_size=self.comm.world_size, plan=self.schedule.portions,
                           total_steps=self.run.train.steps, pin=self.device.type == "cuda",
                           vocab_size=self.source.vocab_size)
-        batches.start(self.progress.step, Position.from_dict(self.progress.position))
+        batches.start(self.progress.step, Position(**self.progress.position))
         return batches
 
     # ---- Step ----
@@ -261,11 +260,6 @@ class Trainer:
         """What held at the last step; before the first, what will hold there."""
         return self.schedule.values(max(0, self.progress.step - 1))
 
-    def flops_per_token(self) -> float:
-        """Floating-point operations of a training token of the last step."""
-        values = self.last_values()
-        return self.model.flops_per_token(values.sequence_tokens, **values.windows)
-
     def layer_measures(self) -> Measures:
         """How the last step turned each hidden matrix; on rank 0 also features, spectra and factors of every layer, on the
         validation text's first tokens, and the angles that groups should turn by. A collective."""
@@ -316,14 +310,15 @@ class Trainer:
 
     def plan(self) -> str:
         """What the run will do: groups, data, sizes, memory."""
-        run, model, train = self.run, self.model, self.run.train
+        model, train, values = self.model, self.run.train, self.last_values()
         state_bytes = sum(t.nbytes for b in self.optimizer.banks for t in (b.weights, b.grads, *b.state.values()))
         activation_bytes = model.activation_bytes(min(train.micro_tokens, train.batch_tokens // self.comm.world_size))
         return self.group_table + "\n\n" + format_plan(
-            run, self.source, notes=[model.paths.line()] if self.device.type == "cuda" else [], dtype=model.dtype,
-            kernel=model.kernel, world_size=self.comm.world_size, device=device_name(self.device), compiled=self.compiled,
-            parameters=self.parameters, flops_per_token=self.flops_per_token(), state_bytes=state_bytes,
-            activation_bytes=activation_bytes, total_tokens=self.schedule.tokens_before(train.steps))
+            self.run, self.source, notes=[model.paths.line()] if self.device.type == "cuda" else [], dtype=model.dtype,
+            kernel=model.kernel, compiled=self.compiled, world_size=self.comm.world_size, device=device_name(self.device),
+            parameters=self.parameters, flops_per_token=model.flops_per_token(values.sequence_tokens, **values.windows),
+            total_tokens=self.schedule.tokens_before(train.steps), state_bytes=state_bytes,
+            activation_bytes=activation_bytes)
 
     def warm_up(self) -> None:
         """Run every shape of the schedule on random tokens, so that all is compiled, then undo it."""
@@ -350,8 +345,6 @@ if __name__ == "__main__":
     except ValueError as error:
         fail(str(error))
     except DivergedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(f"error: {error}") from None  # printed on stderr; the status is 1
     except torch.OutOfMemoryError as error:
-        print(f"error: out of memory; lower --train.micro_tokens ({RUN.train.micro_tokens}). {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(f"error: out of memory; lower --train.micro_tokens ({RUN.train.micro_tokens}). {error}") from None

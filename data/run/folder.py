@@ -22,9 +22,12 @@ def open_run_folder(dir: str | Path, name: str, *, fallback_name: str, resume: b
     To resume is to take the folder as it is (a new one is fine: nothing was saved yet). Raises ValueError for a name
     that is no plain folder name, a folder that another run fills, and a place where no folder can be made or written.
     """
-    _refuse_unless_plain(name or fallback_name)
+    plain = name or fallback_name
+    if plain in ("", ".", "..") or plain != plain.strip() or not plain.isprintable() or re.search(r"[\\/]", plain):
+        nearest = re.sub(r"\W+", "-", plain).strip("-") or "run"
+        raise ValueError(f"--run.name must be a plain folder name, got {plain!r}; did you mean {nearest}?")
     parent = Path(dir).expanduser()
-    folder = parent / (name or fallback_name)
+    folder = parent / plain
     try:
         parent.mkdir(parents=True, exist_ok=True)
         if name or resume:
@@ -41,12 +44,6 @@ def open_run_folder(dir: str | Path, name: str, *, fallback_name: str, resume: b
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"run folder {folder} is not writable; choose another --run.dir")
     return folder
-
-
-def _refuse_unless_plain(name: str) -> None:
-    if name in ("", ".", "..") or name != name.strip() or not name.isprintable() or re.search(r"[\\/]", name):
-        nearest = re.sub(r"\W+", "-", name).strip("-") or "run"
-        raise ValueError(f"--run.name must be a plain folder name, got {name!r}; did you mean {nearest}?")
 
 
 def _make_first_free(folder: Path) -> Path:
