@@ -1,4 +1,4 @@
-"""One training run, told from top to bottom: config > data > model > optimizer > warm-up > timed loop > checkpoint.
+"""One training run, in this order: main, train, step, validate, save and resume.
 
     python train_gpt.py [PRESET] [--dotted.field VALUE ...]
     torchrun --standalone --nproc_per_node=8 train_gpt.py PRESET ...
@@ -17,27 +17,26 @@ if __name__ == "__main__":
 
 # ruff: noqa: E402
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from configs.schema import Identity, Run
+from configs.schema import Run, Train
 from configs.serialize import config_to_dict, flatten
-from data.batches import Batches
-from data.checkpoint import load_checkpoint, match_tensors, save_checkpoint
-from data.clock import Clock, Interruption
-from data.device import choose_device, device_name, peak_memory_bytes
-from data.environment import peak_flops
-from data.evaluate import Score, evaluate
-from data.metrics import EQUILIBRIUM, measure_name
+from data.batches import Batches, micro_batches
+from data.evaluate import Score, evaluate, sample_text
 from data.orders import Position
-from data.reporter import Progress, Reporter
-from data.runs import open_run_folder
-from data.sources import Source, open_source
+from data.run.checkpoint import load_checkpoint, match_tensors, refuse_other_run, save_checkpoint
+from data.run.clock import Clock, Interruption
+from data.run.environment import choose_device, device_name
+from data.run.folder import open_run_folder
+from data.run.log import Log, Progress
+from data.run.metrics import EQUILIBRIUM, measure_name
+from data.run.plan import format_plan, format_schedule
+from data.sources import open_source
 from data.tokenizers import prefix_tokens
 from layers.diagnostics import Measures, feature_measures, in_row, weight_measures
 from layers.head import Terms
@@ -52,7 +51,6 @@ from optim.sharded import NonFiniteError, ShardedOptimizer
 CACHE = Path(__file__).resolve().parent / ".cache"
 CHECKPOINT = "checkpoint.safetensors"
 RNG = "rng/torch"
-PROMPT_TOKENS = 32
 LAYER_TOKENS = 4096  # most that layers are measured on: uncompiled attention may hold T x T scores
 GPU_SIGNAL_POLL_STEPS = 16  # agreeing on a signal waits for the device; on CPUs it is free
 
@@ -61,53 +59,141 @@ class DivergedError(RuntimeError):
     """The loss or a gradient is not finite."""
 
 
-# ---- The run's state ----------------------------------------------------------------------------------------------------
+def main(run: Run, began: float | None = None) -> None:
+    """Train as `run` says; `began` is when the process did, in seconds since 1970."""
+    began = began or time.time()
+    trainer = Trainer(run)
+    rank, world_size = trainer.comm.rank, trainer.comm.world_size
+    if rank == 0:
+        print(trainer.plan(), flush=True)
+        if run.run.dry_run:
+            print(format_schedule(trainer.schedule.values, run.train.steps), flush=True)
+    if run.run.dry_run:
+        return
+    # Rank 0 chooses and makes the folder: of runs without a name each takes the next number.
+    identity, folder = run.run, None
+    if rank == 0:
+        folder = open_run_folder(identity.dir, identity.name, fallback_name=run.preset, resume=identity.resume)
+    folder = trainer.comm.share(folder)
+    resumed = identity.resume and (folder / CHECKPOINT).exists()
+    if resumed:
+        trainer.load(folder / CHECKPOINT)
+    log = Log(run, folder, trainer.progress, device=trainer.device, rank=rank, world_size=world_size)
+    if identity.resume:
+        log.say(f"resuming {folder} at step {trainer.progress.step}" if resumed
+                else f"no checkpoint in {folder}: starting at step 0")
+    if trainer.compiled and run.train.warmup_steps:
+        trainer.warm_up()
+    try:
+        ended = train(trainer, log)
+    except NonFiniteError as error:
+        saved = folder / CHECKPOINT
+        good = f"the last good checkpoint is {saved}" if saved.exists() else "no checkpoint was written yet"
+        raise DivergedError(f"{error}; {good}. Lower --optim.matrix.lr or the lr of "
+                            "the embeddings, or start from lr 0 (--schedule.lr '0=0 5%=1 ...')") from error
+    if ended:
+        log.finish(sample=trainer.sample(), wall_seconds=time.time() - began, parameters=trainer.parameters,
+                   data_hash=trainer.source.data_hash)
+    else:
+        log.say(f"interrupted at step {trainer.progress.step}; saved. Continue with --run.name {folder.name} --run.resume")
+    trainer.comm.close()
+
+
+def train(trainer: "Trainer", log: Log) -> bool:
+    """The timed loop. True if the run ended, False if a signal cut it short; a checkpoint is written in both cases."""
+    run, progress = trainer.run, trainer.progress
+    poll_steps = GPU_SIGNAL_POLL_STEPS if trainer.device.type == "cuda" else 1
+    interruption, interrupted = Interruption(), False
+    batches = trainer.start_batches()
+    clock = Clock(trainer.device, progress.train_seconds)
+    while not (interrupted or progress.is_finished(run)):
+        step = progress.step + 1
+        validates, measures = is_validation_step(run.train, step), is_due(step, run.log.layers_every_steps)
+        nats = trainer.step(batches, remember=measures or (validates and run.log.diagnostics))
+        log.bar.update()
+
+        if is_due(step, run.log.every_steps) or validates:
+            values = trainer.last_values()
+            loss = trainer.comm.sum(nats.item())[0] / values.batch_tokens  # waits for the device
+            progress.train_seconds = clock.seconds
+            log.training(loss, flops_per_token=trainer.model.flops_per_token(values.sequence_tokens, **values.windows))
+            refuse_non_finite(loss, step)
+        if measures:
+            with clock.paused():
+                log.write(trainer.layer_measures())
+        if validates:
+            with clock.paused():
+                score = trainer.validate()
+                progress.note_score(score, run.run.target_loss_nats)
+                log.validation(score, trainer.measures.of_roles(trainer.last_values()) if run.log.diagnostics else {})
+                refuse_non_finite(score.nats_per_token, step)
+
+        saves = progress.is_finished(run) or is_due(step, run.run.checkpoint_every_steps)
+        polls = is_due(step, poll_steps)
+        if polls or saves:
+            trainer.optimizer.refuse_non_finite()
+        interrupted = polls and trainer.comm.max(float(interruption.received))[0] > 0
+        if saves or interrupted:
+            with clock.paused():
+                refuse_non_finite(trainer.comm.sum(nats.item())[0], step)
+                progress.train_seconds, progress.metrics_bytes = clock.seconds, log.metrics_bytes()
+                trainer.save(log.folder / CHECKPOINT)
+    batches.close()
+    return progress.is_finished(run)
+
+
+def is_due(step: int, every_steps: int) -> bool:
+    """Whether something that happens every so many steps, 0 meaning never, happens after this one."""
+    return every_steps > 0 and step % every_steps == 0
+
+
+def is_validation_step(train: Train, step: int) -> bool:
+    """Whether the weights after `step` steps are validated: always at the end."""
+    late = train.final_val_every_steps and step >= 0.9 * train.steps
+    return step == train.steps or is_due(step, train.final_val_every_steps if late else train.val_every_steps)
+
+
+def refuse_non_finite(loss: float, step: int) -> None:
+    """Raise NonFiniteError where the loss is NaN or infinite."""
+    if not math.isfinite(loss):
+        raise NonFiniteError(f"loss is {loss} at step {step}")
 
 
 class Trainer:
-    """Model, optimizer, data and clock of one run, on one rank."""
+    """Model, optimizer and data of one run, on one rank."""
 
     def __init__(self, run: Run) -> None:
         """Build everything that the run needs; nothing is written to disk but the tokenizer's cache."""
-        self.run = run
+        self.run, self.schedule, self.progress = run, Schedule(run), Progress()
         self.comm = Comm(choose_device(run.run.device, local_rank()))
         self.device = self.comm.device
-        self.schedule = Schedule(run)
-        self.source = self._open_source()
-        self.model = self._build_model()
-        groups = build_groups(dict(self.model.named_parameters()), self.model.roles(), run.optim,
-                              self.model.axes())
+        on_cuda = self.device.type == "cuda"
+        self.compiled = run.run.compile == "on" or (run.run.compile == "auto" and on_cuda)
+        # Each machine's first rank opens the source before the others do, so that caches are built once.
+        if local_rank() > 0:
+            self.comm.barrier()
+        self.source = open_source(run.data, cache_dir=CACHE, seed=run.run.seed)
+        if local_rank() == 0:
+            self.comm.barrier()
+        # The model, long enough for every step of the schedule; its draws come first from the seed.
+        torch.manual_seed(run.run.seed)
+        lengths = [self.schedule.values(step).sequence_tokens for step in range(run.train.steps)]
+        pieces = self.source.tokenizer.pieces if run.model.prefix_loss and self.source.tokenizer else None
+        self.model = GPT(run.model, vocab_size=self.source.vocab_size,
+                         max_tokens=max(*lengths, run.data.val_sequence_tokens or 0),
+                         document_start=self.source.document_start, prefix_of=prefix_tokens(pieces) if pieces else None,
+                         on_cuda=on_cuda, dtype=torch.bfloat16 if on_cuda else torch.float32)
+        if run.train.tied_until_frac:
+            self.model.head.weight.data.copy_(self.model.embed)
+        self.model.to(self.device)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        # The optimizer takes over the storage of all parameters.
+        groups = build_groups(dict(self.model.named_parameters()), self.model.roles(), run.optim, self.model.axes())
         self.group_table = group_table(groups)
-        self.compiled = run.run.compile == "on" or (run.run.compile == "auto" and self.device.type == "cuda")
-        self.optimizer = ShardedOptimizer(groups, self.comm, compile_updates=self.compiled,
-                                          hooks=build_hooks(run))
+        self.optimizer = ShardedOptimizer(groups, self.comm, compile_updates=self.compiled, hooks=build_hooks(run))
         self.measures = StepMeasures(self.comm)
         if self.compiled:
             self.model.compile(dynamic=False)
-        self.progress = Progress()
-        self.clock = Clock(self.device)
-
-    def _open_source(self) -> Source:
-        """Each machine's first rank opens the source first, so that caches are built once."""
-        def opened() -> Source:
-            return open_source(self.run.data, cache_dir=CACHE, seed=self.run.run.seed)
-
-        source = opened() if local_rank() == 0 else None
-        self.comm.barrier()
-        return source or opened()
-
-    def _build_model(self) -> GPT:
-        torch.manual_seed(self.run.run.seed)
-        values = [self.schedule.values(step) for step in range(self.run.train.steps)]
-        longest = max(max(v.sequence_tokens for v in values), self.run.data.val_sequence_tokens or 0)
-        on_cuda, tokenizer = self.device.type == "cuda", self.source.tokenizer
-        prefixes = prefix_tokens(tokenizer.pieces) if self.run.model.prefix_loss and tokenizer else None
-        model = GPT(self.run.model, vocab_size=self.source.vocab_size, max_tokens=longest,
-                    document_start=self.source.document_start, prefix_of=prefixes, on_cuda=on_cuda,
-                    dtype=torch.bfloat16 if on_cuda else torch.float32)
-        if self.run.train.tied_until_frac:
-            model.head.weight.data.copy_(model.embed)
-        return model.to(self.device)
 
     def start_batches(self) -> Batches:
         """The stream of training batches, from the present step on."""
@@ -116,44 +202,49 @@ class Trainer:
                           world_size=self.comm.world_size, plan=self.schedule.portions,
                           total_steps=self.run.train.steps, pin=self.device.type == "cuda",
                           vocab_size=self.source.vocab_size)
-        batches.start(self.progress.step, Position.from_dict(self.progress.position))
+        batches.start(self.progress.step, Position(**self.progress.position))
         return batches
 
-    # ---- One step, one validation ----
+    # ---- Step ----
+
+    def step(self, batches: Batches, *, remember: bool = False) -> Tensor:
+        """One optimizer step: this rank's summed nats before it, 0-D; with `remember` it can be measured afterwards."""
+        progress, train, values = self.progress, self.run.train, self.schedule.values(self.progress.step)
+        # Data: this rank's rows of the global batch, prepared by a thread during the step before.
+        inputs, targets, position = batches.next()
+        # Gradients of the loss, added up over micro-batches.
+        nats = self.gradients(inputs, targets, values)
+        # A tied head: both tables, equal and trained alike, get the sum of their gradients and stay equal. Gradients that
+        # wait for a later step are not shared yet: what they add up to is, once.
+        tied = progress.step < train.tied_until_frac * train.steps
+        if tied and is_due(progress.step + 1, self.run.optim.embed.update_every):
+            embed, head = self.model.embed.grad, self.model.head.weight.grad
+            head.copy_(embed.add_(head))
+        # Update: gradients are summed over ranks, each rank updates its slice of the weights and sends it to all.
+        if remember:
+            self.measures.remember(self.optimizer.banks)
+        self.optimizer.step(values, progress.step + 1)
+        self.optimizer.zero_grad()
+        # Progress: what a resumed run must know.
+        progress.step += 1
+        progress.tokens += values.batch_tokens
+        progress.position = asdict(position)
+        return nats
 
     def gradients(self, inputs: Tensor, targets: Tensor, values: Values) -> Tensor:
         """Accumulate this rank's gradients of the step's loss; its own summed nats, 0-D."""
         scale = 1 / values.batch_tokens if self.run.train.loss_reduction == "mean" else 1.0
         total = torch.zeros((), device=self.device)
+        # As tensors, because a compiled model would be compiled again for other Python numbers.
         terms = Terms(*(torch.full((), x, device=self.device) for x in (values.mtp, values.prefix_loss)))
         for x, y in micro_batches(inputs, targets, self.run.train.micro_tokens):
-            x, y = (part.to(self.device, non_blocking=True) for part in (x, y))
+            x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
             nats = self.model(x, y, terms=terms, **values.windows)
             (nats * scale).backward()
             total += nats.detach()
         return total
 
-    def step(self, batches: Batches, *, remember: bool = False) -> Tensor:
-        """One optimizer step: this rank's summed nats before it; with `remember` it can be measured afterwards."""
-        progress, values = self.progress, self.schedule.values(self.progress.step)
-        inputs, targets, position = batches.next()
-        nats = self.gradients(inputs, targets, values)
-        if self._is_tied():
-            share_gradients(self.model.embed, self.model.head.weight)
-        if remember:
-            self.measures.remember(self.optimizer.banks)
-        self.optimizer.step(values, progress.step + 1)
-        self.optimizer.zero_grad()
-        progress.step += 1
-        progress.tokens += values.batch_tokens
-        progress.position = position.as_dict()
-        return nats
-
-    def _is_tied(self) -> bool:
-        """Whether this step moves the embedding, and the head with it. Gradients that wait for a later step are not shared
-        yet: what they add up to is, once."""
-        step, train = self.progress.step, self.run.train
-        return step < train.tied_until_frac * train.steps and (step + 1) % self.run.optim.embed.update_every == 0
+    # ---- Validate and measure ----
 
     @torch.no_grad()
     def validate(self) -> Score:
@@ -175,21 +266,66 @@ class Trainer:
         values, turns = self.last_values(), self.measures.turns("matrix")
         if self.comm.rank > 0:
             return {}
-        found = weight_measures(self.model)
-        for name, measures in turns.items():
-            found |= in_row(name, measures)
+        measures = weight_measures(self.model)
+        for name, of_matrix in turns.items():
+            measures |= in_row(name, of_matrix)
         groups = {bank.group.role: bank.group for bank in self.optimizer.banks}
-        found |= {measure_name(role, EQUILIBRIUM): angle for role, group in groups.items()
-                  if (angle := equilibrium_angle(group, values)) is not None}
+        measures |= {measure_name(role, EQUILIBRIUM): angle for role, group in groups.items()
+                     if (angle := equilibrium_angle(group, values)) is not None}
         count = min(values.sequence_tokens, LAYER_TOKENS)
         tokens = torch.from_numpy(self.source.validation[:count].astype("int64")).to(self.device)[None]
-        return found | feature_measures(self.model, tokens, **values.windows)
+        return measures | feature_measures(self.model, tokens, **values.windows)
+
+    def sample(self) -> tuple[str, str] | None:
+        """Text: a prompt and what the model makes of it; None on other ranks than 0, and if it is not asked for."""
+        generate = partial(self.model.generate, count=self.run.log.sample_tokens, **self.last_values().windows,
+                           generator=torch.Generator().manual_seed(self.run.run.seed))
+        with self.optimizer.evaluation_weights():  # on all ranks, though one samples
+            if self.comm.rank > 0 or not self.run.log.sample_tokens:
+                return None
+            return sample_text(self.source, generate, device=self.device)
+
+    # ---- Save and resume ----
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint, atomically. A collective: every rank must call it."""
+        tensors = self.optimizer.state.tensors()
+        if self.comm.rank == 0:
+            meta = {"progress": asdict(self.progress), "config": flatten(config_to_dict(self.run)),
+                    "data_hash": self.source.data_hash}
+            save_checkpoint(path, tensors | {RNG: torch.get_rng_state()}, meta)
+        self.comm.barrier()
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint. Raises ValueError if it is corrupt, of another model, or of another run."""
+        tensors, meta = load_checkpoint(path)
+        # Everything is compared before anything is changed.
+        match_tensors(self.optimizer.state.shapes() | {RNG: tuple(torch.get_rng_state().shape)}, tensors, what=str(path))
+        refuse_other_run(meta, self.run, self.source.data_hash, path)
+        self.optimizer.state.load(tensors)
+        torch.set_rng_state(tensors[RNG])
+        self.progress = Progress(**meta["progress"])
+
+    # ---- Before the first step ----
+
+    def plan(self) -> str:
+        """What the run will do: groups, data, sizes, memory."""
+        model, train, values = self.model, self.run.train, self.last_values()
+        state_bytes = sum(t.nbytes for b in self.optimizer.banks for t in (b.weights, b.grads, *b.state.values()))
+        activation_bytes = model.activation_bytes(min(train.micro_tokens, train.batch_tokens // self.comm.world_size))
+        return self.group_table + "\n\n" + format_plan(
+            self.run, self.source, notes=[model.paths.line()] if self.device.type == "cuda" else [], dtype=model.dtype,
+            kernel=model.kernel, compiled=self.compiled, world_size=self.comm.world_size, device=device_name(self.device),
+            parameters=self.parameters, flops_per_token=model.flops_per_token(values.sequence_tokens, **values.windows),
+            total_tokens=self.schedule.tokens_before(train.steps), state_bytes=state_bytes,
+            activation_bytes=activation_bytes)
 
     def warm_up(self) -> None:
         """Run every shape of the schedule on random tokens, so that all is compiled, then undo it."""
         snapshot = self.optimizer.state.snapshot()
         generator = torch.Generator().manual_seed(0)
-        shapes = {values[3:7]: values for values in map(self.schedule.values, range(self.run.train.steps))}
+        shapes = {(v.batch_tokens, v.sequence_tokens, v.window_tokens, v.long_window_tokens): v
+                  for v in map(self.schedule.values, range(self.run.train.steps))}
         for step, values in enumerate(shapes.values()):
             rows = max(1, values.batch_tokens // values.sequence_tokens // self.comm.world_size)
             tokens = torch.randint(self.source.vocab_size, (rows, values.sequence_tokens), generator=generator)
@@ -197,243 +333,10 @@ class Trainer:
                 self.gradients(tokens, tokens, values)
                 self.optimizer.step(values, (step + 1) * self.optimizer.period)  # so that every group is updated
                 self.optimizer.zero_grad()
-            with torch.no_grad():
+            with torch.no_grad():  # as validation does
                 x = next(micro_batches(tokens, tokens, self.run.train.micro_tokens))[0].to(self.device)
                 self.model(x, x, **values.windows)
         self.optimizer.state.restore(snapshot)
-
-    # ---- Saving and resuming ----
-
-    def save(self, path: Path) -> None:
-        """Write a checkpoint, atomically. A collective: every rank must call it."""
-        tensors = self.optimizer.state.tensors()
-        if self.comm.rank == 0:
-            meta = {"progress": {name: getattr(self.progress, name) for name in Progress.__slots__},
-                    "config": flatten(config_to_dict(self.run)), "data_hash": self.source.data_hash}
-            save_checkpoint(path, tensors | {RNG: torch.get_rng_state()}, meta)
-        self.comm.barrier()
-
-    def load(self, path: Path) -> None:
-        """Continue from a checkpoint. Raises ValueError if it is corrupt, of another model, or of another run."""
-        tensors, meta = load_checkpoint(path)
-        match_tensors(self.optimizer.state.shapes() | {RNG: tuple(torch.get_rng_state().shape)}, tensors, what=str(path))
-        refuse_other_run(meta, self.run, self.source.data_hash, path)
-        self.optimizer.state.load(tensors)
-        torch.set_rng_state(tensors[RNG])
-        self.progress = Progress(**meta["progress"])
-        self.clock = Clock(self.device, self.progress.train_seconds)
-
-    def flops_per_token(self) -> float:
-        """Floating-point operations of a training token of the last step."""
-        values = self.last_values()
-        return self.model.flops_per_token(values.sequence_tokens, **values.windows)
-
-
-def share_gradients(*tied: Tensor) -> None:
-    """Every tensor's gradient becomes the sum of all, in place: tensors that are equal and trained alike stay equal."""
-    total = sum(tensor.grad for tensor in tied)
-    for tensor in tied:
-        tensor.grad.copy_(total)
-
-
-def micro_batches(inputs: Tensor, targets: Tensor, micro_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of (n, T) tensors in portions of at most `micro_tokens` tokens, at least one row."""
-    rows = max(1, micro_tokens // inputs.size(1))
-    yield from zip(inputs.split(rows), targets.split(rows), strict=True) if len(inputs) else ()
-
-
-def refuse_other_run(meta: dict, run: Run, data_hash: str, path: Path) -> None:
-    """Raise ValueError if a checkpoint's settings that decide the losses, or its data, are not this run's."""
-    if meta["data_hash"] != data_hash:
-        raise ValueError(f"{path} was trained on data {meta['data_hash']}, this run reads {data_hash}")
-    free = {f"run.{name}" for name in Identity.__slots__ if name != "seed"}
-    mine = flatten(config_to_dict(run))
-    for name, value in meta["config"].items():
-        if name not in free and not name.startswith("log.") and name != "train.micro_tokens" and mine.get(name) != value:
-            raise ValueError(f"{path} was trained with --{name} {value}, this run says {mine.get(name)}; "
-                             "resume with the same settings, or start another --run.name")
-
-
-# ---- The story ----------------------------------------------------------------------------------------------------------
-
-
-def is_validation_step(run: Run, step: int) -> bool:
-    """Whether the weights after `step` steps are validated: always at the end, never at the start."""
-    train = run.train
-    late = train.final_val_every_steps and step >= 0.9 * train.steps
-    every = train.final_val_every_steps if late else train.val_every_steps
-    return step == train.steps or (step > 0 and every > 0 and step % every == 0)
-
-
-def is_finished(run: Run, progress: Progress) -> bool:
-    """Whether all steps are done, or the target is reached where that ends the run."""
-    return progress.step >= run.train.steps or (run.run.stop_at_target and progress.target_step is not None)
-
-
-def plan(trainer: Trainer) -> str:
-    """What the run will do: groups, sizes, schedule, memory."""
-    run, model, source = trainer.run, trainer.model, trainer.source
-    steps, micro = run.train.steps, min(run.train.micro_tokens, run.train.batch_tokens // trainer.comm.world_size)
-    parameters = sum(p.numel() for p in model.parameters())
-    state = sum(t.nbytes for b in trainer.optimizer.banks for t in (b.weights, b.grads, *b.state.values()))
-    kernel = model.kernel if run.model.flash == "default" else f"{model.kernel} by {run.model.flash}"
-    lines = [trainer.group_table, "",
-             f"preset {run.preset} on {trainer.comm.world_size} x {device_name(trainer.device)}, seed {run.run.seed}, "
-             f"activations {str(model.dtype)[6:]}, attention {kernel}, compile {'on' if trainer.compiled else 'off'}",
-             f"data {source.name}, hash {source.data_hash}, {sum(map(len, source.train)):,} training tokens, "
-             f"{len(source.validation) - 1:,} validation tokens, vocabulary {source.vocab_size:,}",
-             *source.notes, *([model.paths.line()] if trainer.device.type == "cuda" else []),
-             f"{parameters:,} parameters, {trainer.flops_per_token() / 1e6:.1f} MFLOP a token; {steps:,} steps, "
-             f"{trainer.schedule.tokens_before(steps):,} tokens; memory a rank: weights, gradients and optimizer state "
-             f"{state / 2**20:,.0f} MiB, activations about {model.activation_bytes(micro) / 2**20:,.0f} MiB"]
-    return "\n".join(lines)
-
-
-def schedule_table(schedule: Schedule) -> str:
-    """The schedule's values at eleven steps."""
-    steps = sorted({round(i * (schedule.total_steps - 1) / 10) for i in range(11)})
-    lines = [f"{'step':>8} " + " ".join(f"{name:>15}" for name in Values._fields)]
-    for step in steps:
-        cells = ("-" if x is None else f"{x:.6g}" for x in schedule.values(step))
-        lines.append(f"{step:>8} " + " ".join(f"{cell:>15}" for cell in cells))
-    return "\n".join(lines)
-
-
-def train(trainer: Trainer, reporter: Reporter) -> bool:
-    """The timed loop. True if the run ended, False if a signal cut it short; a checkpoint is written in both cases."""
-    run, progress, clock = trainer.run, trainer.progress, trainer.clock
-    interruption, batches = Interruption(), trainer.start_batches()
-    poll = GPU_SIGNAL_POLL_STEPS if trainer.device.type == "cuda" else 1
-    clock.start()
-    while not is_finished(run, progress):
-        validates, every = is_validation_step(run, progress.step + 1), run.log.layers_every_steps
-        measures = every > 0 and (progress.step + 1) % every == 0
-        with advised(trainer, reporter.folder):
-            nats = trainer.step(batches, remember=measures or (validates and run.log.diagnostics))
-        reporter.advance()
-        if progress.step % run.log.every_steps == 0 or validates:
-            record_train_loss(trainer, reporter, nats)
-        if measures:
-            clock.stop()
-            reporter.layers(trainer.layer_measures())
-            clock.start()
-        if validates:
-            clock.stop()
-            score = trainer.validate()
-            progress.note_score(score, run.run.target_loss_nats)
-            values = trainer.schedule.values(progress.step - 1)
-            reporter.validation(score, trainer.measures.of_roles(values) if run.log.diagnostics else {})
-            refuse_non_finite(trainer, score.nats_per_token, reporter.folder)
-            clock.start()
-        every = run.run.checkpoint_every_steps
-        saves = is_finished(run, progress) or (every and progress.step % every == 0)
-        if progress.step % poll == 0 or saves:
-            with advised(trainer, reporter.folder):
-                trainer.optimizer.refuse_non_finite()
-        interrupted = progress.step % poll == 0 and trainer.comm.max(float(interruption.received))[0] > 0
-        if saves or interrupted:
-            clock.stop()
-            refuse_non_finite(trainer, trainer.comm.sum(nats.item())[0], reporter.folder)
-            checkpoint(trainer, reporter)
-            clock.start()
-        if interrupted:
-            break
-    clock.stop()
-    batches.close()
-    return is_finished(run, progress)
-
-
-def record_train_loss(trainer: Trainer, reporter: Reporter, nats: Tensor) -> None:
-    """Sum the step's loss over ranks, write it down, and stop the run where it is not finite."""
-    progress, comm = trainer.progress, trainer.comm
-    loss = comm.sum(nats.item())[0] / trainer.schedule.values(progress.step - 1).batch_tokens
-    progress.train_seconds = trainer.clock.seconds
-    peak = peak_flops(device_name(trainer.device))
-    reporter.training(loss, flops_per_token=trainer.flops_per_token(), peak_flops=peak and peak * comm.world_size)
-    refuse_non_finite(trainer, loss, reporter.folder)
-
-
-def refuse_non_finite(trainer: Trainer, loss: float, folder: Path) -> None:
-    """Raise DivergedError, with advice, where the loss is NaN or infinite."""
-    with advised(trainer, folder):
-        if not math.isfinite(loss):
-            raise NonFiniteError(f"loss is {loss} at step {trainer.progress.step}")
-
-
-@contextmanager
-def advised(trainer: Trainer, folder: Path) -> Iterator[None]:
-    """Turn NonFiniteError into DivergedError, with advice."""
-    try:
-        yield
-    except NonFiniteError as error:
-        saved = folder / CHECKPOINT
-        good = f"the last good checkpoint is {saved}" if saved.exists() else "no checkpoint was written yet"
-        raise DivergedError(f"{error}; {good}. Lower --optim.matrix.lr or the lr of "
-                            "the embeddings, or start from lr 0 (--schedule.lr '0=0 5%=1 ...')") from error
-
-
-def checkpoint(trainer: Trainer, reporter: Reporter) -> None:
-    """Save everything, with the length of the metrics file as of now."""
-    trainer.progress.train_seconds = trainer.clock.seconds
-    trainer.progress.metrics_bytes = reporter.metrics_bytes()
-    trainer.save(reporter.folder / CHECKPOINT)
-
-
-def finish(trainer: Trainer, reporter: Reporter, began: float) -> None:
-    """Write summary.json, print it, and sample a continuation of the validation text."""
-    with trainer.optimizer.evaluation_weights():  # on all ranks, though one samples
-        text = sample(trainer) if reporter.active else None
-    reporter.finish(
-        sample=text, wall_seconds=time.time() - began,
-        peak_memory_bytes=peak_memory_bytes(trainer.device), parameters=sum(p.numel() for p in trainer.model.parameters()),
-        data_hash=trainer.source.data_hash, device=device_name(trainer.device), world_size=trainer.comm.world_size)
-
-
-def sample(trainer: Trainer) -> tuple[str, str] | None:
-    """The validation text's first tokens, and the model's continuation of them; None if not asked for."""
-    tokenizer, count = trainer.source.tokenizer, trainer.run.log.sample_tokens
-    if tokenizer is None or not count:
-        return None
-    prompt = torch.from_numpy(trainer.source.validation[1:1 + PROMPT_TOKENS].astype("int64")).to(trainer.device)
-    rng = torch.Generator().manual_seed(trainer.run.run.seed)
-    tokens = trainer.model.generate(prompt, count, generator=rng, **trainer.last_values().windows)
-    prompt, text = (tokenizer.decode(part.tolist()).decode("utf-8", "replace") for part in (prompt, tokens[len(prompt):]))
-    return prompt, text
-
-
-def open_folder(run: Run, comm: Comm) -> Path:
-    """The run's folder, chosen and made by rank 0."""
-    identity = run.run
-    made = comm.rank == 0 and open_run_folder(identity.dir, identity.name, fallback_name=run.preset, resume=identity.resume)
-    return Path(comm.share(str(made)))
-
-
-def main(run: Run, began: float | None = None) -> None:
-    """Train as `run` says; `began` is when the process did, in seconds since 1970."""
-    began = began or time.time()
-    trainer = Trainer(run)
-    lead = trainer.comm.rank == 0
-    if lead:
-        print(plan(trainer), flush=True)
-    if run.run.dry_run:
-        print(schedule_table(trainer.schedule) if lead else "", flush=True)
-        return
-    folder = open_folder(run, trainer.comm)
-    resumed = run.run.resume and (folder / CHECKPOINT).exists()
-    if resumed:
-        trainer.load(folder / CHECKPOINT)
-    reporter = Reporter(run, folder, trainer.progress, active=lead, resumed=resumed)
-    if run.run.resume:
-        reporter.say(f"resuming {folder} at step {trainer.progress.step}" if resumed
-                     else f"no checkpoint in {folder}: starting at step 0")
-    if trainer.compiled and run.train.warmup_steps:
-        trainer.warm_up()
-    if train(trainer, reporter):
-        finish(trainer, reporter, began)
-    else:
-        reporter.say(f"interrupted at step {trainer.progress.step}; saved. "
-                     f"Continue with --run.name {folder.name} --run.resume")
-    trainer.comm.close()
 
 
 if __name__ == "__main__":
@@ -442,8 +345,6 @@ if __name__ == "__main__":
     except ValueError as error:
         fail(str(error))
     except DivergedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(f"error: {error}") from None  # printed on stderr; the status is 1
     except torch.OutOfMemoryError as error:
-        print(f"error: out of memory; lower --train.micro_tokens ({RUN.train.micro_tokens}). {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(f"error: out of memory; lower --train.micro_tokens ({RUN.train.micro_tokens}). {error}") from None

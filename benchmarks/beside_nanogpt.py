@@ -24,8 +24,8 @@ import tyro
 from configs.presets import PRESETS
 from configs.schema import Run
 from data.corpus import corpus_bytes, split_text
-from data.environment import describe_environment
-from data.runs import write_json
+from data.run.environment import describe_environment
+from data.run.folder import write_json
 from data.sources import open_source
 
 HERE = Path(__file__).resolve().parent

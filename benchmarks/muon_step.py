@@ -20,8 +20,8 @@ from torch.optim import _muon
 
 from configs.groups import Group, Optim
 from configs.schema import Run
-from data.environment import describe_environment
-from data.runs import write_json
+from data.run.environment import describe_environment
+from data.run.folder import write_json
 from optim.comm import Comm
 from optim.groups import build_groups
 from optim.schedule import Schedule

@@ -20,8 +20,8 @@ import tyro
 import train_gpt
 from configs.cli import parse
 from configs.presets import PRESETS
-from data.environment import describe_environment
-from data.runs import write_json
+from data.run.environment import describe_environment
+from data.run.folder import write_json
 
 RUNS = Path("runs") / "muon_vs_adamw"
 

@@ -18,8 +18,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from data.environment import describe_environment
-from data.runs import write_json
+from data.run.environment import describe_environment
+from data.run.folder import write_json
 from optim.newton_schulz import TABLES, Table, orthogonalize
 
 ROWS = 768

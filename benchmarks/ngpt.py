@@ -21,8 +21,8 @@ import tyro
 
 import train_gpt
 from configs.cli import parse
-from data.environment import describe_environment
-from data.runs import write_json, write_text
+from data.run.environment import describe_environment
+from data.run.folder import write_json, write_text
 from scripts.lab.browser import screenshot
 
 HERE = Path(__file__).resolve().parent

@@ -22,8 +22,8 @@ from benchmarks.muon_step import SHAPES
 from benchmarks.oracles import ORACLES, parity
 from configs.cli import fail, nearest
 from configs.groups import Group, Optim, acting_fields
-from data.environment import describe_environment
-from data.runs import write_json, write_text
+from data.run.environment import describe_environment
+from data.run.folder import write_json, write_text
 from optim.comm import Comm
 from optim.groups import build_groups
 from optim.rules import RULES

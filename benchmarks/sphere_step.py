@@ -14,8 +14,8 @@ import torch
 import tyro
 
 from configs.cli import parse
-from data.environment import describe_environment
-from data.runs import write_json
+from data.run.environment import describe_environment
+from data.run.folder import write_json
 from train_gpt import Trainer
 
 HERE = Path(__file__).resolve().parent

@@ -16,8 +16,8 @@ import tyro
 
 from configs.cli import parse
 from configs.groups import Group
-from data.environment import describe_environment
-from data.runs import write_json
+from data.run.environment import describe_environment
+from data.run.folder import write_json
 from optim.newton_schulz import orthogonalize_svd
 from optim.rules import Hyper, build_rule
 from optim.rules.stiefel import Split, residual, solve

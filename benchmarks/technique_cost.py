@@ -17,8 +17,8 @@ import tyro
 from configs.ablations import each_off
 from configs.cli import parse, parse_row
 from configs.presets import PRESETS
-from data.environment import describe_environment
-from data.runs import write_json
+from data.run.environment import describe_environment
+from data.run.folder import write_json
 from train_gpt import Trainer
 
 HERE = Path(__file__).resolve().parent

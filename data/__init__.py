@@ -1,1 +1,1 @@
-"""Everything on disk: tokens going in; run folders, checkpoints and logs coming out."""
+"""Tokens: shards, corpora, tokenizers, sources, their order and batches, and the referee; data/run is what a run leaves."""

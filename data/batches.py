@@ -1,6 +1,6 @@
 """Which tokens each step sees: this rank's rows of the global batch, prepared one step ahead."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal
 
@@ -68,14 +68,20 @@ class Batches:
         mine = range(count * self._rank // self._world_size, count * (self._rank + 1) // self._world_size)
         inputs, targets, after = self._order.take(position, Rows(count, sequence_tokens, longest), mine)
         if self._vocab_size is not None and max(inputs.max(initial=0), targets.max(initial=0)) >= self._vocab_size:
-            self._name_stranger(self._vocab_size)
-        return self._tensor(inputs), self._tensor(targets), after
+            self._refuse_outsider(self._vocab_size)
+        inputs, targets = (torch.from_numpy(np.array(part, dtype=np.int64, order="C")) for part in (inputs, targets))
+        if self._pin:  # so that the copy to the GPU can overlap with its work
+            inputs, targets = inputs.pin_memory(), targets.pin_memory()
+        return inputs, targets, after
 
-    def _name_stranger(self, vocab_size: int) -> None:
+    def _refuse_outsider(self, vocab_size: int) -> None:
         """Raise ValueError with file and position of the first token outside the vocabulary."""
         for number, shard in enumerate(self._shards):
             check_vocabulary(shard, vocab_size, what=str(getattr(shard, "filename", f"token array {number}")))
 
-    def _tensor(self, tokens: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(np.array(tokens, dtype=np.int64, order="C"))
-        return tensor.pin_memory() if self._pin else tensor
+
+def micro_batches(inputs: Tensor, targets: Tensor, micro_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of (n, T) tensors in portions of at most `micro_tokens` tokens, at least one row."""
+    rows = max(1, micro_tokens // inputs.size(1))
+    if len(inputs):
+        yield from zip(inputs.split(rows), targets.split(rows), strict=True)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from data.sources import Source
 
+PROMPT_TOKENS = 32  # of the validation text, which a sample continues
+
 
 @dataclass(frozen=True, slots=True)
 class Score:
@@ -43,20 +45,31 @@ def _rows(validation: np.ndarray, start: int, rows: int, width: int) -> tuple[Te
     return tokens[:-1].view(rows, width), tokens[1:].view(rows, width)
 
 
-def score(total_nats: float, tokens: int, validation_bytes: int | None) -> Score:
-    """Nats per token, and bits per byte = nats / (ln 2 bytes), of a summed cross-entropy."""
-    bits = total_nats / (math.log(2) * validation_bytes) if validation_bytes else None
-    return Score(total_nats / tokens, bits, tokens)
-
-
 def evaluate(nats_of: Callable[[Tensor, Tensor], Tensor], source: Source, *, sequence_tokens: int, micro_tokens: int,
              rank: int, world_size: int, device: torch.device, sum_over_ranks: Callable[[float], float]) -> Score:
     """The score of a model over all validation tokens; `nats_of(inputs, targets)` is its summed cross-entropy, 0-D.
 
-    Sums run in float64 over micro-batches and ranks; the device is waited for once, at the end.
+    Bits per byte are nats / (ln 2 bytes). Sums run in float64 over micro-batches and ranks; the device is waited for once,
+    at the end.
     """
     batches = validation_rows(source.validation, sequence_tokens, micro_tokens=micro_tokens, rank=rank,
                               world_size=world_size)
     nats = [nats_of(inputs.to(device), targets.to(device)) for inputs, targets in batches]
-    mine = torch.stack(nats).cpu().double().sum().item() if nats else 0.0
-    return score(sum_over_ranks(mine), len(source.validation) - 1, source.validation_bytes)
+    total = sum_over_ranks(torch.stack(nats).cpu().double().sum().item() if nats else 0.0)
+    tokens = len(source.validation) - 1
+    bits_per_byte = total / (math.log(2) * source.validation_bytes) if source.validation_bytes else None
+    return Score(total / tokens, bits_per_byte, tokens)
+
+
+def sample_text(source: Source, generate: Callable[[Tensor], Tensor], *, device: torch.device) -> tuple[str, str] | None:
+    """The validation text's first tokens and the model's continuation, as text; None where there is no tokenizer.
+
+    `generate` appends tokens: (T,) -> (T + n,).
+    """
+    if source.tokenizer is None:
+        return None
+    prompt = torch.from_numpy(source.validation[1:1 + PROMPT_TOKENS].astype(np.int64)).to(device)
+    tokens = generate(prompt).tolist()
+    parts = tokens[:len(prompt)], tokens[len(prompt):]
+    text, continuation = (source.tokenizer.decode(part).decode("utf-8", "replace") for part in parts)
+    return text, continuation

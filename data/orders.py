@@ -7,7 +7,7 @@ take ranges of the same rows, and a position is enough to go on.
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -23,18 +23,6 @@ class Position:
     """contiguous: the next token of the shard; documents: its next document; shuffled: the next window of the epoch."""
     sequence_tokens: int = 0
     """shuffled: T of this epoch's windows; 0 before the first."""
-
-    def as_dict(self) -> dict[str, int]:
-        """For JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, state: dict[str, int]) -> "Position":
-        """What `as_dict` gave; {} is the start. Raises ValueError for anything else."""
-        names = [f.name for f in fields(cls)]
-        if any(name not in names or not isinstance(value, int) or value < 0 for name, value in state.items()):
-            raise ValueError(f"a data position has counts named {', '.join(names)}, got {state}")
-        return cls(**state)
 
 
 class Rows(NamedTuple):

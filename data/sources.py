@@ -1,7 +1,7 @@
 """Where tokens come from: the embedded corpus, your own text, the speedrun's shards, or chance; one shape for all."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,13 +112,10 @@ def _open_texts(data: Data, train: list[bytes], validation: list[bytes], cache_d
     tokenizer = load_tokenizer(data.tokenizer, train_text=b"".join(train), vocab_tokens=data.bpe_vocab_tokens,
                                cache_dir=cache_dir)
     digest = _digest(tokenizer.name.encode(), *_framed(train), b"validation", *_framed(validation))
-
-    def encoded(part: str, texts: list[bytes]) -> np.ndarray:
-        return _cached_tokens(cache_dir / f"tokens-{digest}-{part}.bin", lambda: encode_documents(texts, tokenizer),
-                              vocab_size=tokenizer.vocab_size)
-
-    return Source(name=f"{data.source}, {tokenizer.name}", train=[encoded("train", train)],
-                  validation=encoded("val", validation), validation_bytes=sum(map(len, validation)),
+    train_tokens = _cached_tokens(cache_dir / f"tokens-{digest}-train.bin", train, tokenizer)
+    val_tokens = _cached_tokens(cache_dir / f"tokens-{digest}-val.bin", validation, tokenizer)
+    return Source(name=f"{data.source}, {tokenizer.name}", train=[train_tokens],
+                  validation=val_tokens, validation_bytes=sum(map(len, validation)),
                   tokenizer=tokenizer, vocab_size=tokenizer.vocab_size, document_start=tokenizer.end_of_text,
                   data_hash=digest)
 
@@ -136,14 +133,14 @@ def encode_documents(texts: Iterable[bytes], tokenizer: Tokenizer) -> np.ndarray
     return np.concatenate([part for text in texts for part in (opening, tokenizer.encode(text))])
 
 
-def _cached_tokens(path: Path, encode: Callable[[], np.ndarray], *, vocab_size: int) -> np.ndarray:
-    """The shard at `path`, made by `encode` where it is missing or damaged."""
+def _cached_tokens(path: Path, texts: list[bytes], tokenizer: Tokenizer) -> np.ndarray:
+    """The documents' tokens, from the shard at `path`, which is written where it is missing or damaged."""
     if path.exists():
         try:
-            return read_shard(path, vocab_size=vocab_size)
+            return read_shard(path, vocab_size=tokenizer.vocab_size)
         except ValueError:
             path.unlink(missing_ok=True)
-    write_shard(path, encode())
+    write_shard(path, encode_documents(texts, tokenizer))
     return read_shard(path)
 
 

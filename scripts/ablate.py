@@ -22,7 +22,7 @@ import tyro
 from configs.ablations import each_off, find_row
 from configs.cli import fail, nearest, parse_row
 from configs.presets import PRESETS
-from data.runs import write_json
+from data.run.folder import write_json
 from scripts.lab.effects import choose_metric, effects, effects_json, effects_table, settings_table
 from scripts.lab.spaces import draw, flags_of, parse_grid, parse_range
 from scripts.lab.sweep import Trial, run_sweep

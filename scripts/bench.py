@@ -189,8 +189,7 @@ def bench(args: Arguments, flags: list[str]) -> dict:
     """Time every part. Raises ValueError for a device that is not there."""
     import torch
 
-    from data.device import choose_device
-    from data.environment import describe_environment
+    from data.run.environment import choose_device, describe_environment
     from data.sources import open_source
     from model import GPT
     from optim.comm import Comm, local_rank

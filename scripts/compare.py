@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import tyro
 
 from configs.cli import fail
-from data.runs import write_json
+from data.run.folder import write_json
 from scripts.lab.comparison import (
     SAME_MACHINE,
     Comparison,

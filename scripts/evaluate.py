@@ -128,7 +128,7 @@ def place(model: "GPT", device: "torch.device") -> None:
 def main(args: Arguments) -> None:
     """Evaluate, print."""
     from configs.serialize import config_from_dict
-    from data.device import choose_device
+    from data.run.environment import choose_device
     from scripts.lab.models import load_trained
 
     wanted = [0]

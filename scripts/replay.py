@@ -18,9 +18,9 @@ from typing import Annotated, Any
 import tyro
 
 from configs.cli import fail
-from data.environment import split_code
-from data.metrics import TRAIN_LOSS, VAL_LOSS
-from data.runs import read_metrics, write_json
+from data.run.environment import split_code
+from data.run.folder import write_json
+from data.run.metrics import TRAIN_LOSS, VAL_LOSS, read_metrics
 from scripts.lab.folders import RunFolder, read_json, read_run
 
 DRIVER = """

@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from configs.cli import fail
-from data.runs import write_text
+from data.run.folder import write_text
 from scripts.lab.browser import find_browser, screenshot
 from scripts.lab.folders import find_runs
 from scripts.lab.page import ablation_files, page_data, render, subtitle

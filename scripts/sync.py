@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from configs.cli import fail
-from data.dashboard import has_key
+from data.run.wandb import has_key
 from scripts.lab.folders import RunFolder, find_runs
 
 

@@ -15,7 +15,7 @@ from typing import Annotated
 import tyro
 
 from configs.cli import fail
-from data.runs import write_text
+from data.run.folder import write_text
 from scripts.lab import board
 from scripts.lab.folders import find_runs
 from scripts.lab.leaderboard import changed_draws, parse_name

@@ -13,8 +13,7 @@ from typing import Any
 import tyro
 
 from configs.cli import fail
-from data.dashboard import SAMPLES, has_key
-from data.metrics import (
+from data.run.metrics import (
     EQUILIBRIUM,
     LAYER_MEASURES,
     MEASURES,
@@ -26,6 +25,7 @@ from data.metrics import (
     VAL_LOSS,
     measure_name,
 )
+from data.run.wandb import SAMPLES, has_key
 
 SETTINGS = ("optim.matrix.lr", "optim.matrix.momentum", "optim.matrix.weight_decay", "optim.embed.lr", "optim.head.lr",
             "model.layers", "model.dim", "train.batch_tokens", "train.steps", "run.seed")

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 import train_gpt
 from configs.cli import parse
 from configs.presets import PRESETS
-from data.runs import read_metrics
+from data.run.metrics import read_metrics
 from model import GPT
 from optim.schedule import Schedule
 

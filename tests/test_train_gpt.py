@@ -15,8 +15,8 @@ import torch
 
 import train_gpt
 from configs.cli import parse
-from data.checkpoint import load_checkpoint
-from data.runs import SUMMARY_KEYS, read_metrics
+from data.run.checkpoint import load_checkpoint
+from data.run.metrics import SUMMARY_KEYS, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = str(ROOT / "train_gpt.py")

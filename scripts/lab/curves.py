@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from configs.serialize import config_from_dict
-from data.metrics import TRAIN_LOSS, VAL_BITS, VAL_LOSS
+from data.run.metrics import TRAIN_LOSS, VAL_BITS, VAL_LOSS
 from scripts.lab.flops import flops_by_step
 from scripts.lab.folders import RunFolder, by_experiment, read_json
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from configs.cli import nearest
 from configs.serialize import HASH_IGNORES, flatten
-from data.runs import read_metrics
+from data.run.metrics import read_metrics
 
 
 @dataclass(frozen=True, slots=True)

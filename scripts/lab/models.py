@@ -37,7 +37,7 @@ def load_trained(folder: Path, *, max_tokens: int = 0) -> Trained:
     Raises ValueError for a folder without a run or without a checkpoint, and where learned positions end sooner.
     """
     from configs.serialize import config_from_dict
-    from data.checkpoint import load_checkpoint
+    from data.run.checkpoint import load_checkpoint
     from data.sources import open_source
 
     if not (folder / "config.json").exists():

@@ -11,7 +11,8 @@ from configs.cli import parse_row
 from configs.presets import PRESETS
 from configs.schema import Run
 from configs.serialize import config_from_dict, config_hash, config_to_dict, flatten
-from data.runs import SUMMARY_KEYS, write_text
+from data.run.folder import write_text
+from data.run.metrics import SUMMARY_KEYS
 from scripts.lab.folders import RunFolder
 from scripts.lab.statistics import summarize
 from scripts.lab.sweep import Trial

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 from configs.cli import parse_row
 from configs.schema import Run
 from configs.serialize import config_hash
-from data.runs import write_json
+from data.run.folder import write_json
 from scripts.lab.folders import RunFolder, read_json, read_run
 from scripts.lab.progress import Board, board_for
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.evaluate import Score, evaluate, score, validation_rows
+from data.evaluate import Score, evaluate, sample_text, validation_rows
 
 TOKENS = np.random.default_rng(0).integers(0, 50, size=104).astype(np.uint16)  # 103 targets = 12 windows of 8, and 7
 CPU = torch.device("cpu")
@@ -87,5 +87,12 @@ def test_sums_run_in_float64():
 
 
 def test_unknown_bytes_give_no_bits():
-    assert score(10.0, 5, None) == Score(2.0, None, 5)
-    assert score(math.log(2) * 12, 6, 4) == Score(pytest.approx(2 * math.log(2)), pytest.approx(3.0), 6)
+    assert referee(lambda x, y: torch.tensor(103.0 / 7), validation_bytes=None) == Score(pytest.approx(1.0), None, 103)
+
+
+def test_a_sample_continues_the_validation_text():
+    tokenizer = SimpleNamespace(decode=bytes)
+    source = SimpleNamespace(validation=np.arange(64, 164).astype(np.uint16), tokenizer=tokenizer)
+    text = sample_text(source, lambda tokens: torch.cat((tokens, torch.tensor([65, 66, 255]))), device=CPU)
+    assert text == (bytes(range(65, 97)).decode(), "AB\N{REPLACEMENT CHARACTER}")
+    assert sample_text(SimpleNamespace(tokenizer=None), None, device=CPU) is None

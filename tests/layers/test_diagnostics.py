@@ -14,9 +14,8 @@ import torch
 import train_gpt
 from configs.cli import parse
 from configs.schema import Model
-from data.alarms import BANDS, alarms
-from data.metrics import LAYER_MEASURES
-from data.runs import read_metrics
+from data.run.log import BANDS, alarms
+from data.run.metrics import LAYER_MEASURES, read_metrics
 from layers.diagnostics import feature_measures, weight_measures
 from model import GPT
 from scripts.lab.figures import heat_maps

@@ -8,7 +8,7 @@ import pytest
 
 from configs.presets import PRESETS
 from configs.serialize import config_to_dict
-from data.runs import SUMMARY_KEYS
+from data.run.metrics import SUMMARY_KEYS
 
 PARAMETERS = 868_373  # of the preset `bytes`, as train_gpt.py counts them; smearing has 13
 MEASURES = {"lr": 0.02, "update_rms": 0.0005, "weight_size": 1.2, "angle": 0.01}

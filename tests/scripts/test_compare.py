@@ -11,7 +11,8 @@ from scipy import stats
 
 from configs.presets import PRESETS
 from configs.serialize import config_to_dict
-from data.runs import SUMMARY_KEYS, write_json
+from data.run.folder import write_json
+from data.run.metrics import SUMMARY_KEYS
 from scripts.compare import Compare, examine, main
 from scripts.lab.comparison import loss_per_step
 from scripts.lab.folders import find_runs

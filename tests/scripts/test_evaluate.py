@@ -10,7 +10,7 @@ from safetensors.torch import save
 
 import train_gpt
 from configs.cli import parse
-from data.checkpoint import load_checkpoint
+from data.run.checkpoint import load_checkpoint
 from optim.schedule import Schedule
 from scripts.evaluate import Arguments as Evaluation
 from scripts.evaluate import Question, contexts, hellaswag, main, nats_of_ending, questions

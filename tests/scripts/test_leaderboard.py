@@ -6,7 +6,7 @@ import pytest
 
 from configs.cli import parse_row
 from configs.serialize import config_hash, config_to_dict
-from data.runs import SUMMARY_KEYS
+from data.run.metrics import SUMMARY_KEYS
 from scripts import leaderboard
 from scripts.lab.folders import read_run
 from scripts.lab.leaderboard import TUNING_SEED

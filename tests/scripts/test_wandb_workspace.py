@@ -11,7 +11,7 @@ import pytest
 
 from configs.schema import Run
 from configs.serialize import config_to_dict, flatten
-from data.runs import SUMMARY_KEYS, read_metrics
+from data.run.metrics import SUMMARY_KEYS, read_metrics
 from scripts import wandb_workspace
 from scripts.wandb_workspace import View, build_workspace, spec
 

@@ -9,7 +9,7 @@ import pytest
 
 from configs.presets import PRESETS
 from configs.serialize import config_from_dict, config_hash, config_to_dict, flatten
-from data.runs import SUMMARY_KEYS
+from data.run.metrics import SUMMARY_KEYS
 from scripts.lab.folders import read_run
 from scripts.lab.leaderboard import loss_of
 from scripts.lab.records import (

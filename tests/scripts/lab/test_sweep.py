@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 from configs.cli import parse
 from configs.serialize import config_hash, config_to_dict
-from data.runs import write_json
+from data.run.folder import write_json
 run = parse(sys.argv[1:])
 folder = Path(run.run.dir) / run.run.name
 folder.mkdir(exist_ok=True)

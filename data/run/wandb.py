@@ -7,7 +7,7 @@ one axis, so the validation's scores are logged thrice: as they are, and under `
 **Summary.** A metric's value there is its last, which is the official one; the best is `best_val_loss_nats`.
 
 **Resuming.** wandb's steps never go back: what an online run repeats after its checkpoint is dropped, and the first
-telling stays, the same but for the times. Offline, a resumed run is a second file of the same run and repeats those
+record of a step stays, the same but for the times. Offline, a resumed run is a second file of the same run and repeats those
 steps. (To rewind a run is a feature of some servers.) The whole truth is metrics.jsonl, attached when the run ends.
 """
 
@@ -19,8 +19,8 @@ from typing import Any
 
 from configs.schema import Run
 from configs.serialize import config_to_dict, flatten
-from data.metrics import VAL_BITS, VAL_LOSS
-from data.runs import METRICS_KEYS, write_text
+from data.run.folder import write_text
+from data.run.metrics import METRICS_KEYS, VAL_BITS, VAL_LOSS
 
 ID_FILE = "wandb_id.txt"
 INIT_SECONDS = 30  # longest wait for the server at the start
@@ -34,17 +34,17 @@ SAMPLE_COLUMNS = ("step", "prompt", "text")
 
 
 class Dashboard:
-    """Where records go to be watched; when off, or after the first failure, its methods do nothing."""
+    """Where records go to be watched; after the first failure its methods do nothing."""
 
-    def __init__(self, wandb_run: Any = None, *, folder: Path = Path()) -> None:
-        """Wrap a running wandb run and the run folder that it mirrors; None: off."""
+    def __init__(self, wandb_run: Any, *, folder: Path = Path()) -> None:
+        """Wrap a running wandb run and the run folder that it mirrors."""
         self._run, self._folder = wandb_run, folder
 
     def log(self, record: dict[str, Any]) -> None:
         """Send one record of metrics.jsonl under the same keys, null left out, and the views of its scores."""
-        known = {key: value for key, value in record.items() if value is not None}
-        views = {view_name(name, axis): known[name] for axis in VIEWS for name in VIEWED if name in known}
-        self._attempt(lambda run: run.log(known | views, step=record["step"]))
+        row = {key: value for key, value in record.items() if value is not None}
+        views = {view_name(name, axis): row[name] for axis in VIEWS for name in VIEWED if name in row}
+        self._attempt(lambda run: run.log(row | views, step=record["step"]))
 
     def add_sample(self, step: int, *, prompt: str, text: str) -> None:
         """Show a text that the model wrote after so many steps, as a table."""
@@ -83,31 +83,31 @@ def has_key(wandb: Any) -> bool:
     return bool(wandb.login(prompt=False, verify=False))
 
 
-def open_dashboard(run: Run, *, folder: Path, environment: dict[str, Any], code_hash: str, resume: bool) -> Dashboard:
+def open_dashboard(run: Run, *, folder: Path, environment: dict[str, Any], code_hash: str, resume: bool) -> Dashboard | None:
     """Begin, or with `resume` continue, the wandb run that belongs to `folder`.
 
     Grouped by experiment (else preset), of the preset's job type, configured by dotted names; its code.txt is the
-    artifact code-<hash>, which wandb keeps once for equal code. Prints one line and returns a dashboard that is off where
-    wandb is missing, has no key, or fails.
+    artifact code-<hash>, which wandb stores once for equal code. Returns None where wandb is switched off; prints one line
+    and returns None where it is missing, has no key, or fails.
     """
     configured = run.log.wandb
     mode = configured if configured != "auto" else MODES_OF_VARIABLE.get(os.environ.get("WANDB_MODE", ""), "online")
     if mode == "disabled":
-        return Dashboard()
+        return None
     try:
         import wandb
 
         wandb.setup(wandb.Settings(silent=True, mode=mode))
         if mode == "online" and not has_key(wandb):
             print("wandb: off (no key configured; `wandb login` makes one, --log.wandb offline needs none)")
-            return Dashboard()
+            return None
         wandb_run = _begin(wandb, run, folder=folder, mode=mode, environment=environment, resume=resume)
         _define_metrics(wandb_run)
         _log_code(wandb, wandb_run, folder / "code.txt", code_hash)
         _attach(wandb_run, folder)
     except Exception as error:
         _say_off(error)
-        return Dashboard()
+        return None
     return Dashboard(wandb_run, folder=folder)
 
 
@@ -150,5 +150,5 @@ def _wandb_id(folder: Path) -> str:
 
 
 def _say_off(error: Exception) -> None:
-    told = str(error).strip().splitlines()
-    print(f"wandb: off from here on ({type(error).__name__}: {told[0] if told else 'no message'})")
+    lines = str(error).strip().splitlines()
+    print(f"wandb: off from here on ({type(error).__name__}: {lines[0] if lines else 'no message'})")

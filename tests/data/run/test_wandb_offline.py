@@ -10,22 +10,24 @@ from pathlib import Path
 
 import pytest
 
-from data import dashboard
-from data.runs import read_metrics
+from data.run import wandb as dashboard
+from data.run.metrics import read_metrics
 
-ROOT = Path(dashboard.__file__).resolve().parent.parent
+ROOT = Path(dashboard.__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs wandb")
 
 WATCHED_RUN = """
 import sys
 from pathlib import Path
 from configs.schema import Log, Run
-from data.dashboard import open_dashboard
+from data.run.wandb import open_dashboard
 
 log = Log(wandb=sys.argv[2], wandb_tags=("x",), experiment="wide")
 folder = Path(sys.argv[1])
 watched = open_dashboard(Run(preset="tiny", log=log), folder=folder, environment={"torch": "9"}, code_hash="c0de",
                          resume=len(sys.argv) > 3)
+if watched is None:
+    sys.exit()
 for step in (1, 2, 2, 1):
     watched.log({"step": step, "tokens": 10 * step, "train_seconds": 0.5, "val/loss_nats": 3.0 - step, "none": None})
 watched.add_sample(2, prompt="once", text=" upon")

@@ -14,11 +14,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from configs.schema import Identity, Run
+from configs.serialize import config_to_dict, flatten
 from data.files import replacing
 
 HEADER_KEY = "steepest_checkpoint"
 FORMAT_VERSION = 1
-SHOWN_NAMES = 3  # of each kind, in an error message
+MOST_NAMES = 3  # of each kind, in an error message
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -53,19 +55,31 @@ def load_checkpoint(path: Path, *, device: str | torch.device = "cpu") -> tuple[
     return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}, header["meta"]
 
 
-def match_tensors(expected: dict[str, tuple[int, ...]], found: dict[str, Tensor], *, what: str) -> None:
-    """Raise ValueError unless `found` has exactly the expected names and shapes; `what` names the checkpoint."""
-    common = [name for name in expected if name in found]
+def match_tensors(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor], *, what: str) -> None:
+    """Raise ValueError unless `tensors` have exactly the expected names and shapes; `what` names the checkpoint."""
+    common = [name for name in expected if name in tensors]
     faults = {
-        "missing": [name for name in expected if name not in found],
-        "unexpected": [name for name in found if name not in expected],
-        "of another shape": [f"{name} {tuple(found[name].shape)} instead of {tuple(expected[name])}"
-                             for name in common if tuple(found[name].shape) != tuple(expected[name])],
+        "missing": [name for name in expected if name not in tensors],
+        "unexpected": [name for name in tensors if name not in expected],
+        "of another shape": [f"{name} {tuple(tensors[name].shape)} instead of {tuple(expected[name])}"
+                             for name in common if tuple(tensors[name].shape) != tuple(expected[name])],
     }
     if any(faults.values()):
-        told = "; ".join(f"{kind}: {_first_few(names)}" for kind, names in faults.items() if names)
-        raise ValueError(f"{what} is the checkpoint of another model or optimizer ({told}); give the --model and "
+        details = "; ".join(f"{kind}: {_first_few(names)}" for kind, names in faults.items() if names)
+        raise ValueError(f"{what} is the checkpoint of another model or optimizer ({details}); give the --model and "
                          "--optim flags it was made with (config.json beside it tells), or another --run.name")
+
+
+def refuse_other_run(meta: dict[str, Any], run: Run, data_hash: str, path: Path) -> None:
+    """Raise ValueError if a checkpoint's settings that decide the losses, or its data, are not this run's."""
+    if meta["data_hash"] != data_hash:
+        raise ValueError(f"{path} was trained on data {meta['data_hash']}, this run reads {data_hash}")
+    free = {f"run.{name}" for name in Identity.__slots__ if name != "seed"} | {"train.micro_tokens"}
+    mine = flatten(config_to_dict(run))
+    for name, value in meta["config"].items():
+        if name not in free and not name.startswith("log.") and mine.get(name) != value:
+            raise ValueError(f"{path} was trained with --{name} {value}, this run says {mine.get(name)}; "
+                             "resume with the same settings, or start another --run.name")
 
 
 def _read_header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
@@ -99,5 +113,5 @@ def _checksum(tensors: dict[str, Tensor], meta: dict[str, Any]) -> int:
 
 
 def _first_few(names: list[str]) -> str:
-    more = len(names) - SHOWN_NAMES
-    return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""What a run's numbers rest on: the machine, the versions, and the very text of the code."""
+"""What a run's numbers rest on: the device, the machine, the versions, and the text of the code."""
 
 import hashlib
 import os
@@ -35,20 +35,51 @@ NOT_OURS = {"tests", "site-packages"}
 HEADER = re.compile(r"======== (?P<path>.+) \((?P<characters>\d+) characters\)\n")
 
 
+def choose_device(wanted: str, local_rank: int) -> torch.device:
+    """The device by name, `auto` meaning CUDA, else MPS, else CPU. Raises ValueError where it is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(name for name, usable in available.items() if usable) if wanted == "auto" else wanted
+    if not available[kind]:
+        names = [name for name, usable in available.items() if usable]
+        raise ValueError(f"device {kind} is not on this machine; available: {names}")
+    if kind == "cuda":
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    return torch.device(kind)
+
+
+def device_name(device: torch.device) -> str:
+    """The hardware's own name, or the device type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Most memory allocated so far: on the GPU, else resident in the process; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def describe_environment() -> dict[str, object]:
     """Machine, versions and repository state, ready for JSON; None where something cannot be known. No host name."""
+    gpus, gpu_driver = _gpus() if torch.cuda.is_available() else ([], None)
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": _cpu_model(),
-        "cores": _available_cores(),
+        # Cores that this process may run on, where the system tells; else all of them.
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": _memory_bytes(),
-        "gpus": _gpus(),
-        "gpu_driver": _gpu_driver(),
+        "gpus": gpus,
+        "gpu_driver": gpu_driver,
         "torch_threads": torch.get_num_threads(),
-        "git": _git_state(Path(__file__).resolve().parent.parent),
+        "git": _git_state(Path(__file__).resolve().parents[2]),
         "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(RECORDED_VARIABLES)},
     }
 
@@ -122,15 +153,10 @@ def _output(*command: str) -> str | None:
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        if found:
-            return found[1].strip()
+        name = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if name:
+            return name[1].strip()
     return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or platform.machine()
-
-
-def _available_cores() -> int | None:
-    """Cores that this process may run on, where the system tells; else all of them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _memory_bytes() -> int | None:
@@ -140,18 +166,12 @@ def _memory_bytes() -> int | None:
         return None
 
 
-def _gpus() -> list[dict[str, object]]:
-    if not torch.cuda.is_available():
-        return []
-    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in found]
-
-
-def _gpu_driver() -> str | None:
-    if not torch.cuda.is_available():
-        return None
+def _gpus() -> tuple[list[dict[str, object]], str | None]:
+    """Name and memory of each GPU that CUDA offers, and the driver's version."""
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     printed = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return printed.splitlines()[0] if printed else None
+    return ([{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
+            printed.splitlines()[0] if printed else None)
 
 
 def _git_state(root: Path) -> dict[str, object] | None:

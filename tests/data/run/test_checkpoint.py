@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from data import checkpoint
-from data.checkpoint import load_checkpoint, match_tensors, save_checkpoint
+from data.run import checkpoint
+from data.run.checkpoint import load_checkpoint, match_tensors, save_checkpoint
 
 ROOT = Path(checkpoint.__file__).resolve().parent.parent
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64, torch.int32,
@@ -141,7 +141,7 @@ KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from data.checkpoint import load_checkpoint, save_checkpoint
+from data.run.checkpoint import load_checkpoint, save_checkpoint
 
 torch.set_num_threads(1)
 path, random_ = Path(sys.argv[1]), random.Random(1)

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import environment
-from data.environment import code_files, code_hash, code_text, describe_environment, peak_flops, split_code
+from data.run import environment
+from data.run.environment import code_files, code_hash, code_text, describe_environment, peak_flops, split_code
 
-ROOT = Path(environment.__file__).resolve().parent.parent
+ROOT = Path(environment.__file__).resolve().parents[2]
 
 
 def test_description_is_strict_json_without_the_host_name():
@@ -70,7 +70,7 @@ def test_peak_flops(name, flops):
 
 def test_code_files_are_our_imported_sources():
     names = [path.relative_to(ROOT).as_posix() for path in code_files(ROOT)]
-    assert "data/environment.py" in names
+    assert "data/run/environment.py" in names
     assert names == sorted(names) and not any("site-packages" in n or n.startswith("tests/") for n in names)
 
 
@@ -79,7 +79,7 @@ def test_code_files_hold_the_main_file_and_what_it_imports_alone(tmp_path):
     (tmp_path / "package" / "used.py").write_text("X = 1\n")
     (tmp_path / "package" / "idle.py").write_text("X = 2\n")
     (tmp_path / "main.py").write_text(
-        "from pathlib import Path\nimport package.used\nfrom data.environment import code_files\n"
+        "from pathlib import Path\nimport package.used\nfrom data.run.environment import code_files\n"
         "print(*[p.name for p in code_files(Path(__file__).parent)])\n")
     printed = subprocess.run([sys.executable, "main.py"], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, check=True,
                              capture_output=True, text=True).stdout
