@@ -35,12 +35,11 @@ from data.evaluate import Score, evaluate
 from data.metrics import EQUILIBRIUM, measure_name
 from data.orders import Position
 from data.reporter import Progress, Reporter
+from data.run.diagnostics import Measures, feature_measures, in_row, weight_measures
 from data.runs import config_to_dict, flatten, open_run_folder
 from data.sources import Source, open_source
 from data.tokenizers import prefix_tokens
-from layers.diagnostics import Measures, feature_measures, in_row, weight_measures
-from layers.head import Terms
-from model import GPT
+from model import GPT, AuxLossWeights
 from optim.comm import Comm, local_rank
 from optim.equilibrium import equilibrium_angle
 from optim.finite import NonFiniteError
@@ -125,10 +124,10 @@ class Trainer:
         """Accumulate this rank's gradients of the step's loss; its own summed nats, 0-D."""
         scale = 1 / values.batch_tokens if self.run.train.loss_reduction == "mean" else 1.0
         total = torch.zeros((), device=self.device)
-        terms = Terms(*(torch.full((), x, device=self.device) for x in (values.mtp, values.prefix_loss)))
+        aux_weights = AuxLossWeights(*(torch.full((), x, device=self.device) for x in (values.mtp, values.prefix_loss)))
         for x, y in micro_batches(inputs, targets, self.run.train.micro_tokens):
             x, y = (part.to(self.device, non_blocking=True) for part in (x, y))
-            nats = self.model(x, y, terms=terms, **values.windows)
+            nats = self.model(x, y, aux_weights=aux_weights, **values.windows)
             (nats * scale).backward()
             total += nats.detach()
         return total

@@ -16,8 +16,8 @@ from configs.cli import parse
 from configs.schema import Model
 from data.alarms import BANDS, alarms
 from data.metrics import LAYER_MEASURES
+from data.run.diagnostics import feature_measures, weight_measures
 from data.runs import read_metrics
-from layers.diagnostics import feature_measures, weight_measures
 from model import GPT
 from scripts.lab.figures import heat_maps
 
