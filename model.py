@@ -2,8 +2,8 @@
 
 Act one is the model that `tiny`, `bytes`, `track3` and nGPT train, to be read from top to bottom. Act two, below GPT, holds
 the techniques of the speedrun's record, each behind one field of configs/model.py and called from act one by one line. With
-every field off it is the pre-norm decoder of GPT-2 (Radford et al. 2019) with RMS norms. The model knows no rank, no clock and
-no optimizer; each of its parameters knows its role.
+every field off it is the pre-norm decoder of GPT-2 (Radford et al. 2019) with RMS norms. The model knows no rank, no clock
+and no optimizer; each of its parameters knows its role.
 
 Shapes: B sequences, T tokens, C model dimension, H heads, D head dimension, V padded vocabulary, N = B T tokens.
 """

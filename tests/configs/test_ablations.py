@@ -58,7 +58,7 @@ COMPANIONS = {
     "no_bigram": {"model.bigram_signs", "model.ngram_orders"},
     "no_slow_adam": {f"optim.{role.name}.update_every" for role in fields(Optim)}}
 EVERYTHING = ("--model.x0_skip --model.softcap tanh --model.norm_gains --model.biases --model.tied_head "
-              "--model.attention_scale 0.1 --model.window_tokens 64 --model.full_attention_layers 1 3 --model.document_mask "
+              "--model.attention_scale 0.1 --model.window_tokens 64 --model.full_attention_layers 1 --model.document_mask "
               "--schedule.window_tokens 0.5 --schedule.sequence_tokens 0.5 --optim.matrix.weight_decay 0.1 "
               "--model.value_gates --model.bigram_signs 8 --model.ngram_orders 3 --model.position half_rotary "
               "--model.key_offset --model.yarn --model.head_gates --model.xsa --model.projection_gains --model.inject "
