@@ -247,7 +247,8 @@ class Attention(nn.Module):
         scale = self.scale
         if self.rotary is not None:
             q, k = self.rotary(q, inputs.window), self.rotary(k, inputs.window)
-            scale = scale * yarn_softmax_factor(self.rotary.first_window, inputs.window)
+            if self.rotary.first_window and inputs.window:  # YaRN: a longer window, a sharper softmax
+                scale = scale * yarn_softmax_factor(self.rotary.first_window, inputs.window)
         if self.offsets_keys:
             k = offset_keys(k, self.rotary.still_D, inputs.starts)
         # Attend: softmax(scale q k^T + mask) v.
@@ -360,6 +361,13 @@ class SphereQK(nn.Module):
 # ---- Act one: the block --------------------------------------------------------------------------------------------------
 
 
+def residual_sum(config: Model) -> nn.Module | None:
+    """What stands in place of x + y, y the output of attention or MLP; None: the plain sum."""
+    if config.geometry == "sphere":
+        return SphereStep(config)
+    return ResidualGrowth(config) if config.residual_growth else None
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); with `x0_skip` the input is first mixed with x0.
 
@@ -370,8 +378,8 @@ class Block(nn.Module):
         super().__init__()
         on_sphere, attends = config.geometry == "sphere", layer not in config.attention_free
         self.norm1, self.norm2 = (nn.Identity() if on_sphere else Norm(config) for _ in range(2))
-        add = SphereStep if on_sphere else ResidualGrowth if config.residual_growth else None  # None: the plain sum
-        self.add1, self.add2 = add(config) if add and attends else None, add(config) if add else None
+        self.add1 = residual_sum(config) if attends else None
+        self.add2 = residual_sum(config)
         self.norm_mixture = unit if on_sphere else nn.Identity()
         self.attention = Attention(config, max_tokens, mixes_value_embed=mixes_value_embed, attend=attend,
                                    layer=layer) if attends else None
@@ -419,7 +427,7 @@ class GPT(nn.Module):
         padded = -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
         embed_dtype, table_dtype = getattr(torch, config.embed_dtype), getattr(torch, config.table_dtype)
 
-        # Embeddings. The order of all that follows is the order of the random draws.
+        # Embeddings. Here and below the order is that of the random draws, made in float32 whatever the dtype.
         self.embed = parameter((torch.randn(padded, config.dim) * config.embed_std).to(embed_dtype), "embed")
         learned = config.position == "learned"
         self.positions = parameter(torch.randn(max_tokens, config.dim) * 0.02, "embed") if learned else None
@@ -437,7 +445,8 @@ class GPT(nn.Module):
         # Blocks, and the connections between them beside the residual stream.
         self.blocks = nn.ModuleList(Block(config, max_tokens, mixes_value_embed=i in self.value_layers,
                                           attend=KERNELS[self.kernel].attend, layer=i) for i in range(config.layers))
-        self.streams = Streams(config) if Streams.used_by(config) else None
+        connected = config.skips or config.dense != "none" or config.backout is not None
+        self.streams = Streams(config) if connected or config.shared_attention_input is not None else None
 
         # Head. Tied, it is the token embedding.
         self.norm_final = nn.Identity() if on_sphere else Norm(config)
@@ -449,7 +458,8 @@ class GPT(nn.Module):
             self.head = Linear(config.dim, padded, config=config, zero=True, role="head")
         self.register_buffer("prefix_of", torch.tensor(prefix_of) if config.prefix_loss else None, persistent=False)
         self.paths = choose_paths(config, torch.device("cuda" if on_cuda else "cpu"), dtype)
-        use_fast_products(self)
+        if self.paths.relu2 == "triton" or config.fp8 != "none":
+            use_fast_products(self)
         self._roles = {name: param.role for name, param in self.named_parameters()}  # a copy of the model keeps it
         self._axes = {name: param.axis for name, param in self.named_parameters()}
 
@@ -530,7 +540,7 @@ class GPT(nn.Module):
         return F.linear(x, self.embed.to(x.dtype)) if self.head is None else self.head(x)
 
     def logits(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., V) in float32, softcapped."""
+        """(..., C) -> (..., V) in float32, softcapped: in bfloat16 logits between 8 and 16 would be multiples of 1/16."""
         return softcap(self.raw_logits(x).float(), self.config.softcap, self.config.softcap_value)
 
     def loss(self, x_BTC: Tensor, targets_BT: Tensor, aux_weights: "AuxLossWeights | None" = None) -> Tensor:
@@ -626,9 +636,9 @@ def yarn_frequencies(frequency: Tensor, first_window: int, window: int | None) -
     return frequency * (share + unchanged.clamp(0, 1) * (1 - share))
 
 
-def yarn_softmax_factor(first_window: int | None, window: int | None) -> float:
-    """YaRN's factor of the softmax scale at a window w: 1 + .2 log(w / w0); 1 without YaRN."""
-    return 1 + 0.2 * math.log(window / first_window) if first_window and window else 1.0
+def yarn_softmax_factor(first_window: int, window: int) -> float:
+    """YaRN's factor of the softmax scale at a window w: 1 + .2 log(w / w0)."""
+    return 1 + 0.2 * math.log(window / first_window)
 
 
 # ---- Attention heads: `head_gates`, `xsa`, `value_gates`, `paired_heads`, `dynamic_heads` --------------------------------
@@ -808,11 +818,6 @@ class Streams(nn.Module):
         self.backout = None if config.backout is None else parameter(torch.tensor(BACKOUT_START), "scalar")
         mixture = {"denseformer": StaticMixture, "mudd": DynamicMixture}.get(config.dense)
         self.mixtures = nn.ModuleList(mixture(config, i + 2) for i in range(config.layers)) if mixture else None
-
-    @staticmethod
-    def used_by(config: Model) -> bool:
-        """Whether a model has any of them."""
-        return bool(config.skips) or config.dense != "none" or not (config.backout is config.shared_attention_input is None)
 
     def add_skips(self, x_BTC: Tensor, layer: int, history: list[Tensor]) -> Tensor:
         """The layer's input with the skips that end there: learned shares of what earlier layers wrote."""

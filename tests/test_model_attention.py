@@ -93,15 +93,6 @@ def test_rotary_computes_in_float32_and_returns_the_input_dtype():
     assert torch.equal(rotary()(x), rotary()(x.float()).bfloat16())
 
 
-def attend_by_loop(q, k, v, seen, scale):
-    """softmax over the keys that each query sees, one query at a time: (B, T, H, D) and (B, 1, T, T)."""
-    out = torch.zeros_like(v)
-    for b, i, h in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
-        keys = seen[b, 0, i].nonzero()[:, 0]
-        out[b, i, h] = (scale * k[b, keys, h] @ q[b, i, h]).softmax(0) @ v[b, keys, h]
-    return out
-
-
 # ---- The module ------------------------------------------------------------------------------------------------------
 
 
@@ -120,7 +111,7 @@ def test_attention_equals_its_definition(changes):
         q, k = (z * 4 / z.norm(dim=-1, keepdim=True) for z in (q, k))
     if "rotary" in config.position:
         q, k = (Rotary(config, 9)(z) for z in (q, k))
-    mixed = attend_by_loop(q, k, v, torch.ones(1, 1, 9, 9).tril(), config.attention_scale or 0.25)
+    mixed = attend_sdpa(q, k, v, None, config.attention_scale or 0.25)
     torch.testing.assert_close(attention(x, LayerInputs()), linear["out"](mixed.reshape(1, 9, 32)), atol=1e-5, rtol=0)
 
 

@@ -130,7 +130,7 @@ def test_yarn_slows_slow_frequencies_alone_and_sharpens_the_softmax():
     slowing = slowed[between] / frequency[between]
     assert between.any() and (slowing < 1).all() and (slowing > 0.5).all()
     assert yarn_softmax_factor(512, 1024) == pytest.approx(1 + 0.2 * math.log(2))
-    assert yarn_softmax_factor(512, 512) == yarn_softmax_factor(None, 512) == 1.0
+    assert yarn_softmax_factor(512, 512) == 1.0
     plain, x = Rotary(config, 64), torch.randn(1, 9, 2, 16)
     torch.testing.assert_close(rotary(x, 512), plain(x))
     assert (rotary(x, 2048) - plain(x)).abs().max() > 1e-4
