@@ -31,6 +31,7 @@ from data.evaluate import Score, evaluate, sample_text
 from data.orders import Position
 from data.run.checkpoint import load_checkpoint, match_tensors, refuse_other_run, save_checkpoint
 from data.run.clock import Clock, Interruption
+from data.run.diagnostics import Measures, feature_measures, in_row, weight_measures
 from data.run.environment import choose_device, device_name
 from data.run.folder import open_run_folder
 from data.run.log import Log, Progress
@@ -38,9 +39,7 @@ from data.run.metrics import EQUILIBRIUM, measure_name
 from data.run.plan import format_plan, format_schedule
 from data.sources import open_source
 from data.tokenizers import prefix_tokens
-from layers.diagnostics import Measures, feature_measures, in_row, weight_measures
-from layers.head import Terms
-from model import GPT
+from model import GPT, AuxLossWeights
 from optim.comm import Comm, local_rank
 from optim.groups import build_groups, group_table
 from optim.hooks import build_hooks
@@ -236,10 +235,10 @@ class Trainer:
         scale = 1 / values.batch_tokens if self.run.train.loss_reduction == "mean" else 1.0
         total = torch.zeros((), device=self.device)
         # As tensors, because a compiled model would be compiled again for other Python numbers.
-        terms = Terms(*(torch.full((), x, device=self.device) for x in (values.mtp, values.prefix_loss)))
+        aux_weights = AuxLossWeights(*(torch.full((), x, device=self.device) for x in (values.mtp, values.prefix_loss)))
         for x, y in micro_batches(inputs, targets, self.run.train.micro_tokens):
             x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-            nats = self.model(x, y, terms=terms, **values.windows)
+            nats = self.model(x, y, aux_weights=aux_weights, **values.windows)
             (nats * scale).backward()
             total += nats.detach()
         return total

@@ -157,7 +157,7 @@ TECHNIQUES = (
     Technique("biases", lambda run: run.model.biases, "--model.no_biases"),
     Technique("tied_head", lambda run: run.model.tied_head, "--model.no_tied_head"),
     Technique("window", lambda run: run.model.window_tokens is not None,
-              "--model.window_tokens None --model.full_attention_every 0 --model.full_attention_layers --model.no_yarn "
+              "--model.window_tokens None --model.full_attention_layers --model.no_yarn "
               "--model.long_window_tokens None --schedule.window_tokens 1 --schedule.long_window_tokens 1"),
     Technique("window_growth", lambda run: run.schedule.window_tokens != "1",
               "--schedule.window_tokens 1 --schedule.long_window_tokens 1"),

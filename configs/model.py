@@ -16,6 +16,8 @@ SPHERE_NEEDS = {"zero_init_projections": False, "norm_gains": False, "biases": F
 class Model:
     """The GPT: sizes, and one flag per technique; a technique that is off costs nothing and changes nothing."""
 
+    # ---- Size, and how it is stored ---------------------------------------------------------------------------------------
+
     layers: int = 2
     dim: int = 128
     """Width of the residual stream."""
@@ -25,74 +27,24 @@ class Model:
     """Hidden width of the MLP; None: 4 dim."""
     vocab_multiple: int = 64
     """The vocabulary is padded up to a multiple of this (efficient matrix shapes)."""
-    position: Literal["none", "learned", "rotary", "half_rotary"] = "rotary"
-    """Learned table (GPT-2), rotary (Su et al. 2021, arXiv 2104.09864), or rotary on half the dimensions."""
-    rotary_base: float = 1024.0
-    """Longest wavelength of the rotary embedding, over 2 pi."""
-    qk_norm: bool = True
-    """RMS-normalised queries and keys (Henry et al. 2020, arXiv 2010.04245)."""
-    attention_scale: float | None = None
-    """Softmax scale; None: 1 / sqrt(head_dim)."""
     activation: Literal["relu2", "gelu", "swiglu"] = "relu2"
     """ReLU squared (So et al. 2021, arXiv 2109.08668), GELU, or SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
-    norm_gains: bool = False
-    """Learned gains in the RMS norms."""
     biases: bool = False
     """Biases in all linear maps."""
-    norm_embedding: bool = True
-    """RMS norm right after the token embedding."""
-    zero_init_projections: bool = True
-    """The maps that write to the stream, and the head, start at zero (muP's advice, Yang et al. 2022, arXiv 2203.03466)."""
-    tied_head: bool = False
-    """The head is the token embedding, transposed."""
     init_gain: float = 0.33
     """Hidden matrices start with variance init_gain / fan_in (speedrun)."""
-    embed_std: float = 1.0
-    """Standard deviation of the token embedding's start."""
-    softcap: Literal["none", "tanh", "rational", "sigmoid", "asymmetric"] = "tanh"
-    """Bounded logits: c tanh(z/c) (Gemma 2, 2024, arXiv 2408.00118), c z / sqrt(z^2 + c^2), the speedrun's
-    2c sigmoid(2z/c) - c, which is tanh's function by another kernel, or its 23 sigmoid((z + 5) / 7.5)."""
-    softcap_value: float = 15.0
-    """The bound c."""
-    x0_skip: bool = False
-    """Each block reads lambda_r x + lambda_0 x0, x0 the normed embedding (speedrun, Nov 2024)."""
-    smear: bool = False
-    """x_t += lambda sigmoid(gate(x_t)) x_{t-1} right after the embedding (speedrun, Sep 2025)."""
-    value_embeds: int = 0
-    """So many last layers mix a second token embedding into their values (speedrun, Dec 2024)."""
-    bigram_buckets: int = 0
-    """Rows of a hashed table of (previous, current) token pairs, added to the embedding; 0: none (speedrun, Jan 2026)."""
-    window_tokens: int | None = None
-    """Sliding-window attention: each token sees so many last tokens; None: all."""
-    full_attention_every: int = 0
-    """With a window: every so-many-th layer still sees everything; 0: none does."""
-    document_mask: bool = False
-    """Attention stays within a document."""
-    attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
-    """Kernel; auto: sdpa, or flex on CUDA where a window or document mask is on."""
-    flash: Literal["default", "FA3", "FA4"] = "default"
-    """FlashAttention inside sdpa and varlen: PyTorch's own, or version 3 (Hopper) or 4 where its package is installed."""
-    embed_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Storage of the token embedding (and of its optimizer state)."""
+    zero_init_projections: bool = True
+    """The maps that write to the stream, and the head, start at zero (muP's advice, Yang et al. 2022, arXiv 2203.03466)."""
     matrix_dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage of hidden matrices, their gradients and optimizer state. In bfloat16 with the group's rounding remainder and
     state_dtype float32 weights are as exact as in float32, and half as much goes through the network (speedrun, 2025)."""
+    embed_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Storage of the token embedding (and of its optimizer state)."""
     table_dtype: Literal["float32", "bfloat16"] = "float32"
     """The same of value embeddings and hashed tables."""
-    loss_chunk_tokens: int = 0
-    """Head and loss in chunks of so many tokens, recomputed in the backward pass; 0: all at once."""
-    geometry: Literal["euclidean", "sphere"] = "euclidean"
-    """sphere: vectors of the stream have length 1 and layers move them along it (nGPT, Loshchilov et al. 2024,
-    arXiv 2410.01131); it belongs to the constraint sphere of the matrices, embeddings and head. attention_scale None is then
-    sqrt(head_dim)."""
-    eigen_lr: float = 0.05
-    """On the sphere: the share of the way to a layer's suggestion that its step goes at the start; the paper's, for 24 and
-    36 layers, about 1 / layers."""
-    logit_scale: float = 1.0
-    """On the sphere: the factor of the cosines that are the logits, at the start."""
     fused: Literal["auto", "off"] = "auto"
-    """Loss, and linear map + ReLU^2, by fused Triton kernels; auto: where the device has them (CUDA, bfloat16 activations).
-    With loss_chunk_tokens the head's product is inside the loss, and nothing is recomputed."""
+    """Loss, and linear map + ReLU^2, by fused Triton kernels; auto: where the device has them (CUDA, with activations in
+    bfloat16)."""
     fp8: Literal["none", "head", "head_mlp"] = "none"
     """Training's matrix products in 8-bit floats: the head's, forward and backward, or also the MLP's, forward only
     (speedrun, 2025 and 2026); compute capability 8.9 or later."""
@@ -111,21 +63,39 @@ class Model:
     fp8_weight_headroom: float = 1.12
     """Delayed scales: the same for the weights (speedrun, 2026)."""
 
+    # ---- Attention --------------------------------------------------------------------------------------------------------
+
+    position: Literal["none", "learned", "rotary", "half_rotary"] = "rotary"
+    """Learned table (GPT-2), rotary (Su et al. 2021, arXiv 2104.09864), or rotary on half the dimensions."""
+    rotary_base: float = 1024.0
+    """Longest wavelength of the rotary embedding, over 2 pi."""
+    qk_norm: bool = True
+    """RMS-normalised queries and keys (Henry et al. 2020, arXiv 2010.04245)."""
+    attention_scale: float | None = None
+    """Softmax scale; None: 1 / sqrt(head_dim)."""
+    window_tokens: int | None = None
+    """Sliding-window attention: each token sees so many last tokens; None: all."""
     long_window_tokens: int | None = None
     """With a window: the window of the layers that see further; None: everything."""
     full_attention_layers: tuple[int, ...] = ()
-    """With a window: layers, from 0, that see further, beside those of full_attention_every."""
+    """With a window: layers, from 0, that see further."""
+    document_mask: bool = False
+    """Attention stays within a document."""
+    attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
+    """Kernel; auto: sdpa, or flex on CUDA where a window or document mask is on."""
+    flash: Literal["default", "FA3", "FA4"] = "default"
+    """FlashAttention inside sdpa and varlen: PyTorch's own, or version 3 (Hopper) or 4 where its package is installed."""
+    key_offset: bool = False
+    """Layers that see far take the unrotated dimensions of their keys from the token before (speedrun, Dec 2025)."""
+    head_gates: bool = False
+    """Each head's output times a gate that reads the layer's input (speedrun, Aug 2025)."""
     yarn: bool = False
     """Where windows grow, slow rotary frequencies are stretched and the softmax scale rises (YaRN, Peng et al. 2023,
     arXiv 2309.00071), in one go from the first window."""
-    head_gates: bool = False
-    """Each head's output times a gate that reads the layer's input (speedrun, Aug 2025)."""
     xsa: bool = False
     """Heads lose a learned share of their component along the token's own value (arXiv 2603.09078)."""
     paired_heads: tuple[int, ...] = ()
     """Layers whose heads attend in pairs to each other's keys, at half the window (speedrun, Dec 2025)."""
-    key_offset: bool = False
-    """Layers that see far take the unrotated dimensions of their keys from the token before (speedrun, Dec 2025)."""
     dynamic_heads: tuple[int, ...] = ()
     """Layers whose heads mix their attention, as each token says (Xiao et al. 2024, arXiv 2405.08553)."""
     dynamic_window: int = 112
@@ -136,16 +106,45 @@ class Model:
     """Attention of all layers after this one reads what this one wrote, in place of the stream (speedrun, 2026)."""
     projection_gains: bool = False
     """Learned factors of attention's input and output maps (speedrun, 2025)."""
-    value_gates: bool = False
-    """Value embeddings through gates of each head, in place of a learned mean (speedrun, Jan 2026)."""
+
+    # ---- Embeddings -------------------------------------------------------------------------------------------------------
+
+    embed_std: float = 1.0
+    """Standard deviation of the token embedding's start."""
+    norm_embedding: bool = True
+    """RMS norm right after the token embedding."""
+    tied_head: bool = False
+    """The head is the token embedding, transposed."""
+    smear: bool = False
+    """x_t += lambda sigmoid(gate(x_t)) x_{t-1} right after the embedding (speedrun, Sep 2025)."""
+    value_embeds: int = 0
+    """So many last layers mix a second token embedding into their values (speedrun, Dec 2024)."""
     value_embed_layers: tuple[int, ...] = ()
     """The layers that mix in value embeddings; none: the last ones."""
+    value_gates: bool = False
+    """Value embeddings through gates of each head, in place of a learned mean (speedrun, Jan 2026)."""
+    bigram_buckets: int = 0
+    """Rows of a hashed table of (previous, current) token pairs, added to the embedding; 0: none (speedrun, Jan 2026)."""
     bigram_signs: int = 0
     """Rows of the +-1 table that tells hashed n-grams apart that share a vector; 0: none (speedrun, 2026: 8192)."""
     ngram_orders: tuple[int, ...] = ()
     """Further hashed tables, each of bigram_buckets rows, of n-grams this long, beside the pairs (speedrun, 2026)."""
     inject: bool = False
     """Learned weights: of hashed embeddings at the start; of both these and the start after attention (speedrun, 2026)."""
+
+    # ---- Residual stream --------------------------------------------------------------------------------------------------
+
+    norm_gains: bool = False
+    """Learned gains in the RMS norms."""
+    x0_skip: bool = False
+    """Each block reads lambda_r x + lambda_0 x0, x0 the normed embedding (speedrun, Nov 2024)."""
+    geometry: Literal["euclidean", "sphere"] = "euclidean"
+    """sphere: vectors of the stream have length 1 and layers move them along it (nGPT, Loshchilov et al. 2024,
+    arXiv 2410.01131); it belongs to the constraint sphere of the matrices, embeddings and head. attention_scale None is then
+    sqrt(head_dim)."""
+    eigen_lr: float = 0.05
+    """On the sphere: the share of the way to a layer's suggestion that its step goes at the start; the paper's, for 24 and
+    36 layers, about 1 / layers."""
     residual_growth: float = 0.0
     """Learned factors of the stream and of what is added to it, the stream's growing it so much a layer at the start
     (speedrun, 2026: 1.1); 0: none."""
@@ -158,6 +157,16 @@ class Model:
     dense: Literal["none", "denseformer", "mudd"] = "none"
     """Each layer passes on a learned mixture of all streams so far (DenseFormer, Pagliardini et al. 2024, arXiv 2402.02622),
     or one that each token chooses (MUDD, Xiao et al. 2025, arXiv 2502.12170)."""
+
+    # ---- Losses -----------------------------------------------------------------------------------------------------------
+
+    softcap: Literal["none", "tanh", "rational", "sigmoid", "asymmetric"] = "tanh"
+    """Bounded logits: c tanh(z/c) (Gemma 2, 2024, arXiv 2408.00118), c z / sqrt(z^2 + c^2), the speedrun's
+    2c sigmoid(2z/c) - c, which is tanh's function by another kernel, or its 23 sigmoid((z + 5) / 7.5)."""
+    softcap_value: float = 15.0
+    """The bound c."""
+    logit_scale: float = 1.0
+    """On the sphere: the factor of the cosines that are the logits, at the start."""
     mtp_weights: tuple[float, ...] = ()
     """In training the head also predicts the next tokens but one, but two, ...: weights of their nats (Gloeckle et al. 2024,
     arXiv 2404.19737)."""
@@ -169,8 +178,8 @@ class Model:
     def __post_init__(self) -> None:
         refuse_below(self, 1, "layers", "dim", "head_dim", "mlp_dim", "vocab_multiple", "window_tokens",
                      "long_window_tokens", "dynamic_window")
-        refuse_below(self, 0, "value_embeds", "bigram_buckets", "full_attention_every", "loss_chunk_tokens", "bigram_signs",
-                     "residual_growth", "prefix_loss", "sampled_softmax")
+        refuse_below(self, 0, "value_embeds", "bigram_buckets", "bigram_signs", "residual_growth", "prefix_loss",
+                     "sampled_softmax")
         refuse(self.dim % self.head_dim != 0, f"head_dim must divide dim, got {self.head_dim} and {self.dim}")
         refuse(self.position in ("rotary", "half_rotary") and self.head_dim % 4 != 0,
                f"{self.position} needs head_dim divisible by 4, got {self.head_dim}")
@@ -203,11 +212,10 @@ class Model:
 
     def _refuse_heads(self) -> None:
         """Windows and heads that cannot be."""
-        far = self.full_attention_every > 0 or bool(self.full_attention_layers)
-        refuse(far and self.window_tokens is None,
-               "full_attention_every and full_attention_layers have no effect without --model.window_tokens")
-        refuse(self.long_window_tokens is not None and not far,
-               "long_window_tokens needs --model.full_attention_every or full_attention_layers")
+        refuse(bool(self.full_attention_layers) and self.window_tokens is None,
+               "full_attention_layers has no effect without --model.window_tokens")
+        refuse(self.long_window_tokens is not None and not self.full_attention_layers,
+               "long_window_tokens needs --model.full_attention_layers")
         refuse(bool(self.paired_heads) and self.dim // self.head_dim % 2 != 0,
                f"paired_heads needs an even number of heads, got {self.dim // self.head_dim}")
         refuse(bool(set(self.paired_heads) & set(self.dynamic_heads)), "a layer's heads are paired or dynamic, not both")
@@ -225,8 +233,6 @@ class Model:
         refuse(bool(bad), f"ngram_orders are numbers from 3 to 6 (pairs are there anyway), got {bad[:1]}")
         extra = bool(self.mtp_weights) or self.prefix_loss > 0
         refuse(extra and self.sampled_softmax > 0, "sampled_softmax has no logits for mtp_weights or prefix_loss")
-        refuse((extra or self.sampled_softmax > 0) and self.loss_chunk_tokens > 0,
-               "mtp_weights, prefix_loss and sampled_softmax need whole logits: --model.loss_chunk_tokens 0")
         refuse(self.sampled_softmax > 0 and (self.biases or self.geometry == "sphere"),
                "sampled_softmax needs a head that is a matrix alone: no biases, geometry euclidean")
 
@@ -251,9 +257,6 @@ class Model:
             return
         refuse(self.tied_head, f"fp8 {self.fp8} needs a head of its own: --model.no_tied_head")
         refuse(self.geometry == "sphere", f"fp8 {self.fp8} belongs to geometry euclidean, got {self.geometry}")
-        refuse(self.fp8_scales == "delayed" and self.loss_chunk_tokens > 0,
-               "fp8_scales delayed would move between a chunk and its recomputation; use static or dynamic, or "
-               "--model.loss_chunk_tokens 0")
         for name in ("dim", "mlp_dim", "vocab_multiple"):
             size = getattr(self, name) or 16
             refuse(size % 16 != 0,

@@ -202,7 +202,7 @@ class Log:
     """Per group, at each validation: size of the weights, size and angle of the step."""
     layers_every_steps: int = 0
     """Sizes of features, spectra and turns of weights and learned factors of every layer, each so many steps, with the clock
-    stopped; 0: never. Spectra take their time: see layers/diagnostics.py."""
+    stopped; 0: never. Spectra take their time: see data/run/diagnostics.py."""
     sample_tokens: int = 96
     """Length of the continuation sampled at the end; 0: none."""
 

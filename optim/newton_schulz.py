@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from configs.notation import Triple, parse_table
-from optim.symmetric import gram_polynomial
+from kernels.symmetric import gram_polynomial
 
 LARGE_MATRIX_ELEMENTS = 2**18  # on CPUs, matrices of this size gain nothing from a batch, and lose the cache
 

@@ -101,16 +101,16 @@ def model_parts(run: "Run", model: "GPT", tokens: "torch.Tensor") -> Iterator[Pa
     """Attention, MLP, head and loss, and the whole model, each forward and backward."""
     import torch
 
-    from layers.attention import Around
-    from model import mean_span
+    from model import LayerInputs, mean_span
     from optim.schedule import Schedule
 
     values, config = Schedule(run).values(0), run.model
     x = torch.randn(*tokens.shape, config.dim, device=tokens.device, dtype=model.dtype, requires_grad=True)
-    places, targets = model._where(tokens, None, values.window_tokens, values.long_window_tokens), tokens.roll(-1, 1)
+    windows, targets = model.windows(values.window_tokens, values.long_window_tokens), tokens.roll(-1, 1)
     layer = next(i for i, block in enumerate(model.blocks) if block.attention is not None)
     value = torch.zeros_like(x) if model.blocks[layer].attention.mix_value is not None else None
-    around, rows = Around(**places[layer], value_embed=value, x0=x.detach()), tokens.numel()
+    mask, rows = model.masks(tokens, None, windows)[layer], tokens.numel()
+    inputs = LayerInputs(mask=mask, window=windows[layer], value_embed=value, x0=x.detach())
 
     def both(function: Callable[[], "torch.Tensor"]) -> Callable[[], None]:
         return lambda: function().sum().backward()
@@ -122,10 +122,10 @@ def model_parts(run: "Run", model: "GPT", tokens: "torch.Tensor") -> Iterator[Pa
         return Part(name, both(function), 6 * elements * rows + more_flops, 12 * elements + 3 * x.nbytes)
 
     attention, mlp = model.blocks[layer].attention, model.blocks[layer].mlp
-    span = mean_span(tokens.size(1), around.window or tokens.size(1))
-    yield part("attention", weights(attention), lambda: attention(x, around), 12 * config.dim * span * rows)
+    span = mean_span(tokens.size(1), inputs.window or tokens.size(1))
+    yield part("attention", weights(attention), lambda: attention(x, inputs), 12 * config.dim * span * rows)
     yield part("MLP", weights(mlp), lambda: mlp(x))
-    yield part("head and loss", model.head_weight.numel(), lambda: model._nats(x.flatten(0, 1), targets.flatten()))
+    yield part("head and loss", model.head_weight.numel(), lambda: model.loss(x, targets))
     whole = model.flops_per_token(tokens.size(1), values.window_tokens, values.long_window_tokens) * rows
     yield Part("model", both(lambda: model(tokens, targets)), whole, 12 * sum(p.numel() for p in model.parameters()))
 

@@ -10,13 +10,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT = {
     "configs": {"configs"},
+    "kernels": {"configs", "kernels"},
     "data": {"configs", "data"},
-    "layers": {"configs", "layers"},
-    "model": {"configs", "layers"},
-    "optim": {"configs", "optim"},
-    "train_gpt": {"configs", "data", "layers", "model", "optim"},
-    "scripts": {"configs", "data", "layers", "model", "optim", "scripts"},
-    "benchmarks": {"benchmarks", "configs", "data", "layers", "model", "optim", "scripts", "train_gpt"},
+    "model": {"configs", "kernels"},
+    "optim": {"configs", "kernels", "optim"},
+    "train_gpt": {"configs", "data", "kernels", "model", "optim"},
+    "scripts": {"configs", "data", "kernels", "model", "optim", "scripts"},
+    "benchmarks": {"benchmarks", "configs", "data", "kernels", "model", "optim", "scripts", "train_gpt"},
 }
 SOURCES = sorted(p for p in ROOT.rglob("*.py") if p.relative_to(ROOT).parts[0].removesuffix(".py") in MAY_IMPORT)
 

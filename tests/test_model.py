@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from configs.groups import Optim
 from configs.presets import track3
 from configs.schema import Model
-from layers.kernels import choose_kernel, use_flash
+from kernels.attention import choose_kernel, use_flash
 from model import GPT, mean_span
 
 LAYERS, DIM, HEAD_DIM, VOCAB, PADDED, LONGEST = 2, 32, 16, 40, 64, 24
@@ -104,7 +104,7 @@ def test_plain_gradients_equal_the_twin():
 
 
 @pytest.mark.parametrize("off", [
-    {}, {"softcap_value": 3.0}, {"rotary_base": 7.0}, {"attention": "sdpa"}, {"loss_chunk_tokens": 5},
+    {}, {"softcap_value": 3.0}, {"rotary_base": 7.0}, {"attention": "sdpa"},
 ], ids=lambda off: next(iter(off), "plain"))
 def test_techniques_that_are_off_draw_nothing_and_leave_nothing(off):
     """Settings of techniques that are off included: the weights are bit-identical to those of a plain GPT."""
@@ -211,10 +211,10 @@ def test_mean_span_equals_the_loop(tokens, window):
     assert mean_span(tokens, window) == pytest.approx(sum(min(t, window) for t in range(1, tokens + 1)) / tokens)
 
 
-@pytest.mark.parametrize(("every", "full"), [(0, 0), (1, 3), (2, 1), (3, 1), (4, 0)])
-def test_cost_counts_the_span_of_each_layer(every, full):
-    model = build(replace(PLAIN, layers=3, window_tokens=9, full_attention_every=every))
-    spans = full * mean_span(20, 20) + (3 - full) * mean_span(20, 4)
+@pytest.mark.parametrize("far", [(), (1,), (0, 1, 2)])
+def test_cost_counts_the_span_of_each_layer(far):
+    model = build(replace(PLAIN, layers=3, window_tokens=9, full_attention_layers=far))
+    spans = len(far) * mean_span(20, 20) + (3 - len(far)) * mean_span(20, 4)
     weights = 3 * 12 * DIM**2 + PADDED * DIM
     assert model.flops_per_token(20, window=4) == pytest.approx(6 * weights + 12 * DIM * spans)
 
@@ -247,37 +247,6 @@ def test_loss_is_the_summed_cross_entropy_of_the_logits():
     torch.testing.assert_close(loss, sum(model(x[None], y[None]) for x, y in zip(tokens, targets, strict=True)))
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 8, 24, 100])
-@pytest.mark.parametrize("scale", [1.0, -3.5])
-def test_chunked_loss_and_gradients_equal_the_unchunked(chunk, scale):
-    whole, chunked = (scramble(build(replace(RICH, loss_chunk_tokens=size))) for size in (0, chunk))
-    tokens, targets = some_tokens(2, 12), some_tokens(2, 12, seed=3)
-    torch.testing.assert_close(chunked(tokens, targets), whole(tokens, targets))
-    expected = gradients(whole, scale * whole(tokens, targets))
-    for name, grad in gradients(chunked, scale * chunked(tokens, targets)).items():
-        torch.testing.assert_close(grad, expected[name], atol=3e-5, rtol=1e-4, msg=name)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_chunked_loss_never_holds_more_logits_than_a_chunk(training, monkeypatch):
-    model, tokens, seen = scramble(build(replace(RICH, loss_chunk_tokens=5))), some_tokens(2, 12), []
-    original = model.logits
-    monkeypatch.setattr(model, "logits", lambda hidden: seen.append(len(hidden)) or original(hidden))
-    with torch.set_grad_enabled(training):
-        loss = model(tokens, tokens)
-        assert seen == [5, 5, 5, 5, 4]
-        if training:
-            loss.backward()
-            assert sorted(seen) == sorted(2 * [5, 5, 5, 5, 4])
-
-
-def test_chunked_loss_without_gradients_equals_the_unchunked():
-    tokens, targets = some_tokens(2, 12), some_tokens(2, 12, seed=3)
-    with torch.no_grad():
-        losses = [scramble(build(replace(RICH, loss_chunk_tokens=size)))(tokens, targets) for size in (0, 7)]
-    torch.testing.assert_close(*losses)
-
-
 # ---- Activations in bfloat16 -----------------------------------------------------------------------------------------
 
 
@@ -287,7 +256,7 @@ def test_bfloat16_activations_stay_close_to_float32(config):
     exact, rounded = (scramble(build(config, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16))
     tokens = some_tokens(2, 16)
     expected, logits = exact(tokens), rounded(tokens)
-    assert rounded.hidden(tokens, None).dtype == torch.bfloat16
+    assert rounded.embed_tokens(tokens, None)[0].dtype == torch.bfloat16
     assert logits.dtype == torch.float32
     assert 1e-5 < (logits - expected).norm() / expected.norm() < 0.03
     for name, grad in gradients(rounded, rounded(tokens, tokens)).items():
@@ -326,10 +295,8 @@ def test_generate_at_its_greediest_takes_the_most_likely_token(options, length):
     assert model.generate(prompt, 10, **options).tolist() == greedy(model, prompt.tolist(), 10)
 
 
-@pytest.mark.parametrize("cached", [True, False])
-def test_generate_sees_as_far_as_it_is_told(cached):
-    model = scramble(build(replace(PLAIN, layers=3, window_tokens=9, full_attention_layers=(1,), long_window_tokens=20,
-                                   document_mask=not cached)))
+def test_generate_sees_as_far_as_it_is_told():
+    model = scramble(build(replace(PLAIN, layers=3, window_tokens=9, full_attention_layers=(1,), long_window_tokens=20)))
     prompt, near = some_tokens(12), {"window": 2, "long_window": 5}
     found = model.generate(prompt, 8, top_k=1, **near).tolist()
     assert found == greedy(model, prompt.tolist(), 8, **near) != greedy(model, prompt.tolist(), 8)
@@ -337,7 +304,8 @@ def test_generate_sees_as_far_as_it_is_told(cached):
 
 def test_generate_reads_no_more_than_max_tokens(monkeypatch):
     model, lengths = scramble(build(max_tokens=8)), []
-    model.register_forward_pre_hook(lambda _, args: lengths.append(args[0].size(1)))
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda tokens, **windows: lengths.append(tokens.size(1)) or forward(tokens))
     model.generate(some_tokens(6), 5)
     assert lengths == [6, 7, 8, 8, 8]
 

@@ -9,12 +9,9 @@ import torch
 from configs.ablations import ROWS, row_named
 from configs.presets import PRESETS
 from configs.schema import Model
-from layers.attention import Around, Rotary
-from layers.basic import MLP, Norm, relu2
-from layers.block import Block
-from layers.embeddings import NgramEmbedding, Smear
-from layers.head import softcap
-from model import GPT
+from kernels.cross_entropy import softcap
+from kernels.mlp import relu2
+from model import GPT, MLP, Block, LayerInputs, NgramEmbedding, Norm, Rotary, Smear
 
 VOCAB, START = 40, 0
 PLAIN = Model(layers=2, dim=32, head_dim=16, position="learned", qk_norm=False, activation="gelu",
@@ -53,13 +50,11 @@ FLAGS: dict[str, tuple[dict, set[str], set[str]]] = {
                      {"value_embeds.0", "value_embeds.1"} | in_blocks("attention.mix_value.weight"), set()),
     "bigram": ({"bigram_buckets": 37}, {"ngrams.0.table"}, set()),
     "window": ({"window_tokens": 3}, set(), set()),
-    "full_attention_every": ({"window_tokens": 3, "full_attention_every": 2}, set(), set()),
     "document_mask": ({"document_mask": True}, set(), set()),
     "bfloat16_embedding": ({"embed_dtype": "bfloat16"}, set(), set()),
     "bfloat16_tables": ({"table_dtype": "bfloat16", "value_embeds": 1, "bigram_buckets": 37, "bigram_signs": 11},
                         {"value_embeds.0", "ngrams.0.table", "blocks.1.attention.mix_value.weight"}, set()),
     "bfloat16_matrices": ({"matrix_dtype": "bfloat16"}, set(), set()),
-    "loss_chunks": ({"loss_chunk_tokens": 5}, set(), set()),
     "vocab_multiple": ({"vocab_multiple": 1}, set(), set()),
     "long_window": ({"window_tokens": 2, "full_attention_layers": (1,), "long_window_tokens": 4}, set(), set()),
     "yarn": ({"yarn": True, "window_tokens": 3, "position": "rotary"}, set(), {"positions"}),
@@ -98,12 +93,12 @@ RICH = replace(PLAIN, layers=3, position="rotary", qk_norm=True, activation="rel
 TOGETHER = {
     "rich": RICH,
     "documents": replace(RICH, document_mask=True),
-    "windows": replace(RICH, window_tokens=3, full_attention_every=2),
-    "documents+windows": replace(RICH, document_mask=True, window_tokens=3, full_attention_every=2, softcap="tanh"),
+    "windows": replace(RICH, window_tokens=3, full_attention_layers=(1,)),
+    "documents+windows": replace(RICH, document_mask=True, window_tokens=3, full_attention_layers=(1,), softcap="tanh"),
     "documents+half_rotary+swiglu+tied": replace(RICH, document_mask=True, position="half_rotary", activation="swiglu",
                                                  tied_head=True),
     "sphere": replace(RICH, norm_gains=False, biases=False, geometry="sphere", document_mask=True, window_tokens=3,
-                      full_attention_every=2),
+                      full_attention_layers=(1,)),
     "sphere+swiglu": replace(PLAIN, qk_norm=True, norm_embedding=True, geometry="sphere", activation="swiglu"),
     "record": replace(RICH, position="half_rotary", norm_gains=False, biases=False, document_mask=True, window_tokens=3,
                       full_attention_layers=(1,), long_window_tokens=6, yarn=True, head_gates=True, xsa=True,
@@ -171,7 +166,7 @@ def another(token: torch.Tensor) -> torch.Tensor:
 
 def test_every_field_of_the_model_is_switched_here():
     switched = {field for changes, _, _ in FLAGS.values() for field in changes}
-    fused = {field.name for field in fields(Model) if field.name.startswith(("fp8", "fused"))}  # tests/layers/test_fused.py
+    fused = {field.name for field in fields(Model) if field.name.startswith(("fp8", "fused"))}  # tests/kernels
     assert switched == {field.name for field in fields(Model)} - {"layers", "dim", "head_dim", "attention", "flash"} - fused
 
 
@@ -203,7 +198,7 @@ def with_plain_weights(changes: dict) -> tuple[GPT, GPT]:
     return plain, model
 
 
-@pytest.mark.parametrize("name", ["norm_gains", "biases", "x0_skip", "smear", "bigram", "loss_chunks", "zero_init",
+@pytest.mark.parametrize("name", ["norm_gains", "biases", "x0_skip", "smear", "bigram", "zero_init",
                                   "init_gain", "embed_std", "head_gates", "xsa", "dynamic_heads", "projection_gains",
                                   "bigram_signs", "ngram_orders", "inject", "denseformer", "mudd"])
 def test_technique_that_starts_neutral_changes_no_logit(name):
@@ -224,7 +219,7 @@ def neutralise(model: GPT, plain: GPT) -> None:
 
 @pytest.mark.parametrize("changes", [
     {"value_embeds": 2}, {"position": "none"}, {"tied_head": True}, {"attention_scale": 16**-0.5}, {"mlp_dim": 128},
-    {"window_tokens": 12}, {"window_tokens": 1, "full_attention_every": 1}, {"document_mask": True},
+    {"window_tokens": 12}, {"window_tokens": 1, "full_attention_layers": (0, 1)}, {"document_mask": True},
     {"softcap": "tanh", "softcap_value": 1e5}, {"softcap": "rational", "softcap_value": 1e5},
 ], ids=str)
 def test_technique_set_to_do_nothing_changes_no_logit(changes):
@@ -234,7 +229,7 @@ def test_technique_set_to_do_nothing_changes_no_logit(changes):
 
 
 # They act on the first weights, on memory or on training alone; or, in two layers, nowhere.
-SILENT = {"zero_init", "init_gain", "embed_std", "loss_chunks", "mtp", "prefix_loss", "sampled_softmax", "kernels",
+SILENT = {"zero_init", "init_gain", "embed_std", "mtp", "prefix_loss", "sampled_softmax", "kernels",
           "shared_attention_input"}
 
 
@@ -490,20 +485,21 @@ def test_bigram_tells_orders_apart_and_spreads_pairs():
 
 def test_x0_skip_mixes_the_stream_with_its_start():
     config = replace(PLAIN, position="none", x0_skip=True)
-    block = scramble(Block(config, 8, mixes_value_embed=False, kernel=lambda q, k, v, mask, scale: v))
+    block = scramble(Block(config, 8, mixes_value_embed=False, attend=lambda q, k, v, mask, scale: v))
     x, x0 = normal(1, 4, 32), normal(1, 4, 32, seed=1)
     stream, start = block.skip.tolist()
-    plain = Block(replace(config, x0_skip=False), 8, mixes_value_embed=False, kernel=lambda q, k, v, mask, scale: v)
+    plain = Block(replace(config, x0_skip=False), 8, mixes_value_embed=False, attend=lambda q, k, v, mask, scale: v)
     plain.load_state_dict({name: value for name, value in block.state_dict().items() if name != "skip"})
-    expected = plain(stream * x + start * x0, Around())
-    torch.testing.assert_close(block(x, Around(x0=x0)), expected, atol=1e-5, rtol=0)
-    assert Block(config, 8, mixes_value_embed=False, kernel=None).skip.tolist() == [1.0, 0.0]
+    expected = plain(stream * x + start * x0, LayerInputs())
+    torch.testing.assert_close(block(x, LayerInputs(x0=x0)), expected, atol=1e-5, rtol=0)
+    assert Block(config, 8, mixes_value_embed=False, attend=None).skip.tolist() == [1.0, 0.0]
 
 
 def test_tied_head_reads_and_writes_the_same_table():
     model = scramble(build(replace(PLAIN, tied_head=True)))
-    tokens = some_tokens(1, 5)
-    torch.testing.assert_close(model(tokens), model.hidden(tokens, None) @ model.embed.T, atol=1e-5, rtol=0)
+    tokens, hidden = some_tokens(1, 5), []
+    model.norm_final.register_forward_hook(lambda _module, _inputs, output: hidden.append(output))
+    torch.testing.assert_close(model(tokens), hidden[0] @ model.embed.T, atol=1e-5, rtol=0)
     unused = 63  # a padding row is never read, only written
     assert torch.autograd.grad(model(tokens, tokens), model.embed)[0][unused].abs().max() > 1e-3
 

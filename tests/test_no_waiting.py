@@ -12,8 +12,7 @@ from configs.cli import parse
 from configs.groups import Group
 from configs.presets import PRESETS
 from configs.schema import Run
-from layers.head import Terms
-from model import GPT
+from model import GPT, AuxLossWeights
 from optim.comm import Comm
 from optim.groups import build_groups
 from optim.rules import RULES
@@ -31,14 +30,14 @@ def steps_without_values(run: Run, count: int = 2) -> None:
     with torch.device("meta"):
         model = GPT(replace(run.model, attention="sdpa"), vocab_size=300, max_tokens=TOKENS, document_start=5,
                     prefix_of=[-1] * 300)
-        tokens, terms = torch.zeros(2, TOKENS, dtype=torch.long), Terms(torch.ones(()), torch.ones(()))
+        tokens, aux_weights = torch.zeros(2, TOKENS, dtype=torch.long), AuxLossWeights(torch.ones(()), torch.ones(()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Step, "enter", lambda *_: None)  # which looks at the first weights, once
         groups = build_groups(dict(model.named_parameters()), model.roles(), run.optim, model.axes())
         optimizer = ShardedOptimizer(groups, Comm("meta"))
     values = Schedule(run).values(0)
     for step in range(count):
-        model(tokens, tokens, terms=terms, **values.windows).backward()
+        model(tokens, tokens, aux_weights=aux_weights, **values.windows).backward()
         optimizer.step(values, step + 1)
         optimizer.zero_grad()
 

@@ -24,13 +24,13 @@ def check() -> list[str]:
     """Versions, and the kernels that the first accelerator runs. Raises ValueError where PyTorch sees none."""
     import torch
 
-    from layers.fused import paths
+    from kernels import device_paths
 
     if not torch.cuda.is_available():
         raise ValueError("PyTorch sees no GPU: is the driver older than CUDA "
                          f"{torch.version.cuda or '(this PyTorch is built for CPUs)'}?")
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    return [f"torch {torch.__version__}, CUDA {torch.version.cuda}, NCCL {nccl}", paths(torch.device("cuda")).line()]
+    return [f"torch {torch.__version__}, CUDA {torch.version.cuda}, NCCL {nccl}", device_paths(torch.device("cuda")).line()]
 
 
 def shards(run: Run) -> int:

@@ -51,14 +51,14 @@ CHANGES = {f"no_{name}": {f"model.{name}"} for name in MODEL_SWITCHES} | {
     "no_lr_cooldown": {"schedule.lr"}}
 # What goes with it, where it is on: it would have no effect or no place.
 COMPANIONS = {
-    "no_window": {"model.full_attention_every", "model.full_attention_layers", "model.long_window_tokens", "model.yarn",
+    "no_window": {"model.full_attention_layers", "model.long_window_tokens", "model.yarn",
                   "schedule.window_tokens", "schedule.long_window_tokens"},
     "no_window_growth": {"schedule.long_window_tokens"}, "no_rotary": {"model.key_offset", "model.yarn"},
     "no_value_embeds": {"model.value_gates", "model.value_embed_layers"},
     "no_bigram": {"model.bigram_signs", "model.ngram_orders"},
     "no_slow_adam": {f"optim.{role.name}.update_every" for role in fields(Optim)}}
 EVERYTHING = ("--model.x0_skip --model.softcap tanh --model.norm_gains --model.biases --model.tied_head "
-              "--model.attention_scale 0.1 --model.window_tokens 64 --model.full_attention_every 2 --model.document_mask "
+              "--model.attention_scale 0.1 --model.window_tokens 64 --model.full_attention_layers 1 --model.document_mask "
               "--schedule.window_tokens 0.5 --schedule.sequence_tokens 0.5 --optim.matrix.weight_decay 0.1 "
               "--model.value_gates --model.bigram_signs 8 --model.ngram_orders 3 --model.position half_rotary "
               "--model.key_offset --model.yarn --model.head_gates --model.xsa --model.projection_gains --model.inject "

@@ -1,14 +1,20 @@
-"""Attention: three kernels, one meaning.
+"""Causal attention: three kernels, one signature attend(q, k, v, mask, scale), one meaning of the mask.
 
-Shapes: B sequences, T tokens, C model dimension, H heads, D head dimension. N = B T tokens.
+Query i sees key j where j <= i, i - j < window, and both are of one document. `dense_mask` and `attend_sdpa` say so in plain
+lines; the other kernels have their own form of the same mask.
+
+Shapes: B sequences, T tokens, H heads, D head dimension. N = B T tokens.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from configs.schema import Model
+from configs.model import Model
 
 Mask = Tensor | BlockMask | tuple[Tensor, int] | None
 
@@ -19,14 +25,14 @@ def document_index(starts_BT: Tensor) -> Tensor:
 
 
 def dense_mask(tokens: int, window: int | None, document_BT: Tensor | None, device: torch.device) -> Tensor | None:
-    """True where query i may see key j: j <= i, i - j < window, same document. (B or 1, 1, T, T); None if just causal."""
+    """True where query i sees key j: (B or 1, 1, T, T); None if the mask is causal and no more."""
     if window is None and document_BT is None:
         return None
     i = torch.arange(tokens, device=device)
-    seen = (i[:, None] >= i) & (i[:, None] - i < (window or tokens))
+    visible = (i[:, None] >= i) & (i[:, None] - i < (window or tokens))
     if document_BT is not None:
-        seen = seen & (document_BT[:, :, None] == document_BT[:, None, :])
-    return seen.view(-1, 1, tokens, tokens)
+        visible = visible & (document_BT[:, :, None] == document_BT[:, None, :])
+    return visible.view(-1, 1, tokens, tokens)
 
 
 def attend_sdpa(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, mask: Mask, scale: float) -> Tensor:
@@ -37,12 +43,12 @@ def attend_sdpa(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, mask: Mask, scal
 
 def flex_mask(tokens: int, window: int | None, document_BT: Tensor | None, device: torch.device) -> BlockMask:
     """`dense_mask` for FlexAttention, which skips blocks that are masked whole (Dong et al. 2024, arXiv 2412.05496)."""
-    def seen(b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    def visible(b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         near = (i >= j) & (i - j < (window or tokens))
         return near if document_BT is None else near & (document_BT[b, i] == document_BT[b, j])
 
     batch = None if document_BT is None else document_BT.size(0)
-    return create_block_mask(seen, batch, None, tokens, tokens, device=device)
+    return create_block_mask(visible, batch, None, tokens, tokens, device=device)
 
 
 def attend_flex(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, mask: Mask, scale: float) -> Tensor:
@@ -69,13 +75,24 @@ def attend_varlen(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, mask: Mask, sc
                        window_size=(left, 0)).view_as(q_BTHD)
 
 
-KERNELS = {"sdpa": (dense_mask, attend_sdpa), "flex": (flex_mask, attend_flex), "varlen": (varlen_mask, attend_varlen)}
+class Kernel(NamedTuple):
+    """How a kernel writes the mask, from (tokens, window, document, device), and how it attends."""
+
+    mask: Callable[[int, int | None, Tensor | None, torch.device], Mask]
+    attend: Callable[[Tensor, Tensor, Tensor, Mask, float], Tensor]
 
 
-def attends_far(config: Model, layer: int) -> bool:
-    """Whether a layer has no sliding window, or the long one."""
-    every = config.full_attention_every
-    return config.window_tokens is None or layer in config.full_attention_layers or bool(every and (layer + 1) % every == 0)
+KERNELS = {"sdpa": Kernel(dense_mask, attend_sdpa), "flex": Kernel(flex_mask, attend_flex),
+           "varlen": Kernel(varlen_mask, attend_varlen)}
+
+
+def choose_kernel(config: Model, on_cuda: bool) -> str:
+    """The attention kernel by name. Raises ValueError where the asked-for one cannot train on this device."""
+    if config.attention in ("flex", "varlen") and not on_cuda:
+        raise ValueError(f"--model.attention {config.attention} trains on CUDA only; use sdpa here")
+    if config.attention != "auto":
+        return config.attention
+    return "flex" if on_cuda and (config.window_tokens is not None or config.document_mask) else "sdpa"
 
 
 def use_flash(config: Model, on_cuda: bool) -> None:
@@ -91,12 +108,3 @@ def use_flash(config: Model, on_cuda: bool) -> None:
     except (ImportError, RuntimeError, ValueError) as error:
         raise ValueError(f"--model.flash {config.flash}: its package is missing or does not run here ({error}); install it, "
                          "or use default") from error
-
-
-def choose_kernel(config: Model, on_cuda: bool) -> str:
-    """The attention kernel by name. Raises ValueError where the asked-for one cannot train on this device."""
-    if config.attention in ("flex", "varlen") and not on_cuda:
-        raise ValueError(f"--model.attention {config.attention} trains on CUDA only; use sdpa here")
-    if config.attention != "auto":
-        return config.attention
-    return "flex" if on_cuda and (config.window_tokens is not None or config.document_mask) else "sdpa"

@@ -8,10 +8,7 @@ import pytest
 import torch
 
 from configs.schema import Model
-from layers.attention import Around
-from layers.block import Inject
-from layers.embeddings import HASH, NgramEmbedding, fixed_signs
-from model import GPT
+from model import GPT, HASH, Inject, LayerInputs, NgramEmbedding, random_signs
 
 CONFIG = Model(layers=2, dim=16, head_dim=8, zero_init_projections=False, bigram_buckets=37)
 START = 0
@@ -51,12 +48,12 @@ def test_hashed_ngrams_equal_the_loop(order, documents, signs):
 
 def test_signs_are_balanced_fixed_and_draw_nothing():
     state = torch.get_rng_state()
-    signs = fixed_signs(512, 64, seed=2)
-    assert torch.equal(torch.get_rng_state(), state) and torch.equal(signs, fixed_signs(512, 64, seed=2))
+    signs = random_signs(512, 64, seed=2)
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(signs, random_signs(512, 64, seed=2))
     assert set(signs.unique().tolist()) == {-1.0, 1.0} and signs.mean().abs() < 4 / signs.numel()**0.5
     overlap = signs @ signs.T / 64  # of two rows: 0 in the mean, deviation 1/8
     assert (overlap - torch.eye(512)).abs().mean() < 0.12
-    assert not torch.equal(signs, fixed_signs(512, 64, seed=3))
+    assert not torch.equal(signs, random_signs(512, 64, seed=3))
 
 
 def test_signs_tell_apart_what_shares_a_vector():
@@ -70,11 +67,11 @@ def test_signs_tell_apart_what_shares_a_vector():
 def test_injection_is_its_formula_and_starts_at_a_twentieth_of_the_ngrams():
     inject = Inject(CONFIG)
     x, x0, ngrams = (torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    around = Around(x0=x0, ngrams=ngrams)
-    torch.testing.assert_close(inject(x, around), x + 0.05 * ngrams)
+    inputs = LayerInputs(x0=x0, ngrams=ngrams)
+    torch.testing.assert_close(inject(x, inputs), x + 0.05 * ngrams)
     inject.weight.data = torch.tensor([0.3, -2.0])
-    torch.testing.assert_close(inject(x, around), x + 0.3 * x0 - 2 * ngrams)
-    assert torch.equal(Inject(replace(CONFIG, bigram_buckets=0))(x, Around(x0=x0)), x)
+    torch.testing.assert_close(inject(x, inputs), x + 0.3 * x0 - 2 * ngrams)
+    assert torch.equal(Inject(replace(CONFIG, bigram_buckets=0))(x, LayerInputs(x0=x0)), x)
 
 
 def test_where_they_are_injected_the_stream_starts_with_their_share():
@@ -85,6 +82,6 @@ def test_where_they_are_injected_the_stream_starts_with_their_share():
         model = GPT(replace(CONFIG, inject=inject, norm_embedding=False, ngram_orders=(3,)), vocab_size=40, max_tokens=12)
         for table in model.ngrams:
             table.table.data.normal_(generator=torch.Generator().manual_seed(table.order))
-        starts[inject], ngrams = model._start(tokens, None)
+        starts[inject], ngrams = model.embed_tokens(tokens, None)
         torch.testing.assert_close(ngrams, sum(table(tokens, None) for table in model.ngrams))
         torch.testing.assert_close(starts[inject], model.embed[tokens] + (0.05 if inject else 1) * ngrams)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from optim import symmetric
-from optim.symmetric import capable, gram, has_kernel, quadratic, symmetric_product
+from kernels import symmetric
+from kernels.symmetric import capable, gram, has_kernel, quadratic, symmetric_product
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -22,7 +22,8 @@ def gaussian(*shape: int) -> torch.Tensor:
 
 @needs_triton
 def test_the_kernel_in_tritons_interpreter():
-    command = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/optim/interpreted_symmetric.py"]
+    file = "tests/kernels/interpreted_symmetric.py"
+    command = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert "skipped" not in done.stdout

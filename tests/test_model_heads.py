@@ -7,9 +7,21 @@ import pytest
 import torch
 
 from configs.schema import Model
-from layers.attention import Around, Attention, Rotary
-from layers.heads import DynamicHeads, ExclusiveHeads, HeadGates, ValueGates, offset_keys, pair_heads, unpair_heads
-from layers.kernels import attend_sdpa, dense_mask
+from kernels.attention import attend_sdpa, dense_mask
+from model import (
+    Attention,
+    DynamicHeads,
+    ExclusiveHeads,
+    HeadGates,
+    LayerInputs,
+    Rotary,
+    ValueGates,
+    offset_keys,
+    pair_heads,
+    unpair_heads,
+    yarn_frequencies,
+    yarn_softmax_factor,
+)
 
 B, T, H, D = 2, 7, 4, 8
 CONFIG = Model(layers=2, dim=H * D, head_dim=D)
@@ -107,17 +119,18 @@ def test_dynamic_heads(window, second):
             torch.testing.assert_close(found[0, t, h], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_yarn_slows_slow_frequencies_alone_and_warms_the_scores():
+def test_yarn_slows_slow_frequencies_alone_and_sharpens_the_softmax():
     config = replace(CONFIG, head_dim=16, dim=32, rotary_base=1e4, window_tokens=512, yarn=True)
     rotary = Rotary(config, 64, first_window=512)
-    frequency, slowed = rotary.frequency, rotary.slowed(1024)
+    frequency, slowed = rotary.frequency, yarn_frequencies(rotary.frequency, 512, 1024)
     turns = 512 * frequency / (2 * math.pi)
     torch.testing.assert_close(slowed[turns > 32], frequency[turns > 32])
     torch.testing.assert_close(slowed[turns < 1], frequency[turns < 1] / 2)
     between = (turns > 1) & (turns < 32)
     slowing = slowed[between] / frequency[between]
     assert between.any() and (slowing < 1).all() and (slowing > 0.5).all()
-    assert rotary.warmth(1024) == pytest.approx(1 + 0.2 * math.log(2)) and rotary.warmth(512) == 1.0
+    assert yarn_softmax_factor(512, 1024) == pytest.approx(1 + 0.2 * math.log(2))
+    assert yarn_softmax_factor(512, 512) == 1.0
     plain, x = Rotary(config, 64), torch.randn(1, 9, 2, 16)
     torch.testing.assert_close(rotary(x, 512), plain(x))
     assert (rotary(x, 2048) - plain(x)).abs().max() > 1e-4
@@ -127,7 +140,7 @@ def test_yarn_slows_slow_frequencies_alone_and_warms_the_scores():
                                              ("projection_gains", True)])
 def test_gradients_reach_what_starts_as_the_identity(flag, value):
     attention = Attention(replace(CONFIG, zero_init_projections=False, **{flag: value}), T, mixes_value_embed=False,
-                          kernel=attend_sdpa)
-    attention(torch.randn(1, T, H * D), Around()).square().sum().backward()
+                          attend=attend_sdpa)
+    attention(torch.randn(1, T, H * D), LayerInputs()).square().sum().backward()
     new = {name: p for name, p in attention.named_parameters() if name.split(".")[0] not in "qkv" and "out" not in name}
     assert new and all(p.grad.abs().max() > 1e-6 for p in new.values())

@@ -4,13 +4,9 @@ Keys are `diag/ROW/MEASURE`, a row being a layer or a matrix, which the report d
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-
-from layers.sphere import Scale
 
 Measures = dict[str, float]
 
@@ -22,32 +18,30 @@ def rms(x: Tensor) -> float:
 
 @torch.no_grad()
 def feature_measures(model: nn.Module, tokens_BT: Tensor, **windows: int | None) -> Measures:
-    """RMS of the stream after each layer and of what its attention and MLP say; RMS and largest size of the logits.
+    """RMS of the stream after each block and of what its attention and MLP add; RMS and largest size of the logits.
 
-    The pass is run plainly even where the model is compiled: a graph made before does not see hooks.
+    The pass is run plainly even where the model is compiled: a graph made before does not call hooks.
     """
-    found: Measures = {}
-
-    def keep(row: str, measure: str) -> Callable:
-        return lambda _module, _inputs, output: found.__setitem__(f"diag/{row}/{measure}", rms(output))
-
-    watched = {(f"block{i}", name): part for i, block in enumerate(model.blocks)
-               for name, part in (("stream_rms", block), ("attention_rms", block.attention), ("mlp_rms", block.mlp))
-               if part is not None}
-    with hooked({part: keep(*key) for key, part in watched.items()}):
-        logits = model.forward(tokens_BT, **windows)
-    return found | {"diag/logits/rms": rms(logits), "diag/logits/largest": logits.abs().max().item()}
-
-
-@contextmanager
-def hooked(hooks: dict[nn.Module, Callable]) -> Iterator[None]:
-    """Within, each module calls its hook with what it returns."""
-    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
+    measures: Measures = {}
+    handles = []
+    for i, block in enumerate(model.blocks):
+        for name, module in (("stream", block), ("attention", block.attention), ("mlp", block.mlp)):
+            if module is not None:
+                handles.append(_hook_rms(module, f"diag/block{i}/{name}_rms", measures))
     try:
-        yield
+        logits = model.forward(tokens_BT, **windows)
     finally:
         for handle in handles:
             handle.remove()
+    return measures | {"diag/logits/rms": rms(logits), "diag/logits/largest": logits.abs().max().item()}
+
+
+def _hook_rms(module: nn.Module, key: str, measures: Measures) -> torch.utils.hooks.RemovableHandle:
+    """From now on the module writes the RMS of what it returns into `measures[key]`, until the handle is removed."""
+    def write(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+        measures[key] = rms(output)
+
+    return module.register_forward_hook(write)
 
 
 @torch.no_grad()
@@ -57,17 +51,16 @@ def weight_measures(model: nn.Module) -> Measures:
 
     By SVD in float64 on the CPU, O(m n min(m, n)) a matrix: .1 s for 768 x 768 on one core, .2 s for 3072 x 768.
     """
-    found: Measures = {}
+    measures: Measures = {}
     roles = model.roles()
     for name, parameter in model.named_parameters():
         if roles[name] == "matrix":
-            found |= in_row(name, spectrum(parameter))
-    for name, module in model.named_modules():
-        if isinstance(module, Scale):
-            sizes = module().abs()
-            found |= in_row(name, {"factor": sizes.mean().item(), "factor_least": sizes.min().item(),
-                                   "factor_greatest": sizes.max().item()})
-    return found
+            measures |= in_row(name, spectrum(parameter))
+    for name, factors in model.factors().items():
+        sizes = factors.abs()
+        measures |= in_row(name, {"factor": sizes.mean().item(), "factor_least": sizes.min().item(),
+                                  "factor_greatest": sizes.max().item()})
+    return measures
 
 
 def in_row(name: str, measures: Measures) -> Measures:

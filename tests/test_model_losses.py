@@ -9,12 +9,12 @@ import torch.nn.functional as F
 
 from configs.schema import Model
 from data.tokenizers import prefix_tokens
-from layers.head import Terms, further_tokens, prefix_nats, sampled_nats, softcap
-from model import GPT
+from kernels.cross_entropy import softcap
+from model import GPT, AuxLossWeights, multi_token_cross_entropy, prefix_cross_entropy, sampled_cross_entropy
 
 CONFIG = Model(layers=1, dim=16, head_dim=8, zero_init_projections=False, vocab_multiple=1)
 VOCAB = 20
-TERMS = Terms(torch.tensor(99.0), torch.tensor(1.0))
+AUX = AuxLossWeights(torch.tensor(99.0), torch.tensor(1.0))
 
 
 def build(**changes: object) -> GPT:
@@ -38,7 +38,7 @@ def test_further_tokens_against_a_loop(reach, weights):
     logits, targets = torch.randn(2, 6, VOCAB), some_tokens(2, 6)
     expected = sum(weights[k - 1] * -logits[b, t].log_softmax(-1)[targets[b, t + k]]
                    for k in (1, 2) for b in range(2) for t in range(6 - k))
-    found = further_tokens(logits, targets, (0.5, 0.2), torch.tensor(reach))
+    found = multi_token_cross_entropy(logits, targets, (0.5, 0.2), torch.tensor(reach))
     torch.testing.assert_close(found, torch.as_tensor(expected, dtype=torch.float32), atol=1e-4, rtol=1e-5)
 
 
@@ -56,25 +56,27 @@ def test_prefixes_of_a_random_vocabulary_against_all_pairs():
         assert prefix == max(proper, key=lambda i: len(vocabulary[i]), default=-1)
 
 
-def test_prefix_nats_skip_tokens_without_prefix():
+def test_prefix_cross_entropy_skips_tokens_without_prefix():
     logits, targets = torch.randn(3, 4), torch.tensor([0, 2, 3])
     prefix_of = torch.tensor([-1, -1, 1, 2])
     expected = -logits[1].log_softmax(-1)[1] - logits[2].log_softmax(-1)[2]
-    torch.testing.assert_close(prefix_nats(logits, targets, prefix_of), expected)
+    torch.testing.assert_close(prefix_cross_entropy(logits, targets, prefix_of), expected)
 
 
 def test_all_classes_sampled_is_the_full_softmax():
     hidden, weight, targets = torch.randn(9, 16), torch.randn(VOCAB, 16), some_tokens(9)
+    config = replace(CONFIG, sampled_softmax=VOCAB, softcap="tanh", softcap_value=5.0)
     full = F.cross_entropy(softcap(hidden @ weight.T, "tanh", 5.0), targets, reduction="sum")
-    torch.testing.assert_close(sampled_nats(hidden, weight, targets, VOCAB, ("tanh", 5.0)), full, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(sampled_cross_entropy(hidden, weight, targets, config), full, atol=1e-4, rtol=1e-5)
 
 
 def test_sampled_partition_function_is_right_in_the_mean():
     """exp(loss) - 1 is the other classes' weight over the target's: linear in what is drawn, so its mean must be exact."""
     torch.manual_seed(0)
     hidden, weight, target = torch.randn(1, 16) * 0.5, torch.randn(VOCAB, 16) * 0.5, torch.tensor([4])
+    config = replace(CONFIG, sampled_softmax=5, softcap="none")
     exact = F.cross_entropy(hidden @ weight.T, target).exp() - 1
-    drawn = torch.stack([sampled_nats(hidden, weight, target, 5, ("none", 1.0)).exp() - 1 for _ in range(4000)])
+    drawn = torch.stack([sampled_cross_entropy(hidden, weight, target, config).exp() - 1 for _ in range(4000)])
     assert abs(drawn.mean() - exact) < 4 * drawn.std() / 4000**0.5
 
 
@@ -83,16 +85,16 @@ def test_the_referee_never_sees_them(changes):
     plain, model, tokens = build(), build(**changes), some_tokens(2, 8)
     targets = tokens.roll(-1, 1)
     assert torch.equal(model(tokens, targets), plain(tokens, targets))
-    assert not torch.equal(model(tokens, targets, terms=TERMS), plain(tokens, targets))
+    assert not torch.equal(model(tokens, targets, aux_weights=AUX), plain(tokens, targets))
 
 
 def test_the_objective_is_the_sum_of_its_parts():
     model, tokens = build(mtp_weights=(0.5,), prefix_loss=0.25), some_tokens(2, 8)
     targets, logits = tokens.roll(-1, 1), model(tokens)
     parts = (F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-             + further_tokens(logits, targets, (0.5,), TERMS.mtp)
-             + 0.25 * 0.4 * prefix_nats(logits.flatten(0, 1), targets.flatten(), model.prefix_of))
-    torch.testing.assert_close(model(tokens, targets, terms=TERMS._replace(prefix=torch.tensor(0.4))), parts)
+             + multi_token_cross_entropy(logits, targets, (0.5,), AUX.mtp)
+             + 0.25 * 0.4 * prefix_cross_entropy(logits.flatten(0, 1), targets.flatten(), model.prefix_of))
+    torch.testing.assert_close(model(tokens, targets, aux_weights=AUX._replace(prefix=torch.tensor(0.4))), parts)
 
 
 def test_a_prefix_loss_without_prefixes_is_refused():

@@ -7,8 +7,7 @@ import torch
 
 from configs.notation import parse_skips
 from configs.schema import Model
-from layers.streams import DynamicMixture, StaticMixture, Streams, connects
-from model import GPT
+from model import GPT, DynamicMixture, StaticMixture, Streams
 
 CONFIG = Model(layers=4, dim=32, head_dim=16, zero_init_projections=False, softcap="none")
 
@@ -18,7 +17,7 @@ def build(**changes: object) -> GPT:
     return GPT(replace(CONFIG, **changes), vocab_size=40, max_tokens=12)
 
 
-def kept(count: int) -> list[torch.Tensor]:
+def history(count: int) -> list[torch.Tensor]:
     return [torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(i)) for i in range(count)]
 
 
@@ -37,25 +36,25 @@ def test_other_words_are_refused(word, message):
 
 
 def test_a_skip_adds_its_share_of_what_the_source_wrote():
-    streams, have = Streams(replace(CONFIG, skips=("0>2",), skip_weight=0.3)), kept(3)
-    torch.testing.assert_close(streams.enter(2, have), have[2] + 0.3 * have[1])
-    assert streams.enter(1, have[:2]) is have[1]
+    streams, have = Streams(replace(CONFIG, skips=("0>2",), skip_weight=0.3)), history(3)
+    torch.testing.assert_close(streams.add_skips(have[2], 2, have), have[2] + 0.3 * have[1])
+    assert streams.add_skips(have[1], 1, have[:2]) is have[1]
 
 
 def test_backout_takes_back_half_of_what_a_layer_wrote():
-    streams, have = Streams(replace(CONFIG, backout=1)), kept(5)
-    torch.testing.assert_close(streams.finish(have), have[4] - 0.5 * have[2])
+    streams, have = Streams(replace(CONFIG, backout=1)), history(5)
+    torch.testing.assert_close(streams.subtract_backout(have[4], have), have[4] - 0.5 * have[2])
 
 
 def test_the_same_earlier_stream_is_read_by_all_later_layers():
-    streams, have = Streams(replace(CONFIG, shared_attention_input=1)), kept(4)
-    assert [streams.read(layer, have) is have[2] for layer in range(4)] == [False, False, True, True]
-    assert streams.read(1, have) is None
+    streams, have = Streams(replace(CONFIG, shared_attention_input=1)), history(4)
+    assert [streams.attention_input(layer, have) is have[2] for layer in range(4)] == [False, False, True, True]
+    assert streams.attention_input(1, have) is None
     assert (build(shared_attention_input=1)(TOKENS) - build()(TOKENS)).abs().max() > 1e-3
 
 
 def test_dense_mixtures():
-    have = kept(3)
+    have = history(3)
     static, dynamic = StaticMixture(CONFIG, 3), DynamicMixture(CONFIG, 3)
     torch.testing.assert_close(static(have), have[2])
     torch.testing.assert_close(dynamic(have), have[2])
@@ -73,11 +72,11 @@ def test_growth_alone_makes_the_stream_grow_by_its_factor_a_layer():
     model = GPT(config, vocab_size=40, max_tokens=12)
     seen = []
     model.blocks[-1].register_forward_hook(lambda _m, _i, out: seen.append(out))
-    start, _ = model._start(TOKENS, None)
+    start, _ = model.embed_tokens(TOKENS, None)
     model(TOKENS)
     torch.testing.assert_close(seen[0], start * 1.21**4)
 
 
 def test_nothing_is_built_where_nothing_is_asked():
-    assert not connects(CONFIG) and build().streams is None
-    assert connects(replace(CONFIG, backout=0)) and connects(replace(CONFIG, shared_attention_input=0))
+    assert build().streams is None
+    assert build(backout=0).streams is not None and build(shared_attention_input=0).streams is not None

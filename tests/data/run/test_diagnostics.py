@@ -14,9 +14,9 @@ import torch
 import train_gpt
 from configs.cli import parse
 from configs.schema import Model
+from data.run.diagnostics import feature_measures, weight_measures
 from data.run.log import BANDS, alarms
 from data.run.metrics import LAYER_MEASURES, read_metrics
-from layers.diagnostics import feature_measures, weight_measures
 from model import GPT
 from scripts.lab.figures import heat_maps
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import ScalingType
 
-from configs.schema import Model
+from configs.model import Model
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 ALIGNED = 16  # cuBLAS wants the sizes of 8-bit operands to be multiples of this
@@ -31,6 +31,11 @@ def quantise(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.float() / scale).clamp(-greatest, greatest).to(dtype)
 
 
+def plain_product(A: Tensor, B: Tensor, scale_a: Tensor, scale_b: Tensor, *, out: torch.dtype) -> Tensor:
+    """`product` in plain lines: dequantised to float32, then multiplied."""
+    return ((A.float() * scale_a) @ (B.float() * scale_b).mT).to(out)
+
+
 def product(A: Tensor, B: Tensor, scale_a: Tensor, scale_b: Tensor, *, out: torch.dtype,
             fast: bool = False) -> Tensor:
     """scale_a scale_b A B^T of 8-bit A (N, C) and B (M, C), both row-major -> (N, M) in dtype `out`.
@@ -39,11 +44,6 @@ def product(A: Tensor, B: Tensor, scale_a: Tensor, scale_b: Tensor, *, out: torc
     """
     return F.scaled_mm(A, B.mT, scale_a, ScalingType.TensorWise, scale_b, ScalingType.TensorWise, output_dtype=out,
                        use_fast_accum=fast)
-
-
-def plain_product(A: Tensor, B: Tensor, scale_a: Tensor, scale_b: Tensor, *, out: torch.dtype) -> Tensor:
-    """The twin of `product`: dequantised to float32, then multiplied."""
-    return ((A.float() * scale_a) @ (B.float() * scale_b).mT).to(out)
 
 
 def aligned(x: Tensor) -> Tensor:

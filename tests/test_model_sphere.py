@@ -5,17 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from configs.groups import Group, Optim
 from configs.presets import SPHERE_ROLES
 from configs.schema import Model
-from layers.attention import Attention
-from layers.basic import rms_norm, unit
-from layers.kernels import attend_sdpa
-from layers.sphere import SphereQK, SphereStep
-from model import GPT
+from kernels.attention import attend_sdpa
+from kernels.norms import unit
+from model import GPT, Attention, SphereQK, SphereStep
 from optim.comm import Comm
 from optim.groups import build_groups
 from optim.schedule import Values
@@ -106,36 +102,6 @@ def test_forward_is_the_papers_formulas(activation):
     torch.testing.assert_close(model(tokens).double(), logits, atol=1e-6 * logits.abs().max().item(), rtol=0)
 
 
-@given(st.integers(1, 40), st.sampled_from([1e-8, 1.0, 1e8]), st.integers(0, 9))
-@settings(max_examples=30, deadline=None)
-def test_unit_and_its_derivative(size, scale, seed):
-    rng = torch.Generator().manual_seed(seed)
-    x, g = (torch.randn(3, size, generator=rng, dtype=torch.float64) for _ in range(2))
-    ours, twin = (x * scale).requires_grad_(), (x * scale).requires_grad_()
-    unit(ours).backward(g)
-    n(twin).backward(g)
-    torch.testing.assert_close(unit(ours), n(twin), atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(ours.grad * scale, twin.grad * scale, atol=1e-5, rtol=1e-5)
-
-
-@given(st.integers(1, 40), st.sampled_from([1e-8, 1e-4, 1.0, 1e8]), st.sampled_from([torch.float32, torch.float64]))
-@settings(max_examples=30, deadline=None)
-def test_rms_norm_and_its_derivative_are_pytorchs(size, scale, dtype):
-    rng = torch.Generator().manual_seed(size)
-    x, g = (torch.randn(3, size, generator=rng, dtype=dtype) for _ in range(2))
-    ours, twin = (x * scale).requires_grad_(), (x * scale).requires_grad_()
-    rms_norm(ours).backward(g)
-    torch.nn.functional.rms_norm(twin, (size,)).backward(g)
-    torch.testing.assert_close(rms_norm(ours), torch.nn.functional.rms_norm(twin, (size,)), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(ours.grad * scale, twin.grad * scale, atol=1e-5, rtol=1e-5)
-
-
-def test_unit_of_zero_is_zero_with_a_finite_derivative():
-    x = torch.zeros(2, 4, requires_grad=True)
-    unit(x).sum().backward()
-    assert not unit(x).any() and x.grad.isfinite().all()
-
-
 def test_a_step_with_alpha_one_lands_on_the_suggestion_and_with_zero_stays():
     step, h, x = SphereStep(SPHERE), unit(torch.randn(5, 32)), torch.randn(5, 32)
     step.alpha.stored.data.fill_(-(32**-0.5) / SPHERE.eigen_lr)
@@ -149,7 +115,7 @@ def test_a_step_with_alpha_one_lands_on_the_suggestion_and_with_zero_stays():
 
 def test_scores_depend_on_relative_position_alone_whatever_the_factors():
     torch.manual_seed(0)
-    attention = Attention(replace(SPHERE, dim=16), LONGEST, mixes_value_embed=False, kernel=attend_sdpa)
+    attention = Attention(replace(SPHERE, dim=16), LONGEST, mixes_value_embed=False, attend=attend_sdpa)
     attention.norm_qk.scale.stored.data.normal_()
     same = torch.randn(1, 1, 16).expand(1, LONGEST, 16)
     shape = (1, LONGEST, 1, 16)
@@ -164,7 +130,7 @@ def test_scores_depend_on_relative_position_alone_whatever_the_factors():
 def test_factors_after_the_rotation_would_break_that():
     """The control: why they act before it."""
     torch.manual_seed(0)
-    attention = Attention(replace(SPHERE, dim=16), LONGEST, mixes_value_embed=False, kernel=attend_sdpa)
+    attention = Attention(replace(SPHERE, dim=16), LONGEST, mixes_value_embed=False, attend=attend_sdpa)
     factor = torch.randn(16)
     q = attention.rotary(unit(torch.randn(1, 1, 1, 16)).expand(1, LONGEST, 1, 16))[0, :, 0] * factor
     along = (q @ q.T).diagonal(-1)

@@ -1,4 +1,4 @@
-"""The kernels of layers/fused on CPUs, in Triton's interpreter; test_fused.py runs this file in a process of its own.
+"""The fused kernels on CPUs, in Triton's interpreter; test_paths.py runs this file in a process of its own.
 
 The interpreter is chosen by TRITON_INTERPRET=1 before Triton is imported, which nothing else in the suite must see.
 """
@@ -10,21 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import layers.fused as fused
+import kernels
 from configs.schema import Model
-from layers.fused import cross_entropy, linear_relu2
-from layers.fused.cross_entropy import KINDS, linear_nats, plain_nats, row_nats
-from layers.head import softcap
+from kernels import cross_entropy, mlp
+from kernels.cross_entropy import fused_cross_entropy, softcap, softcap_cross_entropy
 from model import GPT
 
 CAP = 5.0
+KINDS = ("none", "tanh", "rational", "sigmoid", "asymmetric")
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several blocks and tiles, the last of them cut, at sizes that the interpreter likes."""
     monkeypatch.setattr(cross_entropy, "BLOCK", 32)
-    monkeypatch.setattr(linear_relu2, "TILE", {"ROWS": 16, "COLUMNS": 16, "INNER": 16})
+    monkeypatch.setattr(mlp, "TILE", {"ROWS": 16, "COLUMNS": 16, "INNER": 16})
 
 
 def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -56,13 +56,13 @@ def test_rows_and_their_gradients(kind, dtype, columns):
     """Every row has an upstream gradient of its own, one of them 0, one negative; the third target is ignored."""
     z = leaf(8 * gaussian(5, columns, dtype=dtype))
     targets, upstream = torch.tensor([0, columns - 1, -100, 3, 2]), torch.tensor([0.3, -2.0, 1.0, 0.0, 7.0])
-    nats = row_nats(z, targets, kind, CAP)
-    (nats * upstream).sum().backward()
+    loss = fused_cross_entropy(z, targets, kind, CAP)
+    (loss * upstream).sum().backward()
     twin_z = exact(z)
     twin = F.cross_entropy(softcap(twin_z, kind, CAP), targets, reduction="none")
     (twin * upstream).sum().backward()
-    assert nats.dtype == torch.float32 and z.grad.dtype == dtype and nats[2] == 0 and not z.grad[2:4].any()
-    close(nats, twin)
+    assert loss.dtype == torch.float32 and z.grad.dtype == dtype and loss[2] == 0 and not z.grad[2:4].any()
+    close(loss, twin)
     close(z.grad, twin_z.grad, dtype)
 
 
@@ -73,73 +73,28 @@ def test_a_large_logit_overflows_nowhere(kind):
     z[0, 3], z[0, 40], z[1, 69] = 200.0, -300.0, 1000.0
     z = leaf(z)
     targets = torch.tensor([40, 69])
-    row_nats(z, targets, kind, CAP).sum().backward()
+    fused_cross_entropy(z, targets, kind, CAP).sum().backward()
     twin_z = exact(z)
     F.cross_entropy(softcap(twin_z, kind, CAP), targets, reduction="sum").backward()
-    close(row_nats(z, targets, kind, CAP).sum(), plain_nats(z.double(), targets, kind, CAP))
+    close(fused_cross_entropy(z, targets, kind, CAP).sum(), softcap_cross_entropy(z.double(), targets, kind, CAP))
     close(z.grad, twin_z.grad)
 
 
 def test_no_gradient_is_made_where_none_is_asked_for():
     z, targets = gaussian(3, 40), torch.tensor([1, 2, 3])
-    nats, grad = cross_entropy.nats_and_grad(z, targets, "tanh", CAP, False)
+    loss, grad = cross_entropy.cross_entropy_and_grad(z, targets, "tanh", CAP, False)
     assert grad.shape == (0, 40)
-    assert torch.equal(nats, row_nats(z, targets, "tanh", CAP)) and not row_nats(z, targets, "tanh", CAP).requires_grad
+    again = fused_cross_entropy(z, targets, "tanh", CAP)
+    assert torch.equal(loss, again) and not again.requires_grad
 
 
 def test_a_second_derivative_is_an_error():
     """The kept gradient is a constant to autograd: without the error its part would be missing."""
     z = leaf(gaussian(2, 7))
-    grad, = torch.autograd.grad(row_nats(z, torch.tensor([1, 2]), "tanh", CAP).square().sum(), z, create_graph=True)
+    loss = fused_cross_entropy(z, torch.tensor([1, 2]), "tanh", CAP)
+    grad, = torch.autograd.grad(loss.square().sum(), z, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
-
-
-# ---- With the head inside --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("kind", "chunk"), [("tanh", 3), ("none", 1), ("rational", 7), ("sigmoid", 100)])
-def test_linear_nats(kind, chunk):
-    hidden, weight, targets = leaf(gaussian(7, 12)), leaf(gaussian(40, 12, seed=1)), torch.tensor([0, 39, 5, -100, 5, 6, 7])
-    upstream = -0.37
-    loss = linear_nats(hidden, weight, targets, cap=(kind, CAP), chunk=chunk)
-    (loss * upstream).backward()
-    twin_hidden, twin_weight = exact(hidden), exact(weight)
-    twin = plain_nats(twin_hidden @ twin_weight.mT, targets, kind, CAP)
-    (twin * upstream).backward()
-    close(loss, twin)
-    close(hidden.grad, twin_hidden.grad)
-    close(weight.grad, twin_weight.grad)
-    with torch.no_grad():
-        close(linear_nats(hidden, weight, targets, cap=(kind, CAP), chunk=chunk), twin)
-
-
-def test_linear_nats_is_torchs_without_softcap():
-    hidden, weight, targets = leaf(gaussian(7, 12)), leaf(gaussian(40, 12, seed=1)), torch.arange(7)
-    mine = torch.autograd.grad(linear_nats(hidden, weight, targets, cap=("none", 1.0), chunk=3), (hidden, weight))
-    twin = torch.autograd.grad(F.linear_cross_entropy(hidden, weight, targets, reduction="sum"), (hidden, weight))
-    for a, b in zip(mine, twin, strict=True):
-        close(a, b)
-
-
-@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
-def test_linear_nats_in_bfloat16(weight_dtype):
-    """The gradients come in the dtypes of their tensors; chunks add up in float32, whatever the weight's storage."""
-    hidden, weight = leaf(gaussian(24, 16, dtype=torch.bfloat16)), leaf(gaussian(40, 16, seed=1, dtype=weight_dtype) / 4)
-    targets = torch.arange(24)
-    linear_nats(hidden, weight, targets, cap=("tanh", CAP), chunk=4).backward()
-    twin_hidden, twin_weight = exact(hidden), exact(weight)
-    plain_nats(twin_hidden @ twin_weight.mT, targets, "tanh", CAP).backward()
-    assert hidden.grad.dtype == torch.bfloat16 and weight.grad.dtype == weight_dtype
-    close(hidden.grad, twin_hidden.grad, torch.bfloat16)
-    close(weight.grad, twin_weight.grad, torch.bfloat16)
-
-
-def test_no_more_than_a_chunk_of_logits_exists(monkeypatch):
-    rows, kernel = [], cross_entropy.nats_and_grad
-    monkeypatch.setattr(cross_entropy, "nats_and_grad", lambda z, *rest: rows.append(len(z)) or kernel(z, *rest))
-    linear_nats(leaf(gaussian(7, 12)), gaussian(40, 12), torch.arange(7), cap=("tanh", CAP), chunk=3).backward()
-    assert rows == [3, 3, 1]
 
 
 # ---- Linear map and ReLU^2 -------------------------------------------------------------------------------------------
@@ -149,11 +104,11 @@ def test_no_more_than_a_chunk_of_logits_exists(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter's products take bfloat16 for integers
 def test_linear_relu2(shape, dtype):
     x, weight = leaf(gaussian(*shape, dtype=dtype)), leaf(gaussian(35, shape[-1], seed=1) / shape[-1] ** 0.5)
-    y = linear_relu2.linear_relu2(x, weight)
+    y = mlp.linear_relu2(x, weight)
     upstream = gaussian(*shape[:-1], 35, seed=2)
     (y * upstream).sum().backward()
     twin_x, twin_weight = exact(x), exact(weight.to(dtype))
-    twin = linear_relu2.plain_linear_relu2(twin_x, twin_weight)
+    twin = mlp.plain_linear_relu2(twin_x, twin_weight)
     (twin * upstream).sum().backward()
     assert y.dtype == dtype and y.shape == twin.shape and weight.grad.dtype == torch.float32
     close(y, twin, dtype)
@@ -169,17 +124,16 @@ def build(config: Model) -> GPT:
     return GPT(config, vocab_size=50, max_tokens=16)
 
 
-@pytest.mark.parametrize("changes", [{}, {"loss_chunk_tokens": 5}, {"tied_head": True, "loss_chunk_tokens": 16},
-                                     {"biases": True, "loss_chunk_tokens": 5}])
+@pytest.mark.parametrize("changes", [{}, {"tied_head": True}, {"biases": True}], ids=str)
 def test_the_model_fused_is_the_plain_model(changes, monkeypatch):
     """Loss and gradients to float32's rounding."""
-    monkeypatch.setattr(fused, "KERNEL_DTYPE", torch.float32)
+    monkeypatch.setattr(kernels, "KERNEL_DTYPE", torch.float32)
     config = Model(layers=1, dim=32, head_dim=16, mlp_dim=40, zero_init_projections=False, **changes)
     plain = build(replace(config, fused="off"))
-    monkeypatch.setattr(fused, "paths", lambda device: fused.Paths("triton", "triton", "triton", False, "for the test"))
+    monkeypatch.setattr(kernels, "device_paths", lambda device: kernels.Paths("triton", "triton", False, "for the test"))
     model = build(config)
     assert model.paths.loss == "triton" and plain.paths.loss == "plain"
-    assert (model.paths.head_loss == "triton") == (model.paths.relu2 == "triton" and config.loss_chunk_tokens > 0)
+    assert (model.paths.relu2 == "triton") == (not config.biases)
     tokens, targets = torch.randint(50, (2, 2, 8), generator=torch.Generator().manual_seed(1))
     loss, twin = model(tokens, targets), plain(tokens, targets)
     assert loss.item() == pytest.approx(twin.item(), rel=1e-6)
@@ -195,9 +149,8 @@ def test_all_compiles_into_one_graph():
     hidden, weight, targets = leaf(gaussian(8, 16)), leaf(gaussian(40, 16, seed=1)), torch.arange(8)
 
     def loss(h: Tensor, w: Tensor) -> Tensor:
-        up = linear_relu2.linear_relu2(h, w)
-        return (row_nats(up, targets, "tanh", CAP).sum()
-                + linear_nats(h, w, targets, cap=("rational", CAP), chunk=3))
+        up = mlp.linear_relu2(h, w)
+        return fused_cross_entropy(up, targets, "tanh", CAP).sum()
 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=False)
     mine = torch.autograd.grad(compiled(hidden, weight), (hidden, weight))

@@ -1,12 +1,12 @@
-"""The kernel of optim/symmetric.py on CPUs, in Triton's interpreter; test_symmetric.py runs this file in its own process."""
+"""The kernel of kernels/symmetric.py on CPUs, in Triton's interpreter; test_symmetric.py runs this file by itself."""
 
 import pytest
 import torch
 
 import optim.newton_schulz as newton_schulz
-from optim import symmetric
+from kernels import symmetric
+from kernels.symmetric import symmetric_product
 from optim.newton_schulz import orthogonalize
-from optim.symmetric import symmetric_product
 
 
 @pytest.fixture(autouse=True)

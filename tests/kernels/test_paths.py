@@ -1,0 +1,155 @@
+"""Fused kernels: that they are their plain twins, where they run, and what is refused."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from configs.schema import Model
+from kernels import choose_paths, cross_entropy, device_paths, mlp
+from model import GPT
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+SMALL = Model(dim=32, head_dim=16, zero_init_projections=False)
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def build(config: Model, **options) -> GPT:
+    torch.manual_seed(0)
+    return GPT(config, vocab_size=50, max_tokens=16, **options)
+
+
+def error(found: Tensor, twin: Tensor) -> float:
+    """Relative, in the Frobenius norm."""
+    return ((found.double() - twin.double()).norm() / twin.double().norm()).item()
+
+
+# ---- Kernels ---------------------------------------------------------------------------------------------------------
+
+
+@needs_triton
+def test_kernels_in_tritons_interpreter():
+    command = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreted_fused.py"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "skipped" not in done.stdout
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_kernels_compile_for_gpus(tmp_path, monkeypatch):
+    """Without a GPU at hand: to Hopper's PTX that keeps to registers and, for the product, uses the tensor cores."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    bf16 = dict.fromkeys(("x_ptr", "w_ptr", "y_ptr", "z_ptr", "grad_ptr"), "*bf16")
+    types = bf16 | dict.fromkeys(("rows", "columns", "inner"), "i32") | {"targets_ptr": "*i64", "loss_ptr": "*fp32"}
+    matrix = ptx(mlp.tile_kernel(), types, mlp.TILE)
+    assert "wgmma.mma_async" in matrix and "local" not in matrix
+    for name in ("identity", "rational", "sigmoid"):
+        constants = {"FAMILY": name, "WITH_GRAD": True, "BLOCK": cross_entropy.BLOCK}
+        assert "local" not in ptx(cross_entropy.row_kernel(), types, constants)
+
+
+def ptx(kernel, types: dict[str, str], constants: dict) -> str:
+    from triton import compile as compiled
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: "constexpr" if name in constants else types.get(name, "fp32") for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] in "*i"}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=aligned)
+    return compiled(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "num_stages": 3}).asm["ptx"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_kernels_on_the_gpu():
+    """bfloat16 at the speedrun's widths, against float64 on the same device."""
+    z = (8 * gaussian(64, 50304)).bfloat16().cuda().requires_grad_()
+    targets = torch.arange(64).cuda()
+    grad, = torch.autograd.grad(cross_entropy.fused_cross_entropy(z, targets, "tanh", 15.0).sum(), z)
+    twin, = torch.autograd.grad(cross_entropy.softcap_cross_entropy(z.double(), targets, "tanh", 15.0), z)
+    assert error(grad, twin) < 0.01
+    x, w = (gaussian(*shape).bfloat16().cuda() for shape in ((500, 768), (3072, 768)))
+    assert error(mlp.linear_relu2(x, w), mlp.plain_linear_relu2(x.double(), w)) < 0.01
+
+
+# ---- Where they run --------------------------------------------------------------------------------------------------
+
+
+def pretend(monkeypatch, capability: tuple[int, int], *, triton: bool = True) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
+
+
+def test_cpus_take_the_plain_paths():
+    assert device_paths(CPU) == ("plain", "plain", False, "device cpu")
+    assert "loss plain" in device_paths(CPU).line() and "device cpu" in device_paths(CPU).line()
+
+
+@pytest.mark.parametrize(("capability", "path", "fp8"), [((7, 5), "plain", False), ((8, 0), "triton", False),
+                                                         ((8, 9), "triton", True), ((9, 0), "triton", True)])
+def test_paths_follow_the_capability(capability, path, fp8, monkeypatch):
+    pretend(monkeypatch, capability)
+    here = device_paths(CUDA)
+    assert (here.loss, here.relu2, here.fp8) == (path, path, fp8)
+    assert f"compute capability {capability[0]}.{capability[1]}" in here.line()
+
+
+def test_without_triton_the_plain_paths_run_and_one_line_says_so(monkeypatch):
+    pretend(monkeypatch, (9, 0), triton=False)
+    here = device_paths(CUDA)
+    assert here[:3] == ("plain", "plain", True) and "Triton not installed" in here.line()
+
+
+@pytest.mark.parametrize(("changes", "expected"), [
+    ({}, ("triton", "triton")), ({"fused": "off"}, ("plain", "plain")), ({"biases": True}, ("triton", "plain")),
+    ({"activation": "gelu"}, ("triton", "plain")), ({"geometry": "sphere"}, ("triton", "plain")),
+    ({"fp8": "head"}, ("triton", "triton")), ({"fp8": "head_mlp"}, ("triton", "plain"))])
+def test_paths_follow_the_model(changes, expected, monkeypatch):
+    pretend(monkeypatch, (9, 0))
+    config = replace(SMALL, **changes)
+    assert choose_paths(config, CUDA, torch.bfloat16)[:2] == expected
+    assert choose_paths(config, CUDA, torch.float32)[:2] == ("plain", "plain")
+
+
+def test_on_cpus_the_flag_changes_no_bit():
+    tokens = torch.arange(32).view(2, 16)
+    models = [build(replace(SMALL, fused=flag)) for flag in ("auto", "off")]
+    losses = [model(tokens, tokens) for model in models]
+    assert torch.equal(*losses)
+    assert list(models[0].state_dict()) == list(models[1].state_dict())
+    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss, model in zip(losses, models, strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("fp8", ["head", "head_mlp"])
+def test_8_bit_is_refused_where_the_device_has_none(fp8, monkeypatch):
+    with pytest.raises(ValueError, match=f"fp8 {fp8} needs an NVIDIA GPU of compute capability 8.9 .* got device cpu"):
+        build(replace(SMALL, fp8=fp8))
+    pretend(monkeypatch, (8, 6))
+    with pytest.raises(ValueError, match="got compute capability 8.6"):
+        build(replace(SMALL, fp8=fp8), on_cuda=True)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"fp8": "head", "tied_head": True}, "needs a head of its own"),
+    ({"fp8": "head", "geometry": "sphere"}, "belongs to geometry euclidean"),
+    ({"fp8_scales": "static"}, "no effect without --model.fp8"),
+    ({"fp8": "head_mlp", "mlp_dim": 100}, "mlp_dim divisible by 16, got 100; nearest: 96"),
+    ({"fp8": "head", "vocab_multiple": 1}, "vocab_multiple divisible by 16, got 1; nearest: 16"),
+    ({"fp8_x_max": 0.0}, "fp8_x_max must be positive, got 0.0"), ({"fp8_grad_max": -1.0}, "fp8_grad_max"),
+    ({"fp8_x_headroom": 0.5}, "fp8_x_headroom must be at least 1, got 0.5")])
+def test_refusals(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, **changes)
