@@ -1,17 +1,18 @@
 """The ablation table: one row, one experiment. Rows go through the same parser as the command line.
 
-TECHNIQUES says how each technique is switched off; `each_off` makes the rows that leave one out of a run.
+`each_off` makes the rows that leave one technique out of a run, from the fields that declare what off means.
 """
 
-from collections.abc import Callable
 from dataclasses import fields
 from typing import NamedTuple
 
-from configs.cli import parse_row
-from configs.notation import nearest
-from configs.optim import Averaged, Muon, Optim, switch_rule
+from configs.cli import as_flags, parse_row
+from configs.model import SPHERE_NEEDS
+from configs.notation import Technique, nearest, techniques_of
+from configs.optim import Muon, Optim, switch_rule
 from configs.presets import PRESETS
-from configs.schema import Model, Run
+from configs.schema import Run
+from configs.serialize import config_to_dict, flatten
 
 
 class Row(NamedTuple):
@@ -114,76 +115,31 @@ ROWS = (
 )
 
 
-class Technique(NamedTuple):
-    """A technique: its name, whether a run uses it, and the flags that switch it off."""
-
-    name: str
-    is_on: Callable[[Run], bool]
-    off: str
-
-
-def _averages(run: Run) -> bool:
-    return isinstance(run.optim.matrix, Averaged) and run.optim.matrix.averaging != "none"
+def techniques(run: Run) -> dict[str, Technique]:
+    """Every setting of a run, by dotted name, that is a technique or depends on one; optimizers': the hidden matrices'."""
+    sections = {"model": run.model, "schedule": run.schedule, "train": run.train, "optim.matrix": run.optim.matrix,
+                "optim.matrix.extra": run.optim.matrix.extra}
+    return {f"{section}.{name}": one for section, config in sections.items()
+            for name, one in techniques_of(type(config)).items()}
 
 
-def _set(name: str, off: str = "") -> "Technique":
-    """A technique that is one field of the model, off by default."""
-    return Technique(name, lambda run: getattr(run.model, name) != getattr(Model(), name), f"--model.{off or 'no_' + name}")
+def is_on(run: Run, name: str) -> bool:
+    """Whether a run uses the technique of that setting: it differs from `off`, and so do all that it needs."""
+    one, value = techniques(run).get(name), flatten(config_to_dict(run)).get(name)
+    if one is None or (run.model.geometry == "sphere" and name.removeprefix("model.") in SPHERE_NEEDS):
+        return False
+    value = tuple(value) if isinstance(value, list) else value
+    return value != one.off and (not one.only or value in one.only) and all(is_on(run, need) for need in one.needs)
 
 
-def _is_flat(run: Run) -> bool:
-    return run.model.geometry == "euclidean"
+def settings_off(run: Run, name: str) -> dict[str, object]:
+    """The settings that leave out the technique of that setting, and with it what would be refused without it: an
+    optimizer's options are not."""
+    off = {name: techniques(run)[name].off}
+    for other, one in techniques(run).items():
+        off |= settings_off(run, other) if name in one.needs and not name.startswith("optim.") else {}
+    return off
 
-
-TECHNIQUES = (
-    Technique("qk_norm", lambda run: run.model.qk_norm and _is_flat(run), "--model.no_qk_norm"),
-    Technique("smear", lambda run: run.model.smear, "--model.no_smear"),
-    Technique("x0_skip", lambda run: run.model.x0_skip, "--model.no_x0_skip"),
-    Technique("value_embeds", lambda run: run.model.value_embeds > 0,
-              "--model.value_embeds 0 --model.value_embed_layers --model.no_value_gates"),
-    _set("value_gates"),
-    Technique("bigram", lambda run: run.model.bigram_buckets > 0,
-              "--model.bigram_buckets 0 --model.bigram_signs 0 --model.ngram_orders"),
-    _set("bigram_signs", "bigram_signs 0"),
-    _set("ngram_orders", "ngram_orders"),
-    Technique("softcap", lambda run: run.model.softcap != "none", "--model.softcap none"),
-    Technique("zero_init_projections", lambda run: run.model.zero_init_projections, "--model.no_zero_init_projections"),
-    Technique("rotary", lambda run: run.model.position in ("rotary", "half_rotary"),
-              "--model.position learned --model.no_key_offset --model.no_yarn"),
-    Technique("relu2", lambda run: run.model.activation == "relu2", "--model.activation gelu"),
-    Technique("norm_embedding", lambda run: run.model.norm_embedding and _is_flat(run), "--model.no_norm_embedding"),
-    Technique("attention_scale", lambda run: run.model.attention_scale is not None, "--model.attention_scale None"),
-    Technique("norm_gains", lambda run: run.model.norm_gains, "--model.no_norm_gains"),
-    Technique("biases", lambda run: run.model.biases, "--model.no_biases"),
-    Technique("tied_head", lambda run: run.model.tied_head, "--model.no_tied_head"),
-    Technique("window", lambda run: run.model.window_tokens is not None,
-              "--model.window_tokens None --model.full_attention_layers --model.no_yarn "
-              "--model.long_window_tokens None --schedule.window_tokens 1 --schedule.long_window_tokens 1"),
-    Technique("window_growth", lambda run: run.schedule.window_tokens != "1",
-              "--schedule.window_tokens 1 --schedule.long_window_tokens 1"),
-    *(_set(name) for name in ("yarn", "head_gates", "xsa", "key_offset", "projection_gains", "inject")),
-    *(_set(name, name) for name in ("paired_heads", "dynamic_heads", "attention_free", "skips", "mtp_weights")),
-    *(_set(name, f"{name} None") for name in ("shared_attention_input", "backout")),
-    *(_set(name, f"{name} 0") for name in ("residual_growth", "prefix_loss", "sampled_softmax")),
-    _set("dense", "dense none"),
-    Technique("tied_start", lambda run: run.train.tied_until_frac > 0, "--train.tied_until_frac 0"),
-    Technique("document_mask", lambda run: run.model.document_mask, "--model.no_document_mask --model.attention auto"),
-    Technique("nesterov", lambda run: _averages(run) and run.optim.matrix.nesterov, "--optim.matrix.no_nesterov"),
-    Technique("momentum", _averages, "--optim.matrix.averaging none"),
-    Technique("momentum_curve", lambda run: _averages(run) and run.schedule.momentum is not None,
-              "--schedule.momentum None"),
-    Technique("blocks", lambda run: bool(run.optim.matrix.extra.blocks), "--optim.matrix.extra.blocks"),
-    Technique("lr_factors", lambda run: bool(run.optim.matrix.extra.lr_factors),
-              "--optim.matrix.extra.lr_factors"),
-    Technique("row_moments", lambda run: run.optim.matrix.rule == "normuon", "--optim.matrix.rule muon"),
-    Technique("slow_adam", lambda run: run.optim.embed.update_every > 1,
-              " ".join(f"--optim.{role.name}.update_every 1" for role in fields(Optim))),
-    Technique("cautious_decay", lambda run: run.optim.matrix.decay == "cautious", "--optim.matrix.decay decoupled"),
-    Technique("weight_decay", lambda run: run.optim.matrix.weight_decay > 0, "--optim.matrix.weight_decay 0"),
-    Technique("batch_growth", lambda run: run.schedule.batch_tokens != "1", "--schedule.batch_tokens 1"),
-    Technique("sequence_growth", lambda run: run.schedule.sequence_tokens != "1", "--schedule.sequence_tokens 1"),
-    Technique("lr_cooldown", lambda run: run.schedule.lr != "1", "--schedule.lr 1"),
-)
 
 # The preset that tunes AdamW for a preset's matrices, where it is not called PRESET_adamw.
 ADAMW_TWINS = {"bench_cpu": "bytes_adamw", "bench_cpu_prose": "bytes_adamw", "bench_gpu": "track3_adamw"}
@@ -194,7 +150,16 @@ def each_off(run: Run) -> list[Row]:
 
     Muon counts where the preset has a twin that says what AdamW's settings would be.
     """
-    rows = [Row(f"no_{one.name}", run.preset, one.off) for one in TECHNIQUES if one.is_on(run)]
+    rows = []
+    for name, one in techniques(run).items():
+        label = name.rpartition(".")[2] if one.name is None else one.name
+        if label and is_on(run, name):
+            rows.append(Row(f"no_{label}", run.preset, as_flags(settings_off(run, name))))
+    if run.optim.matrix.rule == "normuon":
+        rows.append(Row("no_row_moments", run.preset, "--optim.matrix.rule muon"))
+    if run.optim.embed.update_every > 1:
+        every_step = {f"optim.{role.name}.update_every": 1 for role in fields(Optim)}
+        rows.append(Row("no_slow_adam", run.preset, as_flags(every_step)))
     twin = PRESETS.get(ADAMW_TWINS.get(run.preset, f"{run.preset}_adamw"))
     if type(run.optim.matrix) is Muon and twin:
         rows.append(Row("no_muon", run.preset, _matrices_as(twin(), run)))
@@ -205,8 +170,8 @@ def _matrices_as(twin: Run, run: Run) -> str:
     """The flags that give the run's matrices the twin's rule, with all its settings."""
     theirs, ours = twin.optim.matrix, switch_rule(run.optim.matrix, twin.optim.matrix.rule)
     differing = [f.name for f in fields(theirs) if getattr(theirs, f.name) != getattr(ours, f.name)]
-    return " ".join([f"--optim.matrix.rule {theirs.rule}",
-                     *(f"--optim.matrix.{name} {getattr(theirs, name)}" for name in differing)])
+    changes = {f"optim.matrix.{name}": getattr(theirs, name) for name in differing}
+    return as_flags({"optim.matrix.rule": theirs.rule} | changes)
 
 
 def find_row(name: str) -> Row:

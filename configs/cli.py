@@ -3,7 +3,7 @@
 import contextlib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import NoReturn
 
@@ -51,6 +51,18 @@ def parse_row(preset: str, flags: Sequence[str]) -> Run:
 def unboxed(message: str) -> str:
     """The words of a message that tyro has drawn a box around, on one line."""
     return " ".join(message.translate({ord(sign): " " for sign in "│─╭╮╰╯"}).split())
+
+
+def as_flags(settings: Mapping[str, object]) -> str:
+    """The flags that give settings by dotted name: `--name value`, `--name` or `--group.no_name` for switches."""
+    words: list[str] = []
+    for name, value in settings.items():
+        group, _, field = name.rpartition(".")
+        if isinstance(value, bool):
+            words += [f"--{name}" if value else f"--{group}.no_{field}"]
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return " ".join(words)
 
 
 def choose_rules(run: Run, flags: Sequence[str]) -> tuple[Run, list[str]]:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from configs.notation import parse_skips, refuse, refuse_below
+from configs.notation import parse_skips, refuse, refuse_below, refuse_without_needs, technique
 
 # The sphere has norms everywhere and gains nowhere, and a zero vector has no direction.
 SPHERE_NEEDS = {"zero_init_projections": False, "norm_gains": False, "biases": False, "tied_head": False, "qk_norm": True,
@@ -27,13 +27,14 @@ class Model:
     """Hidden width of the MLP; None: 4 dim."""
     vocab_multiple: int = 64
     """The vocabulary is padded up to a multiple of this (efficient matrix shapes)."""
-    activation: Literal["relu2", "gelu", "swiglu"] = "relu2"
+    activation: Literal["relu2", "gelu", "swiglu"] = technique(
+        "relu2", name="relu2", off="gelu", on="relu2", only=("relu2",))
     """ReLU squared (So et al. 2021, arXiv 2109.08668), GELU, or SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
-    biases: bool = False
+    biases: bool = technique(False, off=False, on=True)
     """Biases in all linear maps."""
     init_gain: float = 0.33
     """Hidden matrices start with variance init_gain / fan_in (speedrun)."""
-    zero_init_projections: bool = True
+    zero_init_projections: bool = technique(True, off=False, on=True)
     """The maps that write to the stream, and the head, start at zero (muP's advice, Yang et al. 2022, arXiv 2203.03466)."""
     matrix_dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage of hidden matrices, their gradients and optimizer state. In bfloat16 with the group's rounding remainder and
@@ -65,78 +66,80 @@ class Model:
 
     # ---- Attention --------------------------------------------------------------------------------------------------------
 
-    position: Literal["none", "learned", "rotary", "half_rotary"] = "rotary"
+    position: Literal["none", "learned", "rotary", "half_rotary"] = technique(
+        "rotary", name="rotary", off="learned", on="rotary", only=("rotary", "half_rotary"))
     """Learned table (GPT-2), rotary (Su et al. 2021, arXiv 2104.09864), or rotary on half the dimensions."""
     rotary_base: float = 1024.0
     """Longest wavelength of the rotary embedding, over 2 pi."""
-    qk_norm: bool = True
+    qk_norm: bool = technique(True, off=False, on=True)
     """RMS-normalised queries and keys (Henry et al. 2020, arXiv 2010.04245)."""
-    attention_scale: float | None = None
+    attention_scale: float | None = technique(None, off=None, on=0.9)
     """Softmax scale; None: 1 / sqrt(head_dim)."""
-    window_tokens: int | None = None
+    window_tokens: int | None = technique(None, name="window", off=None, on=3)
     """Sliding-window attention: each token sees so many last tokens; None: all."""
-    long_window_tokens: int | None = None
+    long_window_tokens: int | None = technique(
+        None, name="", off=None, on=4, needs={"model.window_tokens": 2, "model.full_attention_layers": (1,)})
     """With a window: the window of the layers that see further; None: everything."""
-    full_attention_layers: tuple[int, ...] = ()
+    full_attention_layers: tuple[int, ...] = technique((), name="", off=(), on=(1,), needs={"model.window_tokens": 3})
     """With a window: layers, from 0, that see further."""
-    document_mask: bool = False
+    document_mask: bool = technique(False, off=False, on=True)
     """Attention stays within a document."""
     attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
     """Kernel; auto: sdpa, or flex on CUDA where a window or document mask is on."""
     flash: Literal["default", "FA3", "FA4"] = "default"
     """FlashAttention inside sdpa and varlen: PyTorch's own, or version 3 (Hopper) or 4 where its package is installed."""
-    key_offset: bool = False
+    key_offset: bool = technique(False, off=False, on=True, needs={"model.position": "half_rotary"})
     """Layers that see far take the unrotated dimensions of their keys from the token before (speedrun, Dec 2025)."""
-    head_gates: bool = False
+    head_gates: bool = technique(False, off=False, on=True)
     """Each head's output times a gate that reads the layer's input (speedrun, Aug 2025)."""
-    yarn: bool = False
+    yarn: bool = technique(False, off=False, on=True, needs={"model.window_tokens": 3, "model.position": "rotary"})
     """Where windows grow, slow rotary frequencies are stretched and the softmax scale rises (YaRN, Peng et al. 2023,
     arXiv 2309.00071), in one go from the first window."""
-    xsa: bool = False
+    xsa: bool = technique(False, off=False, on=True)
     """Heads lose a learned share of their component along the token's own value (arXiv 2603.09078)."""
-    paired_heads: tuple[int, ...] = ()
+    paired_heads: tuple[int, ...] = technique((), off=(), on=(1,))
     """Layers whose heads attend in pairs to each other's keys, at half the window (speedrun, Dec 2025)."""
-    dynamic_heads: tuple[int, ...] = ()
+    dynamic_heads: tuple[int, ...] = technique((), off=(), on=(0,))
     """Layers whose heads mix their attention, as each token says (Xiao et al. 2024, arXiv 2405.08553)."""
     dynamic_window: int = 112
     """Tokens that the mixture sees."""
-    attention_free: tuple[int, ...] = ()
+    attention_free: tuple[int, ...] = technique((), off=(), on=(1,))
     """Layers that are an MLP alone."""
-    shared_attention_input: int | None = None
+    shared_attention_input: int | None = technique(None, off=None, on=0)
     """Attention of all layers after this one reads what this one wrote, in place of the stream (speedrun, 2026)."""
-    projection_gains: bool = False
+    projection_gains: bool = technique(False, off=False, on=True)
     """Learned factors of attention's input and output maps (speedrun, 2025)."""
 
     # ---- Embeddings -------------------------------------------------------------------------------------------------------
 
     embed_std: float = 1.0
     """Standard deviation of the token embedding's start."""
-    norm_embedding: bool = True
+    norm_embedding: bool = technique(True, off=False, on=True)
     """RMS norm right after the token embedding."""
-    tied_head: bool = False
+    tied_head: bool = technique(False, off=False, on=True)
     """The head is the token embedding, transposed."""
-    smear: bool = False
+    smear: bool = technique(False, off=False, on=True)
     """x_t += lambda sigmoid(gate(x_t)) x_{t-1} right after the embedding (speedrun, Sep 2025)."""
-    value_embeds: int = 0
+    value_embeds: int = technique(0, off=0, on=2)
     """So many last layers mix a second token embedding into their values (speedrun, Dec 2024)."""
-    value_embed_layers: tuple[int, ...] = ()
+    value_embed_layers: tuple[int, ...] = technique((), name="", off=(), on=(0,), needs={"model.value_embeds": 1})
     """The layers that mix in value embeddings; none: the last ones."""
-    value_gates: bool = False
+    value_gates: bool = technique(False, off=False, on=True, needs={"model.value_embeds": 1})
     """Value embeddings through gates of each head, in place of a learned mean (speedrun, Jan 2026)."""
-    bigram_buckets: int = 0
+    bigram_buckets: int = technique(0, name="bigram", off=0, on=37)
     """Rows of a hashed table of (previous, current) token pairs, added to the embedding; 0: none (speedrun, Jan 2026)."""
-    bigram_signs: int = 0
+    bigram_signs: int = technique(0, off=0, on=11, needs={"model.bigram_buckets": 37})
     """Rows of the +-1 table that tells hashed n-grams apart that share a vector; 0: none (speedrun, 2026: 8192)."""
-    ngram_orders: tuple[int, ...] = ()
+    ngram_orders: tuple[int, ...] = technique((), off=(), on=(3, 4), needs={"model.bigram_buckets": 37})
     """Further hashed tables, each of bigram_buckets rows, of n-grams this long, beside the pairs (speedrun, 2026)."""
-    inject: bool = False
+    inject: bool = technique(False, off=False, on=True)
     """Learned weights: of hashed embeddings at the start; of both these and the start after attention (speedrun, 2026)."""
 
     # ---- Residual stream --------------------------------------------------------------------------------------------------
 
-    norm_gains: bool = False
+    norm_gains: bool = technique(False, off=False, on=True)
     """Learned gains in the RMS norms."""
-    x0_skip: bool = False
+    x0_skip: bool = technique(False, off=False, on=True)
     """Each block reads lambda_r x + lambda_0 x0, x0 the normed embedding (speedrun, Nov 2024)."""
     geometry: Literal["euclidean", "sphere"] = "euclidean"
     """sphere: vectors of the stream have length 1 and layers move them along it (nGPT, Loshchilov et al. 2024,
@@ -145,34 +148,34 @@ class Model:
     eigen_lr: float = 0.05
     """On the sphere: the share of the way to a layer's suggestion that its step goes at the start; the paper's, for 24 and
     36 layers, about 1 / layers."""
-    residual_growth: float = 0.0
+    residual_growth: float = technique(0.0, off=0.0, on=1.1)
     """Learned factors of the stream and of what is added to it, the stream's growing it so much a layer at the start
     (speedrun, 2026: 1.1); 0: none."""
-    skips: tuple[str, ...] = ()
+    skips: tuple[str, ...] = technique((), off=(), on=("0>1",))
     """Skips between layers: `3>6` from what layer 3 wrote to what layer 6 reads; `unet` first to last (speedrun, 2024)."""
     skip_weight: float = 0.18
     """Learned weight of each skip at the start (speedrun: 1 for its U-net, .18 for its single skip)."""
-    backout: int | None = None
+    backout: int | None = technique(None, off=None, on=0)
     """A learned share, from 1/2, of what this layer wrote is taken back before the head (speedrun, Oct 2025)."""
-    dense: Literal["none", "denseformer", "mudd"] = "none"
+    dense: Literal["none", "denseformer", "mudd"] = technique("none", off="none", on="mudd")
     """Each layer passes on a learned mixture of all streams so far (DenseFormer, Pagliardini et al. 2024, arXiv 2402.02622),
     or one that each token chooses (MUDD, Xiao et al. 2025, arXiv 2502.12170)."""
 
     # ---- Losses -----------------------------------------------------------------------------------------------------------
 
-    softcap: Literal["none", "tanh", "rational", "sigmoid", "asymmetric"] = "tanh"
+    softcap: Literal["none", "tanh", "rational", "sigmoid", "asymmetric"] = technique("tanh", off="none", on="tanh")
     """Bounded logits: c tanh(z/c) (Gemma 2, 2024, arXiv 2408.00118), c z / sqrt(z^2 + c^2), the speedrun's
     2c sigmoid(2z/c) - c, which is tanh's function by another kernel, or its 23 sigmoid((z + 5) / 7.5)."""
     softcap_value: float = 15.0
     """The bound c."""
     logit_scale: float = 1.0
     """On the sphere: the factor of the cosines that are the logits, at the start."""
-    mtp_weights: tuple[float, ...] = ()
+    mtp_weights: tuple[float, ...] = technique((), off=(), on=(0.5, 0.25))
     """In training the head also predicts the next tokens but one, but two, ...: weights of their nats (Gloeckle et al. 2024,
     arXiv 2404.19737)."""
-    prefix_loss: float = 0.0
+    prefix_loss: float = technique(0.0, off=0.0, on=0.25)
     """In training: weight of the nats of the longest token that is a proper prefix of the right one (speedrun, Jul 2026)."""
-    sampled_softmax: int = 0
+    sampled_softmax: int = technique(0, off=0, on=9)
     """In training: the softmax sees the right token and so many drawn ones (Jean et al. 2015, arXiv 1412.2007); 0: all."""
 
     def __post_init__(self) -> None:
@@ -189,6 +192,7 @@ class Model:
                "--model.attention varlen packs documents: it needs --model.document_mask")
         refuse(self.flash != "default" and self.attention not in ("sdpa", "varlen"),
                f"flash {self.flash} serves --model.attention sdpa or varlen, got {self.attention}")
+        refuse_without_needs(self, "model")
         self._refuse_layers()
         self._refuse_heads()
         self._refuse_losses()
@@ -212,23 +216,15 @@ class Model:
 
     def _refuse_heads(self) -> None:
         """Windows and heads that cannot be."""
-        refuse(bool(self.full_attention_layers) and self.window_tokens is None,
-               "full_attention_layers has no effect without --model.window_tokens")
-        refuse(self.long_window_tokens is not None and not self.full_attention_layers,
-               "long_window_tokens needs --model.full_attention_layers")
         refuse(bool(self.paired_heads) and self.dim // self.head_dim % 2 != 0,
                f"paired_heads needs an even number of heads, got {self.dim // self.head_dim}")
         refuse(bool(set(self.paired_heads) & set(self.dynamic_heads)), "a layer's heads are paired or dynamic, not both")
         refuse(self.key_offset and self.position != "half_rotary",
                f"key_offset moves dimensions that stand still: --model.position half_rotary, got {self.position}")
-        refuse(self.yarn and (self.window_tokens is None or "rotary" not in self.position),
-               "yarn follows a growing window: it needs --model.window_tokens and a rotary position")
-        refuse(self.value_gates and not self.value_embeds, "value_gates has no effect without --model.value_embeds")
+        refuse(self.yarn and self.position == "none", "yarn needs a rotary position, got none")
 
     def _refuse_losses(self) -> None:
         """Hashed tables and losses that exclude each other."""
-        refuse(bool(self.bigram_signs or self.ngram_orders) and not self.bigram_buckets,
-               "bigram_signs and ngram_orders need --model.bigram_buckets")
         bad = [n for n in self.ngram_orders if not 3 <= n <= 6]
         refuse(bool(bad), f"ngram_orders are numbers from 3 to 6 (pairs are there anyway), got {bad[:1]}")
         extra = bool(self.mtp_weights) or self.prefix_loss > 0

@@ -1,8 +1,10 @@
-"""The small notations of settings (numbers by tensor name, skips, Newton-Schulz tables), and how bad values are refused."""
+"""The small notations of settings (numbers by tensor name, skips, Newton-Schulz tables), techniques, and refusals."""
 
 import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import field, fields
+from typing import Any, NamedTuple
 
 
 def refuse(condition: bool, message: str) -> None:
@@ -30,6 +32,45 @@ def nearest(word: str, choices: Sequence[str]) -> str:
     """`; did you mean X?` with the choice closest to `word`, or the list of choices."""
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; choices: {', '.join(choices)}"
+
+
+# ---- Techniques: fields that can be left out alone ------------------------------------------------------------------------
+
+
+class Technique(NamedTuple):
+    """How a field is left out of a run, and what it depends on: ablation rows, tests and help derive from it."""
+
+    name: str | None
+    """Of its leave-one-out row, without no_; None: the field's own; empty: it has no row, it only depends on others."""
+    off: Any
+    """The value that leaves it out."""
+    on: Any
+    """A small value that switches it on, for tests."""
+    needs: Mapping[str, Any]
+    """The settings, by dotted name, without which it does nothing: left out, they take it along. With small values."""
+    only: tuple
+    """The values that are the technique, if others beside `off` are not."""
+
+
+def technique(default: Any, *, off: Any, on: Any = None, name: str | None = None, needs: Mapping[str, Any] | None = None,
+              only: tuple = ()) -> Any:
+    """A dataclass field that is a technique; see Technique."""
+    return field(default=default, metadata={"technique": Technique(name, off, on, needs or {}, only)})
+
+
+def techniques_of(config: type) -> dict[str, Technique]:
+    """The techniques among a dataclass's fields, by field."""
+    return {f.name: f.metadata["technique"] for f in fields(config) if "technique" in f.metadata}
+
+
+def refuse_without_needs(config: Any, section: str) -> None:
+    """Refuse a technique of `config`, the section of that name, that is on while a setting of the section that it needs is
+    off."""
+    declared = techniques_of(type(config))
+    for name, one in declared.items():
+        for need in (need.removeprefix(f"{section}.") for need in one.needs if need.startswith(f"{section}.")):
+            on = getattr(config, name) != one.off
+            refuse(on and getattr(config, need) == declared[need].off, f"{name} has no effect without --{section}.{need}")
 
 
 # ---- NAME=NUMBER: a number for the tensors whose dotted name contains NAME as whole words: mlp.down=4 ---------------------

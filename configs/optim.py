@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
-from configs.notation import check_table, nearest, parse_by_name, refuse
+from configs.notation import check_table, nearest, parse_by_name, refuse, technique
 
 NormName = Literal["spectral", "rms_operator", "schatten", "row", "column", "sign", "frobenius"]
 # The norms that have a unit beside their plain one.
@@ -44,9 +44,9 @@ def refuse_outside_ranges(config: object) -> None:
 class Extra:
     """What every rule can be given and few runs need."""
 
-    lr_factors: tuple[str, ...] = ()
+    lr_factors: tuple[str, ...] = technique((), off=())
     """NAME=FACTOR of lr, for tensors with NAME in their names: mlp.down=4 (speedrun, 2025: down projections)."""
-    blocks: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = technique((), off=())
     """NAME=COUNT: such matrices are cut into so many blocks of rows, each a matrix of its own to norm and rule:
     attention.q=3 for three pairs of heads (speedrun, 2026)."""
     clip: float = 0.0
@@ -96,9 +96,10 @@ class RuleConfig(Graft):
 
     lr: float = 0.01
     """Step length in units of the rule's norm, before the lr curve."""
-    weight_decay: float = 0.0
+    weight_decay: float = technique(0.0, off=0.0)
     """Decay per step, before its curve."""
-    decay: Literal["decoupled", "independent", "corrected", "cautious", "none"] = "decoupled"
+    decay: Literal["decoupled", "independent", "corrected", "cautious", "none"] = technique(
+        "decoupled", name="cautious_decay", off="decoupled", only=("cautious",))
     """W -= lr wd W; W -= wd (lr / peak lr) W; W -= wd lr (lr / peak lr) W (Defazio 2025, arXiv 2506.02285); the first, only
     where update and weight agree in sign (Chen et al. 2025, arXiv 2510.12402); or none."""
     constraint: Literal["none", "hyperball", "sphere", "radial", "stiefel"] = "none"
@@ -154,9 +155,9 @@ class Averaged(RuleConfig):
 
     momentum: float = 0.95
     """Coefficient of the gradient average, unless scheduled."""
-    averaging: Literal["ema", "heavy_ball", "none"] = "ema"
+    averaging: Literal["ema", "heavy_ball", "none"] = technique("ema", name="momentum", off="none")
     """m <- mu m + (1 - mu) g, m <- mu m + g, or m <- g."""
-    nesterov: bool = True
+    nesterov: bool = technique(True, off=False, needs={"optim.matrix.averaging": "ema"})
     """Step along the average's next value as the present gradient foresees it."""
     averages: int = 1
     """Step along the mean of so many running averages, their ages 1 / (1 - mu) log-spaced; averaging ema alone."""

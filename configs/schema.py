@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from configs.curve import parse_curve
 from configs.model import Model
-from configs.notation import refuse, refuse_below
+from configs.notation import refuse, refuse_below, technique
 from configs.optim import Optim
 
 Curve = str  # the notation of configs/curve.py
@@ -103,19 +103,19 @@ class Schedule:
     Every curve but momentum multiplies a configured value.
     """
 
-    lr: Curve = "0=1 40%=1 100%=0.1"
+    lr: Curve = technique("0=1 40%=1 100%=0.1", name="lr_cooldown", off="1")
     """Multiplies every group's lr."""
     weight_decay: Curve = "1"
     """Multiplies every group's weight decay, beside the lr that it is coupled to."""
-    momentum: Curve | None = None
+    momentum: Curve | None = technique(None, name="momentum_curve", off=None, needs={"optim.matrix.averaging": "ema"})
     """Momentum of the groups whose rule has one; None: each group's own."""
-    batch_tokens: Curve = "1"
+    batch_tokens: Curve = technique("1", name="batch_growth", off="1")
     """Multiplies train.batch_tokens; rounded to whole sequences."""
-    sequence_tokens: Curve = "1"
+    sequence_tokens: Curve = technique("1", name="sequence_growth", off="1")
     """Multiplies data.sequence_tokens."""
-    window_tokens: Curve = "1"
+    window_tokens: Curve = technique("1", name="window_growth", off="1", needs={"model.window_tokens": 3})
     """Multiplies model.window_tokens."""
-    long_window_tokens: Curve = "1"
+    long_window_tokens: Curve = technique("1", name="", off="1", needs={"schedule.window_tokens": "2"})
     """Multiplies model.long_window_tokens."""
     mtp: Curve = "99"
     """How many further tokens model.mtp_weights reach; 1.5: the first whole, and half of the second's weight."""
@@ -169,7 +169,7 @@ class Train:
     """Share of the steps before the first that looks ahead (track 3: .1 to .16)."""
     lookahead_end: float = 0.7
     """Share of the steps after which none does (track 3: .65 to .76)."""
-    tied_until_frac: float = 0.0
+    tied_until_frac: float = technique(0.0, name="tied_start", off=0.0)
     """For this share of the steps the head is the embedding, both trained by the sum of their gradients; then each goes its
     own way, from the same optimizer state (speedrun, 2025: 2/3)."""
 

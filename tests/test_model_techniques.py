@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from configs.ablations import ROWS, row_named
+from configs.notation import techniques_of
 from configs.presets import PRESETS
 from configs.schema import Model
 from kernels.cross_entropy import softcap
@@ -22,67 +23,73 @@ def in_blocks(*names: str) -> set[str]:
     return {f"blocks.{i}.{name}" for i in range(PLAIN.layers) for name in names}
 
 
+def on(name: str) -> dict:
+    """The settings that switch a technique on, as its field declares them."""
+    one = techniques_of(Model)[name]
+    return {key.removeprefix("model."): value for key, value in ({name: one.on} | one.needs).items()}
+
+
 LINEAR_BIASES = in_blocks(*(f"attention.{n}.bias" for n in ("q", "k", "v", "out")), "mlp.up.bias", "mlp.down.bias")
 # Each flag: what to set in PLAIN, the parameters that come, and those that go.
 FLAGS: dict[str, tuple[dict, set[str], set[str]]] = {
     "no_positions": ({"position": "none"}, set(), {"positions"}),
-    "rotary": ({"position": "rotary"}, set(), {"positions"}),
+    "rotary": (on("position"), set(), {"positions"}),
     "half_rotary": ({"position": "half_rotary", "rotary_base": 50.0}, set(), {"positions"}),
-    "qk_norm": ({"qk_norm": True}, set(), set()),
-    "attention_scale": ({"attention_scale": 0.9}, set(), set()),
-    "relu2": ({"activation": "relu2"}, set(), set()),
+    "qk_norm": (on("qk_norm"), set(), set()),
+    "attention_scale": (on("attention_scale"), set(), set()),
+    "relu2": (on("activation"), set(), set()),
     "swiglu": ({"activation": "swiglu"}, in_blocks("mlp.gate.weight"), set()),
     "mlp_dim": ({"mlp_dim": 40}, set(), set()),
-    "norm_gains": ({"norm_gains": True}, in_blocks("norm1.gains", "norm2.gains") | {"norm_final.gains"}, set()),
-    "biases": ({"biases": True}, LINEAR_BIASES | {"head.bias"}, set()),
-    "norm_embedding": ({"norm_embedding": True}, set(), set()),
-    "zero_init": ({"zero_init_projections": True}, set(), set()),
+    "norm_gains": (on("norm_gains"), in_blocks("norm1.gains", "norm2.gains") | {"norm_final.gains"}, set()),
+    "biases": (on("biases"), LINEAR_BIASES | {"head.bias"}, set()),
+    "norm_embedding": (on("norm_embedding"), set(), set()),
+    "zero_init": (on("zero_init_projections"), set(), set()),
     "init_gain": ({"init_gain": 0.7}, set(), set()),
     "embed_std": ({"embed_std": 0.3}, set(), set()),
-    "tied_head": ({"tied_head": True}, set(), {"head.weight"}),
+    "tied_head": (on("tied_head"), set(), {"head.weight"}),
     "tanh": ({"softcap": "tanh", "softcap_value": 2.0}, set(), set()),
     "rational": ({"softcap": "rational", "softcap_value": 2.0}, set(), set()),
     "sigmoid": ({"softcap": "sigmoid", "softcap_value": 2.0}, set(), set()),
-    "x0_skip": ({"x0_skip": True}, in_blocks("skip"), set()),
-    "smear": ({"smear": True}, {"smear.gate", "smear.strength"}, set()),
+    "x0_skip": (on("x0_skip"), in_blocks("skip"), set()),
+    "smear": (on("smear"), {"smear.gate", "smear.strength"}, set()),
     "value_embed": ({"value_embeds": 1}, {"value_embeds.0", "blocks.1.attention.mix_value.weight"}, set()),
     "value_embeds": ({"value_embeds": 2},
                      {"value_embeds.0", "value_embeds.1"} | in_blocks("attention.mix_value.weight"), set()),
-    "bigram": ({"bigram_buckets": 37}, {"ngrams.0.table"}, set()),
-    "window": ({"window_tokens": 3}, set(), set()),
-    "document_mask": ({"document_mask": True}, set(), set()),
+    "bigram": (on("bigram_buckets"), {"ngrams.0.table"}, set()),
+    "window": (on("window_tokens"), set(), set()),
+    "document_mask": (on("document_mask"), set(), set()),
     "bfloat16_embedding": ({"embed_dtype": "bfloat16"}, set(), set()),
     "bfloat16_tables": ({"table_dtype": "bfloat16", "value_embeds": 1, "bigram_buckets": 37, "bigram_signs": 11},
                         {"value_embeds.0", "ngrams.0.table", "blocks.1.attention.mix_value.weight"}, set()),
     "bfloat16_matrices": ({"matrix_dtype": "bfloat16"}, set(), set()),
     "vocab_multiple": ({"vocab_multiple": 1}, set(), set()),
-    "long_window": ({"window_tokens": 2, "full_attention_layers": (1,), "long_window_tokens": 4}, set(), set()),
-    "yarn": ({"yarn": True, "window_tokens": 3, "position": "rotary"}, set(), {"positions"}),
-    "head_gates": ({"head_gates": True}, in_blocks("attention.gates.weight"), set()),
-    "xsa": ({"xsa": True}, in_blocks("attention.exclusive.alpha"), set()),
-    "paired_heads": ({"paired_heads": (1,)}, set(), set()),
-    "key_offset": ({"key_offset": True, "position": "half_rotary"}, set(), {"positions"}),
+    "long_window": (on("long_window_tokens"), set(), set()),
+    "yarn": (on("yarn"), set(), {"positions"}),
+    "head_gates": (on("head_gates"), in_blocks("attention.gates.weight"), set()),
+    "xsa": (on("xsa"), in_blocks("attention.exclusive.alpha"), set()),
+    "paired_heads": (on("paired_heads"), set(), set()),
+    "key_offset": (on("key_offset"), set(), {"positions"}),
     "dynamic_heads": ({"dynamic_heads": (0,), "dynamic_window": 5}, {"blocks.0.attention.dynamic.weight"}, set()),
-    "attention_free": ({"attention_free": (1,)}, set(), {f"blocks.1.attention.{n}.weight" for n in ("q", "k", "v", "out")}),
-    "shared_attention_input": ({"shared_attention_input": 0}, set(), set()),
-    "projection_gains": ({"projection_gains": True}, in_blocks("attention.gains"), set()),
+    "attention_free": (on("attention_free"), set(), {f"blocks.1.attention.{n}.weight" for n in ("q", "k", "v", "out")}),
+    "shared_attention_input": (on("shared_attention_input"), set(), set()),
+    "projection_gains": (on("projection_gains"), in_blocks("attention.gains"), set()),
     "value_gates": ({"value_gates": True, "value_embeds": 1, "value_embed_layers": (0,)},
                     {"value_embeds.0", "blocks.0.attention.mix_value.weight"}, set()),
-    "bigram_signs": ({"bigram_signs": 11, "bigram_buckets": 37}, {"ngrams.0.table"}, set()),
-    "ngram_orders": ({"ngram_orders": (3, 4), "bigram_buckets": 37}, {f"ngrams.{i}.table" for i in range(3)}, set()),
+    "bigram_signs": (on("bigram_signs"), {"ngrams.0.table"}, set()),
+    "ngram_orders": (on("ngram_orders"), {f"ngrams.{i}.table" for i in range(3)}, set()),
     "inject": ({"inject": True, "bigram_buckets": 37}, {"ngrams.0.table", "ngram_share"} | in_blocks("inject.weight"),
                set()),
-    "inject_start_alone": ({"inject": True}, in_blocks("inject.weight"), set()),
-    "residual_growth": ({"residual_growth": 1.1}, in_blocks("add1.weight", "add2.weight"), set()),
+    "inject_start_alone": (on("inject"), in_blocks("inject.weight"), set()),
+    "residual_growth": (on("residual_growth"), in_blocks("add1.weight", "add2.weight"), set()),
     "skips": ({"skips": ("0>1",), "skip_weight": 0.3}, {"streams.skips.0"}, set()),
     "unet": ({"skips": ("unet",)}, {"streams.skips.0"}, set()),
-    "backout": ({"backout": 0}, {"streams.backout"}, set()),
+    "backout": (on("backout"), {"streams.backout"}, set()),
     "denseformer": ({"dense": "denseformer"}, {f"streams.mixtures.{i}.weight" for i in range(2)}, set()),
-    "mudd": ({"dense": "mudd"}, {f"streams.mixtures.{i}.{n}" for i in range(2) for n in ("weight", "up", "down")}, set()),
+    "mudd": (on("dense"), {f"streams.mixtures.{i}.{n}" for i in range(2) for n in ("weight", "up", "down")}, set()),
     "asymmetric": ({"softcap": "asymmetric"}, set(), set()),
-    "mtp": ({"mtp_weights": (0.5, 0.25)}, set(), set()),
-    "prefix_loss": ({"prefix_loss": 0.25}, set(), set()),
-    "sampled_softmax": ({"sampled_softmax": 9}, set(), set()),
+    "mtp": (on("mtp_weights"), set(), set()),
+    "prefix_loss": (on("prefix_loss"), set(), set()),
+    "sampled_softmax": (on("sampled_softmax"), set(), set()),
     "sphere": ({"geometry": "sphere", "qk_norm": True, "norm_embedding": True, "eigen_lr": 0.3, "logit_scale": 4.0},
                in_blocks("add1.alpha.stored", "add2.alpha.stored", "attention.norm_qk.scale.stored", "mlp.up.scale.stored")
                | {"head.scale.stored"}, set()),
