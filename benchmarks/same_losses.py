@@ -2,10 +2,11 @@
 
     python -m benchmarks.same_losses COMMIT [--runs tiny bytes] [--ranks 1]
 
-Both trees train the golden runs (tests/golden/runs.py) on this machine, on one thread a rank: each run whole; stopped in the
-middle and resumed; and begun by the commit, then resumed by this tree. Losses of training and validation are compared, and
-every tensor of the final checkpoints. Prints a table; exit status 1 where anything differs. A flag that the commit spells
-otherwise goes into the run's `old_spellings`.
+Both trees train the golden runs of tests/golden/runs.py on this machine, on one thread a rank; `--runs all` adds every
+update rule, and what the golden runs leave out. Each run is trained whole; stopped in the middle and resumed; and begun by
+the commit, then resumed by this tree. Losses of training and validation are compared, and every tensor of the final
+checkpoints. Prints a table; exit status 1 where anything differs. A flag that the commit spells otherwise goes into the
+run's `old_spellings`.
 """
 
 import shutil
@@ -23,7 +24,7 @@ import tyro
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.golden.runs import ROOT, RUNS, GoldenRun, losses, train, write_text
+from tests.golden.runs import OTHER_RUNS, ROOT, RUNS, GoldenRun, losses, train, write_text
 
 SCHEDULE = ("--train.steps", "8", "--train.val_every_steps", "4")
 STOP = ("--run.stop_at_target", "--run.target_loss_nats", "1000")  # the first validation is below: the run ends there
@@ -31,8 +32,8 @@ CASES = (("whole", "whole", "whole"), ("resumed", "resumed", "resumed"), ("begun
 """What is compared, the suffix of this tree's run folder, and that of the commit's."""
 
 
-NAMES = tuple(run.name for run in RUNS)
-Name = tyro.extras.literal_type_from_choices(NAMES)
+GOLDEN = tuple(run.name for run in RUNS)
+Name = tyro.extras.literal_type_from_choices(["all", *GOLDEN, *(run.name for run in OTHER_RUNS)])
 
 
 class Difference(NamedTuple):
@@ -108,9 +109,9 @@ def report(runs: Sequence[GoldenRun], ours: Path, theirs: Path, *, ranks: int) -
     return any(differences)
 
 
-def main(commit: tyro.conf.Positional[str], runs: tuple[Name, ...] = NAMES, ranks: tuple[int, ...] = (1, 2)) -> None:
+def main(commit: tyro.conf.Positional[str], runs: tuple[Name, ...] = GOLDEN, ranks: tuple[int, ...] = (1, 2)) -> None:
     """Compare this tree with a commit."""
-    chosen = [run for run in RUNS if run.name in runs]
+    chosen = [run for run in (*RUNS, *OTHER_RUNS) if run.name in runs or "all" in runs]
     differs = False
     print(f"{'run':14}{'ranks':>6}  {'case':21}{'losses':52}tensors", flush=True)
     with worktree(commit) as tree, tempfile.TemporaryDirectory() as temporary:
