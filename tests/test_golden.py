@@ -1,0 +1,48 @@
+"""Losses stay what they were: the first steps of small runs, on one rank and on two, against tests/golden/losses.json."""
+
+import json
+
+import pytest
+
+from tests.golden.record import FILE, golden_losses
+from tests.golden.runs import RUNS, SAME_ANYWHERE, machine
+
+GOLDEN = json.loads(FILE.read_text())
+ANYWHERE = 1e-6  # relative, of the first losses
+CLOSE = 5e-3  # relative, of later ones: what other rounding grows to
+EVERY_RUN = pytest.mark.parametrize("name", [run.name for run in RUNS])
+EITHER = pytest.mark.parametrize("ranks", [1, 2])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Losses in nats by ranks and run; of two ranks in one launch for all runs."""
+    folder = tmp_path_factory.mktemp("golden")
+    return {ranks: golden_losses(folder, ranks=ranks) for ranks in (1, 2)}
+
+
+def golden(name: str, ranks: int) -> list[float]:
+    return GOLDEN["losses_nats_by_ranks"][str(ranks)][name]
+
+
+@EVERY_RUN
+@EITHER
+def test_losses_are_the_golden_ones_on_any_machine(trained, name, ranks):
+    ours, theirs = trained[ranks][name], golden(name, ranks)
+    assert ours[:SAME_ANYWHERE] == pytest.approx(theirs[:SAME_ANYWHERE], rel=ANYWHERE)
+    assert ours == pytest.approx(theirs, rel=CLOSE)
+
+
+@EVERY_RUN
+@EITHER
+def test_losses_are_the_golden_ones_to_the_bit(trained, name, ranks):
+    if machine() != GOLDEN["machine"]:
+        pytest.skip(f"recorded on another machine: {GOLDEN['machine']}, here {machine()}")
+    assert trained[ranks][name] == golden(name, ranks)
+
+
+@EVERY_RUN
+def test_two_ranks_train_as_one(trained, name):
+    one, two = trained[1][name], trained[2][name]
+    assert two[:SAME_ANYWHERE] == pytest.approx(one[:SAME_ANYWHERE], rel=ANYWHERE)
+    assert two == pytest.approx(one, rel=CLOSE)
