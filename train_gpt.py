@@ -110,7 +110,7 @@ def train(trainer: "Trainer", log: Log) -> bool:
         validates, measures = is_validation_step(run.train, step), is_due(step, run.log.layers_every_steps)
         nats = trainer.step(batches, remember=measures or (validates and run.log.diagnostics))
         log.bar.update()
-
+        # At some steps: the training loss, measures of layers, a validation.
         if is_due(step, run.log.every_steps) or validates:
             values = trainer.last_values()
             loss = trainer.comm.sum(nats.item())[0] / values.batch_tokens  # waits for the device
@@ -126,7 +126,7 @@ def train(trainer: "Trainer", log: Log) -> bool:
                 progress.note_score(score, run.run.target_loss_nats)
                 log.validation(score, trainer.measures.of_roles(trainer.last_values()) if run.log.diagnostics else {})
                 refuse_non_finite(score.nats_per_token, step)
-
+        # A checkpoint; after a signal too, on which all ranks must agree, because all of them save.
         saves = progress.is_finished(run) or is_due(step, run.run.checkpoint_every_steps)
         polls = is_due(step, poll_steps)
         if polls or saves:

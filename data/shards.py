@@ -25,9 +25,9 @@ SCAN_TOKENS = 2**22
 def write_shard(path: str | Path, tokens: np.ndarray) -> None:
     """Write tokens (any integers, flat) as one shard, all or nothing. Raises ValueError for a token outside uint16."""
     tokens = np.asarray(tokens)
-    strangers = np.flatnonzero((tokens < 0) | (tokens >= TOKEN_LIMIT))
-    if len(strangers):
-        at = strangers[0]
+    misfits = np.flatnonzero((tokens < 0) | (tokens >= TOKEN_LIMIT))
+    if len(misfits):
+        at = misfits[0]
         raise ValueError(f"token {tokens[at]} at position {at} does not fit {path}: shards hold 0 to {TOKEN_LIMIT - 1}")
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
@@ -89,13 +89,13 @@ def find_files(patterns: Sequence[str], *, what: str) -> list[Path]:
 
     Raises ValueError for a pattern without a match, with the nearest name that exists.
     """
-    found: set[str] = set()
+    paths: set[str] = set()
     for pattern in patterns:
         matches = [name for name in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(name)]
         if not matches:
             raise ValueError(f"{what}: no file matches {pattern!r}{_advice(pattern)}")
-        found.update(matches)
-    return [Path(name) for name in sorted(found)]
+        paths.update(matches)
+    return [Path(name) for name in sorted(paths)]
 
 
 def _advice(pattern: str) -> str:

@@ -44,8 +44,8 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> bytes:
         """The bytes of tokens; end-of-text has none. Raises ValueError for a token outside the vocabulary."""
         ids = [int(i) for i in ids]
-        if strangers := [i for i in ids if not 0 <= i < self.vocab_size]:
-            raise ValueError(f"token {strangers[0]} is outside the vocabulary of {self.vocab_size}")
+        if unknown := [i for i in ids if not 0 <= i < self.vocab_size]:
+            raise ValueError(f"token {unknown[0]} is outside the vocabulary of {self.vocab_size}")
         return b"".join(self.pieces[i] for i in ids)
 
     def token_bytes(self) -> np.ndarray:
@@ -58,14 +58,14 @@ def prefix_tokens(vocabulary: Sequence[bytes]) -> list[int]:
 
     In sorted order every prefix precedes its extensions: a stack of open prefixes finds them all in one pass.
     """
-    found, open_ = [-1] * len(vocabulary), []
+    prefix_of, open_ = [-1] * len(vocabulary), []
     for text, token in sorted((text, token) for token, text in enumerate(vocabulary)):
         while open_ and not (text.startswith(open_[-1][0]) and text != open_[-1][0]):
             open_.pop()
-        found[token] = open_[-1][1] if open_ else -1
+        prefix_of[token] = open_[-1][1] if open_ else -1
         if text:
             open_.append((text, token))
-    return found
+    return prefix_of
 
 
 def load_tokenizer(kind: Literal["bpe", "bytes", "gpt2"], *, train_text: bytes = b"", vocab_tokens: int = 1024,

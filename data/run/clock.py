@@ -9,7 +9,7 @@ import torch
 
 
 class Clock:
-    """Training seconds, counted from the moment it is made; what runs under `paused` does not count."""
+    """Training seconds, counted from its construction on; what runs under `paused` does not count."""
 
     def __init__(self, device: torch.device, seconds: float = 0.0) -> None:
         """Start at so many seconds: those of the run's earlier parts, where it is resumed."""

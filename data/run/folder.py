@@ -17,10 +17,10 @@ from data.files import replacing
 
 
 def open_run_folder(dir: str | Path, name: str, *, fallback_name: str, resume: bool) -> Path:
-    """The folder dir/name, made if need be; without a name dir/fallback_name, numbered -2, -3, ... if that exists.
+    """Create dir/name, where it does not exist; without a name dir/fallback_name, numbered -2, -3, ... if that exists.
 
-    To resume is to take the folder as it is (a new one is fine: nothing was saved yet). Raises ValueError for a name
-    that is no plain folder name, a folder that another run fills, and a place where no folder can be made or written.
+    With `resume` a folder may hold a run already, or be new: nothing was saved yet. Raises ValueError for a name that is
+    no plain folder name, a folder that another run fills, and a place where no folder can be created or written.
     """
     plain = name or fallback_name
     if plain in ("", ".", "..") or plain != plain.strip() or not plain.isprintable() or re.search(r"[\\/]", plain):

@@ -56,7 +56,7 @@ def test_another_loss_is_found(folder):
 def test_the_code_that_runs_is_the_recorded_one(folder):
     """Recorded code that trains with another seed gives another curve; cut code is refused."""
     code = folder / "code.txt"
-    honest, other = "torch.manual_seed(self.run.run.seed)", "torch.manual_seed(1234567)"
+    honest, other = "torch.manual_seed(run.run.seed)", "torch.manual_seed(1234567)"
     code.write_text(code.read_text().replace(honest, other.ljust(len(honest))))
     assert replay(folder).returncode == 1
     code.write_text(code.read_text()[:-100])
