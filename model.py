@@ -277,7 +277,7 @@ class MLP(nn.Module):
     def __init__(self, config: Model) -> None:
         super().__init__()
         hidden = config.mlp_dim or 4 * config.dim
-        # On the sphere entries of x are 1 / sqrt(C): sqrt(C) brings them to where activations bend.
+        # On the sphere W x are cosines of about 1 / sqrt(C): sqrt(C) brings them to where activations bend.
         first = functools.partial(ScaledLinear, constant=config.dim**0.5) if config.geometry == "sphere" else Linear
         self.up = first(config.dim, hidden, config=config)
         self.gate = first(config.dim, hidden, config=config) if config.activation == "swiglu" else None
@@ -440,7 +440,7 @@ class GPT(nn.Module):
         self.value_embeds = nn.ParameterList(
             parameter((torch.randn(padded, config.dim) * config.embed_std).to(table_dtype), "value_embed")
             for _ in range(config.value_embeds))
-        self.value_layers = config.value_embed_layers or tuple(range(config.layers))[config.layers - config.value_embeds:]
+        self.value_layers = config.value_embed_layers or tuple(range(config.layers - config.value_embeds, config.layers))
 
         # Blocks, and the connections between them beside the residual stream.
         self.blocks = nn.ModuleList(Block(config, max_tokens, mixes_value_embed=i in self.value_layers,

@@ -16,7 +16,7 @@ SPHERE_NEEDS = {"zero_init_projections": False, "norm_gains": False, "biases": F
 class Model:
     """The GPT: sizes, and one flag per technique; a technique that is off costs nothing and changes nothing."""
 
-    # ---- Size, and how it is stored ---------------------------------------------------------------------------------------
+    # ---- Size, start and storage ------------------------------------------------------------------------------------------
 
     layers: int = 2
     dim: int = 128
@@ -43,26 +43,6 @@ class Model:
     """Storage of the token embedding (and of its optimizer state)."""
     table_dtype: Literal["float32", "bfloat16"] = "float32"
     """The same of value embeddings and hashed tables."""
-    fused: Literal["auto", "off"] = "auto"
-    """Loss, and linear map + ReLU^2, by fused Triton kernels; auto: where the device has them (CUDA, with activations in
-    bfloat16)."""
-    fp8: Literal["none", "head", "head_mlp"] = "none"
-    """Training's matrix products in 8-bit floats: the head's, forward and backward, or also the MLP's, forward only
-    (speedrun, 2025 and 2026); compute capability 8.9 or later."""
-    fp8_scales: Literal["static", "dynamic", "delayed"] = "dynamic"
-    """8-bit numbers are scaled for entries up to fp8_x_max and fp8_weight_max; up to the tensor's greatest; or up to the
-    previous pass's greatest times the headroom."""
-    fp8_x_max: float = 100.0
-    """Static scales: the greatest entry of a map's input (the speedrun's, of the head)."""
-    fp8_weight_max: float = 1.6
-    """Static scales: the greatest weight (the speedrun's, of the head)."""
-    fp8_grad_max: float = 0.0
-    """The greatest gradient by a logit, the loss's factor included: .75 in the speedrun, over the step's tokens where
-    train.loss_reduction is mean; 0: measured at each call."""
-    fp8_x_headroom: float = 1.8
-    """Delayed scales: room for the next input, over the last one's greatest entry (speedrun, 2026)."""
-    fp8_weight_headroom: float = 1.12
-    """Delayed scales: the same for the weights (speedrun, 2026)."""
 
     # ---- Attention --------------------------------------------------------------------------------------------------------
 
@@ -161,7 +141,7 @@ class Model:
     """Each layer passes on a learned mixture of all streams so far (DenseFormer, Pagliardini et al. 2024, arXiv 2402.02622),
     or one that each token chooses (MUDD, Xiao et al. 2025, arXiv 2502.12170)."""
 
-    # ---- Losses -----------------------------------------------------------------------------------------------------------
+    # ---- Losses, and the kernels of the head and the MLP ------------------------------------------------------------------
 
     softcap: Literal["none", "tanh", "rational", "sigmoid", "asymmetric"] = technique("tanh", off="none", on="tanh")
     """Bounded logits: c tanh(z/c) (Gemma 2, 2024, arXiv 2408.00118), c z / sqrt(z^2 + c^2), the speedrun's
@@ -177,6 +157,26 @@ class Model:
     """In training: weight of the nats of the longest token that is a proper prefix of the right one (speedrun, Jul 2026)."""
     sampled_softmax: int = technique(0, off=0, on=9)
     """In training: the softmax sees the right token and so many drawn ones (Jean et al. 2015, arXiv 1412.2007); 0: all."""
+    fused: Literal["auto", "off"] = "auto"
+    """Loss, and linear map + ReLU^2, by fused Triton kernels; auto: where the device has them (CUDA, with activations in
+    bfloat16)."""
+    fp8: Literal["none", "head", "head_mlp"] = "none"
+    """Training's matrix products in 8-bit floats: the head's, forward and backward, or also the MLP's, forward only
+    (speedrun, 2025 and 2026); compute capability 8.9 or later."""
+    fp8_scales: Literal["static", "dynamic", "delayed"] = "dynamic"
+    """8-bit numbers are scaled for entries up to fp8_x_max and fp8_weight_max; up to the tensor's greatest; or up to the
+    previous pass's greatest times the headroom."""
+    fp8_x_max: float = 100.0
+    """Static scales: the greatest entry of a map's input (the speedrun's, of the head)."""
+    fp8_weight_max: float = 1.6
+    """Static scales: the greatest weight (the speedrun's, of the head)."""
+    fp8_grad_max: float = 0.0
+    """The greatest gradient by a logit, the loss's factor included: .75 in the speedrun, over the step's tokens where
+    train.loss_reduction is mean; 0: measured at each call."""
+    fp8_x_headroom: float = 1.8
+    """Delayed scales: room for the next input, over the last one's greatest entry (speedrun, 2026)."""
+    fp8_weight_headroom: float = 1.12
+    """Delayed scales: the same for the weights (speedrun, 2026)."""
 
     def __post_init__(self) -> None:
         refuse_below(self, 1, "layers", "dim", "head_dim", "mlp_dim", "vocab_multiple", "window_tokens",

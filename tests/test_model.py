@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs.groups import Optim
@@ -308,6 +309,16 @@ def test_generate_reads_no_more_than_max_tokens(monkeypatch):
     monkeypatch.setattr(model, "forward", lambda tokens, **windows: lengths.append(tokens.size(1)) or forward(tokens))
     model.generate(some_tokens(6), 5)
     assert lengths == [6, 7, 8, 8, 8]
+
+
+def test_generate_leaves_a_compiled_model_as_it_is():
+    """Every token is a new length: each would be compiled anew."""
+    model, graphs = scramble(build()), CompileCounter()
+    model.compile(backend=graphs, dynamic=False)
+    model.generate(some_tokens(3), 2)
+    assert graphs.frame_count == 0
+    model(some_tokens(1, 3))
+    assert graphs.frame_count == 1
 
 
 def test_generate_never_emits_padding():
