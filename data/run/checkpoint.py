@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from configs.schema import Identity, Run
-from configs.serialize import config_to_dict, flatten
+from configs.serialize import config_from_dict, config_to_dict, flatten, unflatten
 from data.files import replacing
 
 HEADER_KEY = "steepest_checkpoint"
@@ -75,10 +75,10 @@ def refuse_other_run(meta: dict[str, Any], run: Run, data_hash: str, path: Path)
     if meta["data_hash"] != data_hash:
         raise ValueError(f"{path} was trained on data {meta['data_hash']}, this run reads {data_hash}")
     free = {f"run.{name}" for name in Identity.__slots__ if name != "seed"} | {"train.micro_tokens"}
-    mine = flatten(config_to_dict(run))
-    for name, value in meta["config"].items():
-        if name not in free and not name.startswith("log.") and mine.get(name) != value:
-            raise ValueError(f"{path} was trained with --{name} {value}, this run says {mine.get(name)}; "
+    mine, theirs = (flatten(config_to_dict(one)) for one in (run, config_from_dict(unflatten(meta["config"]))))
+    for name in dict.fromkeys([*theirs, *mine]):
+        if name not in free and not name.startswith("log.") and mine.get(name) != theirs.get(name):
+            raise ValueError(f"{path} was trained with --{name} {theirs.get(name)}, this run says {mine.get(name)}; "
                              "resume with the same settings, or start another --run.name")
 
 
