@@ -23,7 +23,7 @@ import train_gpt
 from configs.cli import parse
 from data.environment import describe_environment
 from data.runs import write_json, write_text
-from scripts.lab.browser import screenshot
+from scripts.report import screenshot
 
 HERE = Path(__file__).resolve().parent
 RUNS = Path("runs") / "ngpt"

@@ -5,8 +5,8 @@ import statistics
 from functools import partial
 from pathlib import Path
 
-from scripts.lab.leaderboard import base_steps, places
 from scripts.lab.records import read_records
+from scripts.lab.tuning import base_steps, places
 
 HERE = Path(__file__).resolve().parent
 RECORDS = HERE.parent / "records"

@@ -194,8 +194,7 @@ def bench(args: Arguments, flags: list[str]) -> dict:
     from data.sources import open_source
     from model import GPT
     from optim.comm import Comm, local_rank
-    from scripts.lab.flops import vocabulary
-    from scripts.lab.models import CACHE, anywhere
+    from scripts.lab.models import CACHE, anywhere, vocabulary
 
     if args.device not in ("cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"--device is cpu, or cuda where there is one; got {args.device!r}")

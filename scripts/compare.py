@@ -37,11 +37,12 @@ from scripts.lab.comparison import (
     refuse_incomparable,
     same_setting,
     sample,
+    target_sentence,
     to_target,
+    verdict,
 )
 from scripts.lab.folders import RunFolder, by_experiment, find_runs
 from scripts.lab.statistics import SIGMA
-from scripts.lab.verdict import target_sentence, verdict
 
 WIDTH = 120  # of a table that goes into a file or a pipe
 

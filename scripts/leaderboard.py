@@ -17,9 +17,9 @@ import tyro
 
 from configs.cli import fail
 from configs.entries import ENTRIES, Entry, entry_named
-from scripts.lab.leaderboard import TUNING_SEED, base_steps, make_trial, winner
 from scripts.lab.records import BENCHMARKS, append_records, read_records, record_of, record_of_failure
 from scripts.lab.sweep import Trial, run_sweep
+from scripts.lab.tuning import TUNING_SEED, base_steps, make_trial, winner
 
 RECORDS = Path(__file__).resolve().parent.parent / "records"
 

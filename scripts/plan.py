@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from configs.cli import fail, nearest, parse_row
-from scripts.lab.machines import LOGS, MACHINES, Efficiency
+from scripts.lab.costs import LOGS, MACHINES, Efficiency
 
 if TYPE_CHECKING:
     from scripts.lab.costs import Prediction, Stage

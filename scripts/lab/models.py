@@ -1,12 +1,15 @@
-"""Trained models read back from their run folders or from exported files, on whatever machine is at hand."""
+"""Models of runs on whatever machine is at hand: read back from what training left, or as shapes alone, to be counted."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from configs.schema import Model, Run
+from configs.schema import Data, Model, Run
+from data.sources import GPT2_VOCAB
+from optim.schedule import Schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,7 +89,6 @@ def build_trained(run: Run, source: "Source", weights: Mapping[str, "Tensor"], *
     Raises ValueError, naming `what`, where the weights are another version's, or learned positions end sooner.
     """
     from model import GPT
-    from optim.schedule import Schedule
 
     learned = len(weights["positions"]) if "positions" in weights else None
     if learned and max_tokens > learned:
@@ -102,3 +104,48 @@ def build_trained(run: Run, source: "Source", weights: Mapping[str, "Tensor"], *
     last = Schedule(run).values(run.train.steps - 1)
     model.config = replace(model.config, window_tokens=last.window_tokens, long_window_tokens=last.long_window_tokens)
     return model
+
+
+# ---- Shapes alone ---------------------------------------------------------------------------------------------------
+
+
+BYTE_TOKENS = 257  # with end-of-text
+
+
+def vocabulary(data: Data) -> int:
+    """Size of the vocabulary that a source's tokens come from."""
+    if data.source in ("shards", "random"):
+        return GPT2_VOCAB
+    return {"bpe": data.bpe_vocab_tokens + 1, "bytes": BYTE_TOKENS, "gpt2": GPT2_VOCAB}[data.tokenizer]
+
+
+def meta_model(run: Run, *, max_tokens: int) -> "GPT":
+    """The run's model on the meta device: shapes without numbers, so that nothing is allocated."""
+    import torch
+
+    from model import GPT
+
+    with torch.device("meta"):
+        return GPT(anywhere(run.model), vocab_size=vocabulary(run.data), max_tokens=max_tokens, document_start=0,
+                   dtype=torch.bfloat16)
+
+
+def count_parameters(run: Run) -> int:
+    """Parameters of the run's model."""
+    return sum(weight.numel() for weight in meta_model(run, max_tokens=run.data.sequence_tokens).parameters())
+
+
+def flops_by_step(run: Run, *, parameters: int | None) -> list[float] | None:
+    """Operations spent before step 0, 1, ..., and after the last: the sum of batch tokens times model FLOPs per token.
+
+    None where the model that the configuration makes today has not `parameters` parameters, those of the run: another
+    version trained it. Without `parameters`, as of a run that has not ended, today's model is taken.
+    """
+    schedule = Schedule(run)
+    values = [schedule.values(step) for step in range(run.train.steps)]
+    longest = max(max(now.sequence_tokens for now in values), run.data.val_sequence_tokens or 0)
+    model = meta_model(run, max_tokens=longest)
+    if parameters is not None and sum(weight.numel() for weight in model.parameters()) != parameters:
+        return None
+    cost = {now[4:7]: model.flops_per_token(*now[4:7]) for now in values}  # by sequence and windows
+    return [0.0, *accumulate(now.batch_tokens * cost[now[4:7]] for now in values)]

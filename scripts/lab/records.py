@@ -12,6 +12,7 @@ from configs.presets import PRESETS
 from configs.schema import Run
 from data.runs import SUMMARY_KEYS, config_from_dict, config_hash, config_to_dict, flatten, write_text
 from scripts.lab.folders import RunFolder
+from scripts.lab.models import count_parameters
 from scripts.lab.statistics import summarize
 from scripts.lab.sweep import Trial
 
@@ -181,25 +182,9 @@ def benchmark_faults(run: Run, summary: Mapping[str, Any]) -> list[str]:
         found.append(f"ended at step {summary['steps']}, its schedule at {run.train.steps}")
     if summary["tokens"] != summary["steps"] * run.train.batch_tokens:
         found.append(f"{summary['tokens']} tokens are not {summary['steps']} steps of {run.train.batch_tokens}")
-    wanted = count_parameters(run)
-    if wanted is not None and summary["parameters"] != wanted:
+    if summary["parameters"] != (wanted := count_parameters(run)):
         found.append(f"{summary['parameters']} parameters, the model has {wanted}")
     return found
-
-
-def count_parameters(run: Run) -> int | None:
-    """Parameters of the run's model, where its vocabulary is known without its text: bytes and GPT-2."""
-    import torch
-
-    from model import GPT
-    from scripts.lab.models import anywhere
-
-    vocab = {"bytes": 257, "gpt2": 50_257}.get(run.data.tokenizer)
-    if vocab is None:
-        return None
-    with torch.device("meta"):
-        model = GPT(anywhere(run.model), vocab_size=vocab, max_tokens=run.data.sequence_tokens, document_start=0)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def shared_faults(records: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -8,9 +8,9 @@ from configs.cli import parse_row
 from data.runs import SUMMARY_KEYS, config_hash, config_to_dict
 from scripts import leaderboard
 from scripts.lab.folders import read_run
-from scripts.lab.leaderboard import TUNING_SEED
 from scripts.lab.records import read_records
 from scripts.lab.sweep import Outcome
+from scripts.lab.tuning import TUNING_SEED
 
 
 @pytest.fixture

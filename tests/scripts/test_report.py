@@ -8,11 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from scripts.lab import browser
 from scripts.lab.folders import find_runs
-from scripts.lab.page import ablation_files, embedded, page_data, read_ablation
-from scripts.lab.tables import difference_table, experiment_table, run_table
-from scripts.report import Report, report
+from scripts.report import (
+    Report,
+    ablation_files,
+    difference_table,
+    embedded,
+    experiment_table,
+    page_data,
+    read_ablation,
+    report,
+    run_table,
+    screenshot,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -114,5 +122,5 @@ def test_a_browser_that_draws_nothing_leaves_no_picture(tmp_path, monkeypatch):
     page = tmp_path / "page.html"
     page.write_text("<p>")
     with pytest.raises(ValueError, match="drew no loss: no display"):
-        browser.screenshot(page, "loss", tmp_path / "loss.png", width=100, height=100)
+        screenshot(page, "loss", tmp_path / "loss.png", width=100, height=100)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "page.html"]

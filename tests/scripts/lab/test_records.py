@@ -10,11 +10,10 @@ import pytest
 from configs.presets import PRESETS
 from data.runs import SUMMARY_KEYS, config_from_dict, config_hash, config_to_dict, flatten
 from scripts.lab.folders import read_run
-from scripts.lab.leaderboard import loss_of
+from scripts.lab.models import count_parameters
 from scripts.lab.records import (
     append_records,
     changed_settings,
-    count_parameters,
     faults,
     read_records,
     record_of,
@@ -24,6 +23,7 @@ from scripts.lab.records import (
     unflatten,
 )
 from scripts.lab.sweep import Trial
+from scripts.lab.tuning import loss_of
 
 STEPS = 240
 
