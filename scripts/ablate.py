@@ -21,9 +21,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 
 from configs.ablations import each_off, find_row
-from configs.cli import fail, nearest, parse_row
+from configs.cli import nearest, parse_row
 from configs.presets import PRESETS
 from data.runs import write_json
+from scripts import command
 from scripts.lab.folders import RunFolder
 from scripts.lab.statistics import Difference, holm, summarize, welch
 from scripts.lab.sweep import Outcome, Trial, run_sweep
@@ -155,13 +156,6 @@ def main(args: Ablate, common: Sequence[str]) -> None:
     print(f"numbers: {dir / 'ablation.json'}")
 
 
-def split_common(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Our own arguments, and the flags after `--` that go to every run."""
-    words = list(argv)
-    cut = words.index("--") if "--" in words else len(words)
-    return words[:cut], words[cut + 1:]
-
-
 # ---- What the rows did ----------------------------------------------------------------------------------------------
 
 
@@ -281,8 +275,4 @@ def _spelled(value: float | None, form: str) -> str:
 
 
 if __name__ == "__main__":
-    own, common_flags = split_common(sys.argv[1:])
-    try:
-        main(tyro.cli(Ablate, description=__doc__, args=own, use_underscores=True), common_flags)
-    except ValueError as error:
-        fail(str(error))
+    command(main, Ablate, __doc__, flags=True)

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import tyro
 
-from configs.cli import fail, parse_row
+from configs.cli import parse_row
+from scripts import command
 
 if TYPE_CHECKING:
     import torch
@@ -233,15 +234,12 @@ def table(found: dict) -> str:
     return "\n".join([*lines, *found["notes"]])
 
 
-if __name__ == "__main__":
-    import sys
+def main(args: Arguments, flags: list[str]) -> None:
+    """Time every part; rank 0 prints."""
+    found = bench(args, flags)
+    if found["rank"] == 0:
+        print(json.dumps(found, indent=2) if args.json else table(found))
 
-    OWN, FLAGS = (sys.argv[1:], []) if "--" not in sys.argv else (
-        sys.argv[1:sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1:])
-    try:
-        ARGUMENTS = tyro.cli(Arguments, description=__doc__, args=OWN, use_underscores=True)
-        FOUND = bench(ARGUMENTS, FLAGS)
-        if FOUND["rank"] == 0:
-            print(json.dumps(FOUND, indent=2) if ARGUMENTS.json else table(FOUND))
-    except ValueError as error:
-        fail(str(error))
+
+if __name__ == "__main__":
+    command(main, Arguments, __doc__, flags=True)

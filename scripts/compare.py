@@ -15,8 +15,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from configs.cli import fail
 from data.runs import write_json
+from scripts import command
 from scripts.lab.comparison import (
     SAME_MACHINE,
     Comparison,
@@ -242,7 +242,4 @@ def sample_json(one: Sample) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Compare, description=__doc__, use_underscores=True))
-    except ValueError as error:
-        fail(str(error))
+    command(main, Compare, __doc__)

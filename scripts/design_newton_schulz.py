@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 
-from configs.cli import fail
 from configs.newton_schulz import Triple
 from data.files import replacing
 from optim.newton_schulz import TABLES
+from scripts import command
 
 NEARLY_ONE_POINT = 1 - 5e-6  # lower / upper from which float64 cannot tell the minimax quintic from its limit
 
@@ -234,7 +233,4 @@ def main(design: Radii | Optimal) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Radii | Optimal, description=__doc__))
-    except ValueError as error:
-        fail(str(error))
+    command(main, Radii | Optimal, __doc__)

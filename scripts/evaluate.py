@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import tyro
 
-from configs.cli import fail
+from scripts import command
 
 if TYPE_CHECKING:
     import torch
@@ -151,7 +151,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Arguments, description=__doc__, use_underscores=True))
-    except ValueError as error:
-        fail(str(error))
+    command(main, Arguments, __doc__)

@@ -8,13 +8,13 @@ machine's peaks: of presets with public logs the plan says which share they impl
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from configs.cli import fail, nearest, parse_row
+from configs.cli import nearest, parse_row
+from scripts import command
 from scripts.lab.costs import LOGS, MACHINES, Efficiency
 
 if TYPE_CHECKING:
@@ -143,12 +143,11 @@ def elsewhere_lines(found: dict) -> list[str]:
     return lines if everywhere else [*lines, f"* more memory than it has, at --train.micro_tokens {found['micro_tokens']:,}"]
 
 
+def main(args: Arguments, flags: list[str]) -> None:
+    """Print the plan."""
+    found = plan(args, flags)
+    print(json.dumps(found, indent=2) if args.json else tables(found))
+
+
 if __name__ == "__main__":
-    OWN, FLAGS = (sys.argv[1:], []) if "--" not in sys.argv else (
-        sys.argv[1:sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1:])
-    try:
-        ARGUMENTS = tyro.cli(Arguments, description=__doc__, args=OWN, use_underscores=True)
-        PLAN = plan(ARGUMENTS, FLAGS)
-        print(json.dumps(PLAN, indent=2) if ARGUMENTS.json else tables(PLAN))
-    except ValueError as error:
-        fail(str(error))
+    command(main, Arguments, __doc__, flags=True)

@@ -17,10 +17,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from configs.cli import fail
 from data.environment import split_code
 from data.metrics import TRAIN_LOSS, VAL_LOSS
 from data.runs import read_metrics, write_json
+from scripts import command
 from scripts.lab.folders import RunFolder, read_json, read_run
 
 DRIVER = """
@@ -117,7 +117,4 @@ def main(args: Replay) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main(tyro.cli(Replay, description=__doc__, use_underscores=True)))
-    except ValueError as error:
-        fail(str(error))
+    command(main, Replay, __doc__)

@@ -19,9 +19,9 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from configs.cli import fail
 from data.files import replacing
 from data.runs import write_text
+from scripts import command
 from scripts.lab.figures import diagnostics, flops_of_runs, known_axes, loss_lines, records_of, schedules, short, tuning
 from scripts.lab.folders import RunFolder, by_experiment, differences, find_runs, read_json
 
@@ -298,9 +298,11 @@ def screenshot(page: Path, figure: str, path: Path, *, width: int, height: int) 
         shutil.copyfile(drawn, aside)
 
 
+def main(args: Report) -> None:
+    """Write the report and name its files."""
+    for path in report(args):
+        print(f"{path}  {path.stat().st_size / 1e6:.2f} MB")
+
+
 if __name__ == "__main__":
-    try:
-        for written in report(tyro.cli(Report, description=__doc__, use_underscores=True)):
-            print(f"{written}  {written.stat().st_size / 1e6:.2f} MB")
-    except ValueError as error:
-        fail(str(error))
+    command(main, Report, __doc__)

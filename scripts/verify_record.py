@@ -16,9 +16,9 @@ from typing import Annotated
 
 import tyro
 
-from configs.cli import fail
 from configs.entries import REFERENCE
 from data.runs import write_text
+from scripts import command
 from scripts.lab.folders import find_runs
 from scripts.lab.records import BENCHMARKS, append_records, faults, holes, read_records, record_of, shared_faults, table
 from scripts.lab.statistics import MARGIN, one_sided_p, power_of_rule, summarize, z_margin
@@ -105,7 +105,7 @@ def target_line(file: Path, target: float) -> str:
 
 
 def main(args: Verify) -> int:
-    """Verify everything and say so; the number of faults."""
+    """Verify everything and say so; the exit status."""
     if args.add is not None:
         added = append_records(args.add, [record_of(run) for run in find_runs(args.runs)])
         print(f"{args.add}: {added} runs added")
@@ -116,15 +116,19 @@ def main(args: Verify) -> int:
     for file in files:
         found = verify(file, write=args.write or file == args.add)
         print(f"{file}: {len(read_records(file))} runs, {'all in order' if not found else f'{len(found)} faults'}")
-        print(*(f"  {fault}" for fault in found), sep="\n", end="\n" if found else "")
+        count += print_faults(found)
         if args.target is not None:
             print(target_line(file, args.target))
-        count += len(found)
     for folder in dict.fromkeys(file.parent for file in files):
-        found = verify_profile(folder, write=args.write or args.add is not None)
-        print(*(f"  {fault}" for fault in found), sep="\n", end="\n" if found else "")
-        count += len(found)
-    return count
+        count += print_faults(verify_profile(folder, write=args.write or args.add is not None))
+    return min(count, 1)
+
+
+def print_faults(found: list[str]) -> int:
+    """Print one fault a line; their number."""
+    for fault in found:
+        print(f"  {fault}")
+    return len(found)
 
 
 # ---- The leaderboard's page -----------------------------------------------------------------------------------------
@@ -235,7 +239,4 @@ def profile_page(files: Mapping[str, Sequence[dict]], *, budget: int = 5) -> str
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(1 if main(tyro.cli(Verify, description=__doc__, use_underscores=True)) else 0)
-    except ValueError as error:
-        fail(str(error))
+    command(main, Verify, __doc__)

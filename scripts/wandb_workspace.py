@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import tyro
-
-from configs.cli import fail
 from data.dashboard import SAMPLES, has_key
 from data.metrics import (
     EQUILIBRIUM,
@@ -26,6 +23,7 @@ from data.metrics import (
     VAL_LOSS,
     measure_name,
 )
+from scripts import command
 
 SETTINGS = ("optim.matrix.lr", "optim.matrix.momentum", "optim.matrix.weight_decay", "optim.embed.lr", "optim.head.lr",
             "model.layers", "model.dim", "train.batch_tokens", "train.steps", "run.seed")
@@ -146,9 +144,11 @@ def save(workspace: Any) -> str:
                          f"project {workspace.entity}/{workspace.project}?") from None
 
 
+def main(view: View) -> None:
+    """Print the view, or save it and print its address."""
+    workspace = build_workspace(view)
+    print(spec(workspace) if view.print else save(workspace))
+
+
 if __name__ == "__main__":
-    try:
-        VIEW = tyro.cli(View, description=__doc__, use_underscores=True)
-        print(spec(build_workspace(VIEW)) if VIEW.print else save(build_workspace(VIEW)))
-    except ValueError as error:
-        fail(str(error))
+    command(main, View, __doc__)

@@ -47,7 +47,7 @@ def shards(run: Run) -> int:
 
 
 def report(folder: Path) -> int:
-    """Say what came out, keep it as a record in the run's folder, and verify that record; the number of faults."""
+    """Say what came out, keep it as a record in the run's folder, and verify that record; verify_record's exit status."""
     from scripts.verify_record import Verify, main
 
     summary = json.loads((folder / "summary.json").read_text())
@@ -69,7 +69,7 @@ def answer(words: list[str]) -> int:
         case ["shards", preset, *flags]:
             print(shards(parse_row(preset, flags)))
         case ["report", folder]:
-            return 1 if report(Path(folder)) else 0
+            return report(Path(folder))
         case _:
             raise ValueError(f"asked for {' '.join(words)!r}; questions: gpus, check, shards PRESET, report FOLDER")
     return 0

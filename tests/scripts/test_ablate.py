@@ -9,7 +9,7 @@ import pytest
 
 from configs.ablations import each_off
 from configs.presets import PRESETS
-from scripts import ablate
+from scripts import ablate, split_flags
 from scripts.ablate import (
     Ablate,
     best_first,
@@ -22,7 +22,6 @@ from scripts.ablate import (
     main,
     point_name,
     settings_table,
-    split_common,
     trials,
 )
 from scripts.lab.folders import RunFolder
@@ -126,9 +125,9 @@ def test_a_grid_is_a_table_best_first(asked, tmp_path, capsys):
 
 
 def test_flags_after_two_dashes_go_to_every_run():
-    assert split_common(["svd", "--seeds", "2", "--", "--train.steps", "3"]) == (["svd", "--seeds", "2"],
+    assert split_flags(["svd", "--seeds", "2", "--", "--train.steps", "3"]) == (["svd", "--seeds", "2"],
                                                                                ["--train.steps", "3"])
-    assert split_common(["svd"]) == (["svd"], [])
+    assert split_flags(["svd"]) == (["svd"], [])
 
 
 @pytest.mark.parametrize("spelling", ["--each-off", "--each_off"])
