@@ -21,14 +21,12 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from benchmarks import HERE, write_result
 from configs.presets import PRESETS
 from configs.schema import Run
 from data.corpus import corpus_bytes, split_text
-from data.environment import describe_environment
-from data.runs import write_json
 from data.sources import open_source
 
-HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULT = HERE / "beside_nanogpt.json"
 VAL_BYTES = 565_000
@@ -129,15 +127,8 @@ def main(args: Compare) -> None:
                 runs[name].append(run_peer(args.peer, seed) if name == "nanoGPT"
                                   else run_ours(name, seed) | sight_target(name, bits, seed))
                 print(name, runs[name][-1], flush=True)
-                write_result(found["runs"] | runs)
-
-
-def write_result(runs: dict[str, list[dict]]) -> None:
-    """All runs so far, with the command, the machine and the target."""
-    environment = describe_environment()
-    environment.pop("variables", None)
-    write_json(RESULT, {"command": "python -m benchmarks.beside_nanogpt --peer nanoGPT", "environment": environment,
-                        "target_bits_per_byte": runs["nanoGPT"][0]["bits_per_byte"], "runs": runs})
+                write_result("beside_nanogpt", "beside_nanogpt --peer nanoGPT",
+                             target_bits_per_byte=runs["nanoGPT"][0]["bits_per_byte"], runs=found["runs"] | runs)
 
 
 if __name__ == "__main__":

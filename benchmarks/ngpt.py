@@ -20,12 +20,11 @@ from typing import Annotated, Literal, NamedTuple
 import tyro
 
 import train_gpt
+from benchmarks import HERE, write_result
 from configs.cli import parse
-from data.environment import describe_environment
-from data.runs import write_json, write_text
+from data.runs import write_text
 from scripts.report import screenshot
 
-HERE = Path(__file__).resolve().parent
 RUNS = Path("runs") / "ngpt"
 CONTEXTS, HORIZONS, SEEDS, TUNING_SEED = (64, 256, 1024), (250, 1000), (1, 2, 3), 1000
 SIZE = ("--model.layers 4 --model.dim 64 --model.head_dim 32 --train.batch_tokens 1024 --data.val_bytes 131072 "
@@ -179,11 +178,7 @@ def robustness() -> dict:
 
 def main(part: Annotated[Literal["speedup", "robustness"], tyro.conf.Positional]) -> None:
     """Measure one part and write it down."""
-    found = {"speedup": speedup, "robustness": robustness}[part]()
-    environment = describe_environment()
-    environment.pop("variables")
-    about = {"command": f"python -m benchmarks.ngpt {part}", "environment": environment}
-    write_json(HERE / f"ngpt_{part}.json", about | found)
+    write_result(f"ngpt_{part}", f"ngpt {part}", **(speedup() if part == "speedup" else robustness()))
 
 
 if __name__ == "__main__":

@@ -12,17 +12,16 @@ import os
 import statistics
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import HERE, machine
 from benchmarks.muon_step import SHAPES
 from benchmarks.oracles import ORACLES, parity
 from configs.cli import fail, nearest
 from configs.groups import Group, Optim, acting_fields
-from data.environment import describe_environment
 from data.runs import write_json, write_text
 from optim.comm import Comm
 from optim.groups import build_groups
@@ -88,7 +87,7 @@ def flops(group: Group, shape: tuple[int, int] = MATRIX) -> int:
 # ---- The optimizers -------------------------------------------------------------------------------------------------
 
 
-RESULT = Path(__file__).with_suffix(".json")
+RESULT = HERE / "optimizers.json"
 LIMIT_SECONDS = 60.0
 
 
@@ -264,24 +263,17 @@ def save(rows: list[dict], times: dict[str, object]) -> None:
     write_text(RESULT.with_suffix(".md"), page(json.loads(RESULT.read_text())))
 
 
-def machine() -> dict[str, object]:
-    """Where the times are taken, and of what."""
-    environment = describe_environment()
-    environment.pop("variables")
-    return {"environment": environment, "matrices": len(SHAPES), "limit_seconds": LIMIT_SECONDS}
-
-
 def main(args: Arguments) -> None:
     """Measure, and write both files after every optimizer."""
     names = [entry.name for entry in ENTRIES]
     for name in set(args.only) - set(names):
         fail(f"no optimizer {name!r}{nearest(name, names)}")
-    times = json.loads(RESULT.read_text())["timings"] if RESULT.exists() else machine() | {"optimizers": {}}
+    times = json.loads(RESULT.read_text())["timings"]
     rows = [row(entry) for entry in ENTRIES]
     save(rows, times)
     for entry in ENTRIES:
         if args.timings and (not args.only or entry.name in args.only):
-            times |= machine()
+            times |= {"environment": machine(), "matrices": len(SHAPES), "limit_seconds": LIMIT_SECONDS}
             times["optimizers"][entry.name] = timed(entry)
             save(rows, times)
 

@@ -3,12 +3,11 @@
 import json
 import statistics
 from functools import partial
-from pathlib import Path
 
+from benchmarks import HERE
 from scripts.lab.records import read_records
 from scripts.lab.tuning import base_steps, places
 
-HERE = Path(__file__).resolve().parent
 RECORDS = HERE.parent / "records"
 HEADER = "| what | ours | beside it | measured |\n|---|---|---|---|"
 
