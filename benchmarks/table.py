@@ -2,7 +2,6 @@
 
 import json
 import statistics
-from functools import partial
 
 from benchmarks import HERE
 from scripts.lab.records import read_records
@@ -12,10 +11,9 @@ RECORDS = HERE.parent / "records"
 HEADER = "| what | ours | beside it | measured |\n|---|---|---|---|"
 
 
-def load(name: str) -> dict | None:
-    """A result file; None where that was not measured yet."""
-    path = HERE / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+def load(name: str) -> dict:
+    """The result file of a benchmark."""
+    return json.loads((HERE / f"{name}.json").read_text())
 
 
 def spread(runs: list[dict], key: str, digits: int) -> str:
@@ -44,7 +42,7 @@ def nanogpt_rows(result: dict) -> list[str]:
     ]
 
 
-def muon_rows(preset: str, result: dict) -> list[str]:
+def muon_row(preset: str, result: dict) -> str:
     """Muon against AdamW at equal steps, and AdamW's steps to the same loss."""
     muon, final = result["final"]["muon"], result["final"]
     equal = next(found for name, found in final.items() if name.startswith("adamw") and found["steps"] == muon["steps"])
@@ -55,23 +53,22 @@ def muon_rows(preset: str, result: dict) -> list[str]:
     def figure(found: dict) -> str:
         return f"{found['bits_per_byte_mean']:.3f} ± {found['bits_per_byte_sd']:.3f}"
 
-    return [f"| `{preset}`, {muon['steps']} steps: Muon against tuned AdamW on the matrices | **{figure(muon)}** | "
-            f"{figure(equal)}; AdamW needs {needed} steps for Muon's loss | n = {muon['n']} |"]
+    return (f"| `{preset}`, {muon['steps']} steps: Muon against tuned AdamW on the matrices | **{figure(muon)}** | "
+            f"{figure(equal)}; AdamW needs {needed} steps for Muon's loss | n = {muon['n']} |")
 
 
-def step_rows(result: dict) -> list[str]:
+def step_row(result: dict) -> str:
     """Our optimizer step beside PyTorch's Muon."""
     ratio, ours = result["ratio_to_ours"], result["median_seconds"]["ours"]
-    return [f"| one Muon step on `track3`'s 72 matrices | **{ours:.1f} s** | torch.optim.Muon "
+    return (f"| one Muon step on `track3`'s 72 matrices | **{ours:.1f} s** | torch.optim.Muon "
             f"{ratio['torch.optim.Muon']:.1f} x that; in float32 {ratio['torch.optim.Muon, float32']:.2f} x | "
-            f"n = {len(result['seconds']['ours'])} |"]
+            f"n = {len(result['seconds']['ours'])} |")
 
 
 def table() -> str:
     """All rows."""
-    sections = [(nanogpt_rows, load("beside_nanogpt")), (step_rows, load("muon_step"))]
-    sections += [(partial(muon_rows, preset), load(f"muon_vs_adamw_{preset}")) for preset in ("bytes", "tiny")]
-    return "\n".join([HEADER, *(row for rows, result in sections if result for row in rows(result))])
+    return "\n".join([HEADER, *nanogpt_rows(load("beside_nanogpt")), step_row(load("muon_step")),
+                      muon_row("bytes", load("muon_vs_adamw_bytes"))])
 
 
 def leaderboard(preset: str = "bench_cpu", *, budget: int = 5) -> str:

@@ -21,6 +21,8 @@ import tyro
 
 from configs.cli import parse_row
 from scripts import command
+from scripts.lab.costs import bank_flops
+from scripts.lab.models import CACHE, anywhere, vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -136,7 +138,6 @@ def optimizer_parts(run: "Run", model: "GPT", comm: "Comm") -> Iterator[Part]:
     from optim.groups import build_groups
     from optim.schedule import Schedule
     from optim.sharded import ShardedOptimizer
-    from scripts.lab.costs import bank_flops
 
     groups = build_groups(dict(model.named_parameters()), model.roles(), run.optim, model.axes())
     optimizer, values, ranks = ShardedOptimizer(groups, comm), Schedule(run).values(0), comm.world_size
@@ -195,7 +196,6 @@ def bench(args: Arguments, flags: list[str]) -> dict:
     from data.sources import open_source
     from model import GPT
     from optim.comm import Comm, local_rank
-    from scripts.lab.models import CACHE, anywhere, vocabulary
 
     if args.device not in ("cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"--device is cpu, or cuda where there is one; got {args.device!r}")

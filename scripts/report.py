@@ -118,8 +118,8 @@ def page_data(runs: Sequence[RunFolder], ablations: Sequence[Path]) -> dict[str,
         "experiments": [{"name": name, "runs": len(group), "loss": _mean_loss(group)} for name, group in groups.items()],
         "axes": known_axes(lines), "lines": lines, "targets": sorted(targets), "ablations": bars, "tuning": tuning(runs),
         "diagnostics": diagnostics(runs), "schedules": found, "problems": problems,
-        "tables": {"experiment-table": experiment_table(runs), "run-table": run_table(runs),
-                   "difference-table": difference_table(runs)},
+        "tables": {"experiment-table": table(EXPERIMENT_COLUMNS, list(groups.items())),
+                   "run-table": table(RUN_COLUMNS, runs), "difference-table": difference_table(runs)},
     }
 
 
@@ -237,16 +237,6 @@ def table(columns: Sequence[Column], things: Sequence[Any]) -> dict[str, Any]:
     known = [i for i, values in enumerate(cells) if any(value is not None for value in values)]
     return {"columns": [{"label": columns[i].label, "kind": columns[i].kind} for i in known],
             "rows": [[short(cells[i][row]) for i in known] for row in range(len(things))]}
-
-
-def run_table(runs: Sequence[RunFolder]) -> dict[str, Any]:
-    """What each run came to."""
-    return table(RUN_COLUMNS, runs)
-
-
-def experiment_table(runs: Sequence[RunFolder]) -> dict[str, Any]:
-    """What the seeds of each experiment came to."""
-    return table(EXPERIMENT_COLUMNS, list(by_experiment(runs).items()))
 
 
 def difference_table(runs: Sequence[RunFolder]) -> dict[str, Any]:

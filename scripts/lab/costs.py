@@ -11,7 +11,6 @@ from optim.schedule import Schedule, Values
 from scripts.lab.models import meta_model
 
 if TYPE_CHECKING:
-    from model import GPT
     from optim.bank import Bank
     from optim.groups import ParamGroup
 
@@ -178,7 +177,11 @@ def measure_sizes(run: Run) -> tuple[Sizes, list[Stage]]:
     with torch.device("meta"):
         groups = build_groups(dict(model.named_parameters()), model.roles(), run.optim, model.axes())
         banks = [empty_bank(run, group, names) for group in groups for names in alike(group)]
-    return sizes_of(banks), [make_stage(model, run, first, part) for first, part in stage_parts(values)]
+    elements = sum(bank.shape.numel() * len(bank.names) for bank in banks)
+    matrix_elements = sum(bank.shape.numel() * len(bank.names) for bank in banks if bank_flops(bank))
+    stages = [Stage(first, len(part), part[0], part[0].batch_tokens * model.flops_per_token(*part[0][4:7]),
+                    run.train.micro_tokens, model.activation_bytes) for first, part in stage_parts(values)]
+    return Sizes(elements, matrix_elements, tuple(map(bank_size, banks))), stages
 
 
 def empty_bank(run: Run, group: "ParamGroup", names: list[str]) -> "Bank":
@@ -199,14 +202,6 @@ def empty_bank(run: Run, group: "ParamGroup", names: list[str]) -> "Bank":
     for kept in filter(None, (WeightAverage.build(run.train), Lookahead.build(run))):
         kept.init(bank)
     return bank
-
-
-def sizes_of(banks: "list[Bank]") -> Sizes:
-    """Of all banks of a model."""
-    def elements(some: "Iterable[Bank]") -> int:
-        return sum(bank.shape.numel() * len(bank.names) for bank in some)
-
-    return Sizes(elements(banks), elements(bank for bank in banks if bank_flops(bank)), tuple(map(bank_size, banks)))
 
 
 def bank_size(bank: "Bank") -> BankSize:
@@ -240,13 +235,6 @@ def stage_parts(values: Iterable[Values]) -> list[tuple[int, list[Values]]]:
         found.append((first, steps))
         first += len(steps)
     return found
-
-
-def make_stage(model: "GPT", run: Run, first: int, part: list[Values]) -> Stage:
-    """Costs of one shape."""
-    now = part[0]
-    return Stage(first, len(part), now, now.batch_tokens * model.flops_per_token(*now[4:7]), run.train.micro_tokens,
-                 model.activation_bytes)
 
 
 def predict(stage: Stage, sizes: Sizes, machine: Machine, *, gpus: int, share: Efficiency) -> Prediction:
@@ -290,8 +278,3 @@ def bank_totals(banks: Iterable[BankSize], gpus: int) -> tuple[float, float, flo
 def seconds_of(stages: list[Stage], sizes: Sizes, machine: Machine, *, gpus: int, share: Efficiency) -> float:
     """Predicted training seconds of the whole run."""
     return sum(s.steps * predict(s, sizes, machine, gpus=gpus, share=share).step_ms for s in stages) / 1e3
-
-
-def reached_share(stage: Stage, step_ms: float, machine: Machine, gpus: int) -> float:
-    """The share of all accelerators' peak that a step of so many milliseconds reaches with the model's operations alone."""
-    return stage.flops / (gpus * machine.flops * step_ms / 1e3)

@@ -8,7 +8,6 @@ continues what was cut, and waits for runs that outlived their sweep.
 import fcntl
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -165,8 +164,7 @@ class Sweep:
     def _program(self) -> list[str]:
         if self.nproc == 1:
             return [sys.executable, str(TRAIN)]
-        return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={self.nproc}", "--nnodes=1",
-                "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{_free_port()}", str(TRAIN)]
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.nproc}", str(TRAIN)]
 
     def ended(self, child: Child) -> Outcome | None:
         """The child's outcome, written down where it failed; None while it lives, or where it was started anew."""
@@ -215,12 +213,6 @@ def _locked(lock: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 def last_error(log: Path, start: int = 0) -> str:
