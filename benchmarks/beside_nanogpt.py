@@ -62,8 +62,6 @@ class Compare:
     peer: Path
     """A clone of nanoGPT."""
     repeats: int = 3
-    presets: tuple[str, ...] = ("tiny", "bytes")
-    """Our runs, each taken after every run of nanoGPT."""
 
 
 def prepare(peer: Path) -> None:
@@ -119,7 +117,7 @@ def main(args: Compare) -> None:
     """Alternate the peer and our presets up to `repeats` runs of each; what the result file holds is not run again."""
     prepare(args.peer)
     found = json.loads(RESULT.read_text()) if RESULT.exists() else {"runs": {}}
-    runs = {name: found["runs"].get(name, []) for name in ("nanoGPT", *args.presets)}
+    runs = {name: found["runs"].get(name, []) for name in ("nanoGPT", *SIGHT_EVERY_STEPS)}
     for seed in range(1, args.repeats + 1):
         for name in runs:
             if len(runs[name]) < seed:

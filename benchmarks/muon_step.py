@@ -45,12 +45,17 @@ def matrices() -> dict[str, Tensor]:
     return found
 
 
+def optimizer_of(params: dict[str, torch.nn.Parameter], group: Group) -> ShardedOptimizer:
+    """Our optimizer of these matrices, all in one group, on one rank."""
+    return ShardedOptimizer(build_groups(params, dict.fromkeys(params, "matrix"), Optim(matrix=group)), Comm())
+
+
 def ours() -> Callable[[], None]:
     """The step of our sharded optimizer."""
     config = Group(rule="steepest", norm="spectral", unit="at_least_one", ns="quintic", lr=0.025, weight_decay=0.05)
     params = matrices()
     grads = {name: weight.grad for name, weight in params.items()}
-    optimizer = ShardedOptimizer(build_groups(params, dict.fromkeys(params, "matrix"), Optim(matrix=config)), Comm())
+    optimizer = optimizer_of(params, config)
     for name, weight in params.items():
         weight.grad.copy_(grads[name])
     values = Schedule(Run()).values(0)

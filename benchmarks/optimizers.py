@@ -18,16 +18,14 @@ import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import HERE, machine
-from benchmarks.muon_step import SHAPES
+from benchmarks.muon_step import SHAPES, optimizer_of
 from benchmarks.oracles import ORACLES, parity
 from configs.cli import fail, nearest
-from configs.groups import Group, Optim, acting_fields
+from configs.groups import Group, acting_fields
 from data.runs import write_json, write_text
-from optim.comm import Comm
-from optim.groups import build_groups
 from optim.rules import RULES, Hyper, build_rule
 from optim.schedule import Values
-from optim.sharded import ShardedOptimizer
+from scripts.lab.records import markdown
 
 # ---- Counts, on PyTorch's meta device -------------------------------------------------------------------------------
 
@@ -178,8 +176,7 @@ def step_seconds(group: Group, shapes: list[tuple[int, int]]) -> float:
     """Median time of the steps after the first, on fresh matrices: up to five, until two seconds are full."""
     torch.manual_seed(0)
     params = {f"w{i}": torch.nn.Parameter(torch.randn(shape) * 0.02) for i, shape in enumerate(shapes)}
-    groups = build_groups(params, dict.fromkeys(params, "matrix"), Optim(matrix=group))
-    optimizer = ShardedOptimizer(groups, Comm())
+    optimizer = optimizer_of(params, group)
     found: list[float] = []
     while len(found) < 2 or (len(found) < 6 and sum(found[1:]) < 2):
         for param in params.values():
@@ -213,17 +210,17 @@ def page(result: dict) -> str:
     """optimizers.md."""
     times = result["timings"]
     unit = times["optimizers"].get("AdamW", {}).get("seconds")
-    lines = [_line(row, times["optimizers"].get(row["name"]), unit) for row in result["optimizers"]]
-    return PREFACE.format(machine=_machine(times)) + "\n".join(lines) + "\n"
+    rows = [_cells(row, times["optimizers"].get(row["name"]), unit) for row in result["optimizers"]]
+    head = ("optimizer", "norm", "learned", "average", "state", "GFLOP", "time", "oracle", "difference")
+    return PREFACE.format(machine=_machine(times)) + "\n".join(markdown(head, rows)) + "\n"
 
 
-def _line(row: dict, timing: dict | None, unit: float | None) -> str:
+def _cells(row: dict, timing: dict | None, unit: float | None) -> tuple[str, ...]:
     ratio = timing["seconds"] / unit if timing else 0
     relative = f"{'~ ' if timing['estimated'] else ''}{ratio:.{0 if ratio >= 10 else 1}f}" if timing else ""
-    return "| " + " | ".join([
-        row["name"], row["norm"], row["learns"] or "given", row["averaging"], f"{row['floats_per_parameter']:.3g}",
-        f"{row['flops'] / 1e9:.3g}", relative, row["oracle"] or "",
-        "" if row["difference"] is None else f"{row['difference']:.0e}"]) + " |"
+    difference = "" if row["difference"] is None else f"{row['difference']:.0e}"
+    return (row["name"], row["norm"], row["learns"] or "given", row["averaging"], f"{row['floats_per_parameter']:.3g}",
+            f"{row['flops'] / 1e9:.3g}", relative, row["oracle"] or "", difference)
 
 
 def _machine(times: dict) -> str:
@@ -249,8 +246,6 @@ only a repository holds are in `optimizer_parity.md`.
   24 x 40, 40 x 24 and 32 x 32, as a share of the distance moved; SOAP's on 32 x 32 alone, as the first gradient's singular
   Gram matrix has no eigenbasis of its own that two programs could agree on. A#B is A's direction at B's length.
 
-| optimizer | norm | learned | average | state | GFLOP | time | oracle | difference |
-|---|---|---|---|---|---|---|---|---|
 """
 
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
@@ -25,6 +25,7 @@ from configs.cli import nearest, parse_row
 from configs.presets import PRESETS
 from data.runs import write_json
 from scripts import command
+from scripts.lab.comparison import UNITS, Metric
 from scripts.lab.folders import RunFolder
 from scripts.lab.statistics import Difference, holm, summarize, welch
 from scripts.lab.sweep import Outcome, Trial, run_sweep
@@ -152,7 +153,7 @@ def main(args: Ablate, common: Sequence[str]) -> None:
     table = settings_table(rows, settings, metric) if settings else effects_table(rows, metric)
     Console(width=None if sys.stdout.isatty() else WIDTH, markup=False).print(table)
     base = ", ".join(dict.fromkeys(one.preset for one in found))
-    write_json(dir / "ablation.json", effects_json(rows, metric, base))
+    write_json(dir / "ablation.json", {"base": base, "metric": metric, "rows": [row._asdict() for row in rows]})
     print(f"numbers: {dir / 'ablation.json'}")
 
 
@@ -160,8 +161,6 @@ def main(args: Ablate, common: Sequence[str]) -> None:
 
 
 ALPHA = 0.05
-Metric = Literal["val_bits_per_byte", "val_loss_nats"]
-UNITS: dict[str, str] = {"val_bits_per_byte": "bits per byte", "val_loss_nats": "nats"}
 
 
 class Effect(NamedTuple):
@@ -233,11 +232,6 @@ def _judged(row: Effect, outcomes: Sequence[Outcome]) -> Effect:
     return row._replace(verdict="; ".join(filter(None, [word, failed])))
 
 
-def effects_json(rows: Sequence[Effect], metric: Metric, base: str) -> dict[str, Any]:
-    """Every number of the table, by name."""
-    return {"base": base, "metric": metric, "rows": [row._asdict() for row in rows]}
-
-
 def effects_table(rows: Sequence[Effect], metric: Metric) -> Any:
     """The rich table of differences from the baseline."""
     from rich import box
@@ -259,15 +253,10 @@ def settings_table(rows: Sequence[Effect], settings: Mapping[str, Mapping[str, o
 
     columns = list(next(iter(settings.values())))
     found = Table(*columns, UNITS[metric], "sd", "n", "", box=box.SIMPLE)
-    for row in best_first(rows):
+    for row in sorted(rows, key=lambda row: (row.mean is None, row.mean)):  # what has no mean comes last
         found.add_row(*(str(value) for value in settings[row.name].values()), _spelled(row.mean, ".5f"),
                       _spelled(row.sd, ".5f"), str(row.n), row.verdict)
     return found
-
-
-def best_first(rows: Sequence[Effect]) -> list[Effect]:
-    """By mean loss; what has none comes last."""
-    return sorted(rows, key=lambda row: (row.mean is None, row.mean))
 
 
 def _spelled(value: float | None, form: str) -> str:

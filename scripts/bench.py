@@ -59,21 +59,6 @@ class Part(NamedTuple):
     traffic: float
 
 
-class Timing(NamedTuple):
-    """A part's median time and its bound."""
-
-    name: str
-    ms: float
-    bound_ms: float
-    flops: float
-    traffic: float
-
-    @property
-    def reached(self) -> float:
-        """Share of the roofline."""
-        return self.bound_ms / self.ms
-
-
 def median_seconds(run: Callable[[], object], repeats: int, device: "torch.device") -> float:
     """Of `repeats` runs after two that are not counted; waits for the device."""
     import torch
@@ -181,10 +166,11 @@ def data_parts(run: "Run", source: "Source | None", comm: "Comm") -> Iterator[Pa
         batches.close()
 
 
-def time_part(part: Part, repeats: int, device: "torch.device", line: tuple[float, float]) -> Timing:
-    """Measure a part beside its bound, by the roofline (operations a second, bytes a second)."""
-    bound = max(part.flops / line[0], part.traffic / line[1])
-    return Timing(part.name, 1e3 * median_seconds(part.run, repeats, device), 1e3 * bound, part.flops, part.traffic)
+def time_part(part: Part, repeats: int, device: "torch.device", line: tuple[float, float]) -> dict[str, object]:
+    """A part's median time, its bound by the roofline (operations a second, bytes a second), and their ratio."""
+    ms, bound_ms = 1e3 * median_seconds(part.run, repeats, device), 1e3 * max(part.flops / line[0], part.traffic / line[1])
+    return {"name": part.name, "ms": ms, "bound_ms": bound_ms, "flops": part.flops, "traffic": part.traffic,
+            "reached": bound_ms / ms}
 
 
 def bench(args: Arguments, flags: list[str]) -> dict:
@@ -213,14 +199,13 @@ def bench(args: Arguments, flags: list[str]) -> dict:
         source, notes = None, [f"no time of the data: {error}"]
     line, timed = roofline(device, dtype), (model_parts(run, model, tokens), optimizer_parts(run, model, comm),
                                             data_parts(run, source, comm))
-    found = [time_part(part, args.repeats, device, line) for part in chain(*timed)]
+    parts = [time_part(part, args.repeats, device, line) for part in chain(*timed)]
     comm.close()
     environment = describe_environment()
     environment.pop("variables")
     return {"preset": args.preset, "tokens": tokens.numel(), "context": context, "device": args.device,
             "ranks": comm.world_size, "rank": comm.rank, "flops_per_second": line[0], "bytes_per_second": line[1],
-            "environment": environment, "notes": notes,
-            "parts": [timing._asdict() | {"reached": timing.reached} for timing in found]}
+            "environment": environment, "notes": notes, "parts": parts}
 
 
 def table(found: dict) -> str:

@@ -12,19 +12,7 @@ from scipy import stats
 
 from data.runs import HASH_IGNORES
 from scripts.lab.folders import RunFolder, by_experiment, differences
-from scripts.lab.statistics import (
-    MARGIN,
-    SIGMA,
-    Difference,
-    Summary,
-    one_sided_p,
-    rank_p,
-    seeds_needed,
-    summarize,
-    welch,
-    z_margin,
-    z_p,
-)
+from scripts.lab.statistics import Difference, Summary, TargetTest, rank_p, seeds_needed, summarize, welch
 
 Metric = Literal["val_loss_nats", "val_bits_per_byte"]
 CURVES: dict[Metric, str] = {"val_loss_nats": "val/loss_nats", "val_bits_per_byte": "val/bits_per_byte"}
@@ -78,18 +66,6 @@ class Comparison(NamedTuple):
         if self.a.never + self.b.never:
             return self.rank_p
         return self.difference.p if self.difference else None
-
-
-class TargetTest(NamedTuple):
-    """The speedrun's two rules for a mean final loss surely below a target; the second needs a known sigma."""
-
-    label: str
-    n: int
-    target: float
-    t_p: float | None
-    z_margin: float | None
-    z_p: float | None
-    margin_needed: float | None
 
 
 def fact(run: RunFolder, name: str) -> Any:
@@ -159,7 +135,8 @@ def cautions(side: Side) -> list[str]:
 def same_setting(a: Side, b: Side) -> list[str]:
     """A note where the sides do not differ in any setting that the losses depend on."""
     equal = {run.setting for run in a.runs} & {run.setting for run in b.runs}
-    return [f"{a.label} and {b.label} hold runs of the very same setting; only their seeds or code can differ"] * bool(equal)
+    note = f"{a.label} and {b.label} hold runs of the very same setting; only their seeds or code can differ"
+    return [note] if equal else []
 
 
 def final_loss(metric: Metric) -> Callable[[RunFolder], float]:
@@ -206,19 +183,6 @@ def common_target(runs: Sequence[RunFolder]) -> float | None:
     """The target loss that all the runs were given; None where they had none, or different ones."""
     targets = {run.summary["target_loss_nats"] for run in runs}
     return targets.pop() if len(targets) == 1 else None
-
-
-def against_target(final: Sample, target: float, *, sigma: float | None = SIGMA, margin: float | None = None) -> TargetTest:
-    """Both rules on the final losses. A run that broke down fails them; without a sigma the second is left out.
-
-    The margin needed is MARGIN for SIGMA, and in proportion for another sigma, unless it is given.
-    """
-    t_p = one_sided_p(final.values, target)
-    if sigma is None:
-        return TargetTest(final.label, len(final.values), target, t_p, None, None, None)
-    reached = z_margin(final.values, target)
-    needed = MARGIN / SIGMA * sigma if margin is None else margin
-    return TargetTest(final.label, len(final.values), target, t_p, reached, z_p(reached, sigma), needed)
 
 
 def doubtful_sigma(final: Sample, sigma: float | None) -> list[str]:

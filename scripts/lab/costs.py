@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from optim.bank import Bank
     from optim.groups import ParamGroup
 
+
 class Machine(NamedTuple):
     """One accelerator and how it talks to others."""
 

@@ -11,7 +11,7 @@ import numpy as np
 from data.metrics import TRAIN_LOSS, VAL_BITS, VAL_LOSS
 from data.runs import config_from_dict
 from optim.schedule import Schedule, Values
-from scripts.lab.folders import RunFolder, by_experiment, read_json
+from scripts.lab.folders import RunFolder, by_experiment, is_number, read_json
 from scripts.lab.models import flops_by_step
 
 # ---- Losses ---------------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def tuning(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
     points = _points(runs)
     settings = [settings for settings, _ in points]
     names = dict.fromkeys(name for one in settings for name in one)
-    numeric = [name for name in names if len({one[name] for one in settings if _is_number(one.get(name))}) > 1]
+    numeric = [name for name in names if len({one[name] for one in settings if is_number(one.get(name))}) > 1]
     return [figure for name in numeric if (figure := _tuning_figure(name, points))]
 
 
@@ -212,7 +212,7 @@ def _points(runs: Sequence[RunFolder]) -> list[tuple[dict[str, Any], list[float]
 def _tuning_figure(name: str, points: Sequence[tuple[dict[str, Any], list[float]]]) -> dict[str, Any] | None:
     groups: dict[str, list[tuple[float, list[float]]]] = {}
     for settings, losses in points:
-        if _is_number(settings.get(name)):
+        if is_number(settings.get(name)):
             rest = json.dumps({other: value for other, value in settings.items() if other != name})
             groups.setdefault(rest, []).append((settings[name], losses))
     curves = {rest: group for rest, group in groups.items() if len(group) >= LEAST_ON_A_CURVE}
@@ -239,7 +239,3 @@ def rest_labels(rests: Sequence[Mapping[str, Any]]) -> list[str]:
     names = dict.fromkeys(name for rest in rests for name in rest)
     differing = [name for name in names if any(rest.get(name) != rests[0].get(name) for rest in rests)]
     return [", ".join(f"{name}={rest.get(name)}" for name in differing) for rest in rests]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -34,22 +34,26 @@ def anywhere(config: Model) -> Model:
                    prefix_loss=0.0, sampled_softmax=0)
 
 
+def read_config(folder: Path) -> Run:
+    """What a run was told to do. Raises ValueError for a folder without a run."""
+    from data.runs import config_from_dict
+
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds no run (config.json is missing); train one with python train_gpt.py")
+    return config_from_dict(json.loads((folder / "config.json").read_text()))
+
+
 def load_trained(folder: Path, *, max_tokens: int = 0) -> Trained:
     """A run's model with the weights that its last validation judged, for contexts of `max_tokens` (0: as in training).
 
     Raises ValueError for a folder without a run or without a checkpoint, and where learned positions end sooner.
     """
     from data.checkpoint import load_checkpoint
-    from data.runs import config_from_dict
-    from data.sources import open_source
 
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} holds no run (config.json is missing); train one with python train_gpt.py")
-    run = config_from_dict(json.loads((folder / "config.json").read_text()))
-    source = open_source(run.data, cache_dir=CACHE, seed=run.run.seed)
+    run = read_config(folder)
     tensors, _ = load_checkpoint(folder / "checkpoint.safetensors")
     weights = weights_that_count(tensors, blend=run.train.weight_average_blend)
-    return Trained(run, source, build_trained(run, source, weights, max_tokens=max_tokens, what=folder))
+    return build_trained(run, weights, max_tokens=max_tokens, what=folder)
 
 
 def weights_that_count(tensors: Mapping[str, "Tensor"], *, blend: float) -> dict[str, "Tensor"]:
@@ -71,7 +75,6 @@ def load_exported(file: Path, *, max_tokens: int = 0) -> Trained:
     from safetensors import SafetensorError, safe_open
 
     from data.runs import config_from_dict
-    from data.sources import open_source
 
     try:
         with safe_open(file, "pt") as opened:
@@ -79,17 +82,18 @@ def load_exported(file: Path, *, max_tokens: int = 0) -> Trained:
         run = config_from_dict(json.loads(about["config"]))
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(f"{file} holds no exported model ({error}); write one with python -m scripts.export") from None
-    source = open_source(run.data, cache_dir=CACHE, seed=run.run.seed)
-    return Trained(run, source, build_trained(run, source, weights, max_tokens=max_tokens, what=file))
+    return build_trained(run, weights, max_tokens=max_tokens, what=file)
 
 
-def build_trained(run: Run, source: "Source", weights: Mapping[str, "Tensor"], *, max_tokens: int, what: Path) -> "GPT":
-    """The model of a run with these weights and the windows that its last step had, where nothing else is said.
+def build_trained(run: Run, weights: Mapping[str, "Tensor"], *, max_tokens: int, what: Path) -> Trained:
+    """A run's data, and its model with these weights and the windows that its last step had, where nothing else is said.
 
     Raises ValueError, naming `what`, where the weights are another version's, or learned positions end sooner.
     """
+    from data.sources import open_source
     from model import GPT
 
+    source = open_source(run.data, cache_dir=CACHE, seed=run.run.seed)
     learned = len(weights["positions"]) if "positions" in weights else None
     if learned and max_tokens > learned:
         raise ValueError(f"{what} learned {learned} positions: a context of {max_tokens} tokens has none; "
@@ -103,7 +107,7 @@ def build_trained(run: Run, source: "Source", weights: Mapping[str, "Tensor"], *
     model.load_state_dict(dict(weights))
     last = Schedule(run).values(run.train.steps - 1)
     model.config = replace(model.config, window_tokens=last.window_tokens, long_window_tokens=last.long_window_tokens)
-    return model
+    return Trained(run, source, model)
 
 
 # ---- Shapes alone ---------------------------------------------------------------------------------------------------

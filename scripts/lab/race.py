@@ -13,13 +13,6 @@ FEWEST, HUB_SHARDS = 9, 103
 FOLDER = "data/fineweb10B/"
 
 
-def gpus() -> int:
-    """Accelerators that this process may use, as CUDA_VISIBLE_DEVICES says."""
-    import torch
-
-    return torch.cuda.device_count()
-
-
 def check() -> list[str]:
     """Versions, and the kernels that the first accelerator runs. Raises ValueError where PyTorch sees none."""
     import torch
@@ -63,7 +56,9 @@ def answer(words: list[str]) -> int:
     """Answer one question on standard output; the exit status. Raises ValueError for a question that is none."""
     match words:
         case ["gpus"]:
-            print(gpus())
+            import torch
+
+            print(torch.cuda.device_count())  # as CUDA_VISIBLE_DEVICES says
         case ["check"]:
             print(*check(), sep="\n")
         case ["shards", preset, *flags]:

@@ -11,9 +11,8 @@ from configs.cli import parse_row
 from configs.presets import PRESETS
 from configs.schema import Run
 from data.runs import SUMMARY_KEYS, config_from_dict, config_hash, config_to_dict, flatten, write_text
-from scripts.lab.folders import RunFolder
+from scripts.lab.folders import RunFolder, is_number
 from scripts.lab.models import count_parameters
-from scripts.lab.statistics import summarize
 from scripts.lab.sweep import Trial
 
 FORMAT = 1
@@ -124,15 +123,11 @@ def holes(record: Mapping[str, Any]) -> list[str]:
     if record.get("failed"):
         return []
     summary, validations = record["summary"], record["validations"]
-    found = [f"summary has no number {name}" for name in NUMBERS if not _is_number(summary.get(name))]
+    found = [f"summary has no number {name}" for name in NUMBERS if not is_number(summary.get(name))]
     found += [f"summary has no {name}" for name in HASHES if not isinstance(summary.get(name), str)]
     found += ["no validations"] if not validations else []
     return found + [f"validation {index} has no number {name}" for index, line in enumerate(validations)
-                    for name in VALIDATION if not _is_number(line.get(name)) and name != "bits_per_byte"]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+                    for name in VALIDATION if not is_number(line.get(name)) and name != "bits_per_byte"]
 
 
 def faults(record: Mapping[str, Any]) -> list[str]:
@@ -147,7 +142,7 @@ def faults(record: Mapping[str, Any]) -> list[str]:
     if config_hash(run) != summary["config_hash"]:
         found.append(f"config_hash is {summary['config_hash']}, its settings give {config_hash(run)}")
     if record.get("failed"):
-        return found + ["failed, yet has a loss"] * (summary["val_loss_nats"] is not None)
+        return found if summary["val_loss_nats"] is None else [*found, "failed, yet has a loss"]
     if run.preset != record["preset"] or run.run.seed != summary["seed"]:
         found.append(f"preset and seed are {record['preset']} and {summary['seed']}, its settings say {run.preset} and "
                      f"{run.run.seed}")
@@ -210,20 +205,7 @@ def shared_faults(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return found
 
 
-def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """One line of Markdown for each experiment and number of steps that ended: n, loss, interval, seconds, device."""
-    groups: dict[tuple, list[Mapping[str, Any]]] = {}
-    for record in (one for one in records if not one.get("failed")):
-        groups.setdefault((record["preset"], record["experiment"], record["summary"]["steps"]), []).append(record)
-    lines = ["| preset | experiment | steps | n | loss (nats) | sd | 95 % | bits per byte | seconds | device |",
-             "|---|---|---|---|---|---|---|---|---|---|"]
-    for (preset, experiment, steps), members in groups.items():
-        loss = summarize([r["summary"]["val_loss_nats"] for r in members])
-        bits = [r["summary"]["val_bits_per_byte"] for r in members]
-        seconds = sum(r["summary"]["train_seconds"] for r in members) / len(members)
-        devices = ", ".join(dict.fromkeys(str(r["summary"]["device"]) for r in members))
-        spread = ("", "") if loss.sd is None else (f"{loss.sd:.4f}", f"{loss.low:.4f} to {loss.high:.4f}")
-        cells = (preset, experiment, steps, loss.n, f"{loss.mean:.4f}", *spread,
-                 "" if None in bits else f"{sum(bits) / len(bits):.4f}", f"{seconds:.1f}", devices)
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """The lines of a Markdown table."""
+    first, *others = ("| " + " | ".join(map(str, cells)) + " |" for cells in (head, *rows))
+    return [first, "|---" * len(head) + "|", *others]

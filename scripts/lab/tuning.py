@@ -157,9 +157,14 @@ def settings_of(entry: Entry, trial: int) -> dict[str, float]:
 
 def make_trial(entry: Entry, preset: str, *, steps: int, trial: int, seed: int) -> Trial:
     """The run of an entry's trial at a number of steps and a seed."""
-    experiment = f"{entry.name}-{steps}steps-trial{trial:02}"
+    experiment = experiment_name(entry.name, steps, trial)
     flags = (*shlex.split(entry.flags), *flags_of(settings_of(entry, trial)), "--train.steps", str(steps))
     return Trial(f"{experiment}-seed{seed}", experiment, preset, flags, seed)
+
+
+def experiment_name(entry: str, steps: int, trial: int) -> str:
+    """What the runs of an entry's trial have in common; `parse_name` reads it."""
+    return f"{entry}-{steps}steps-trial{trial:02}"
 
 
 def parse_name(experiment: str) -> tuple[str, int, int] | None:
@@ -189,12 +194,17 @@ def judged(records: Sequence[dict], experiment: str) -> list[dict]:
     return [r for r in records if r["experiment"] == experiment and r["summary"]["seed"] != TUNING_SEED]
 
 
+def judged_winner(records: Sequence[dict], entry: str, *, steps: int, budget: int) -> tuple[int | None, list[dict]]:
+    """The winner of a budget and the records of its fresh seeds; none while there is no winner."""
+    trial = winner(records, entry, steps=steps, budget=budget)
+    return trial, [] if trial is None else judged(records, experiment_name(entry, steps, trial))
+
+
 def places(records: Sequence[dict], *, steps: int, budget: int) -> list[Place]:
     """The leaderboard of one task at one length and budget, best first; entries without fresh seeds are left out."""
     found = {}
     for entry in ENTRIES:
-        trial = winner(records, entry.name, steps=steps, budget=budget)
-        runs = [] if trial is None else judged(records, f"{entry.name}-{steps}steps-trial{trial:02}")
+        trial, runs = judged_winner(records, entry.name, steps=steps, budget=budget)
         if runs:
             found[entry.name] = (trial, runs)
     curve = reference_curve(records, budget=budget)
@@ -221,8 +231,7 @@ def reference_curve(records: Sequence[dict], *, budget: int) -> list[tuple[int, 
     lengths = sorted({name[1] for r in records if (name := parse_name(r["experiment"])) and name[0] == REFERENCE})
     curve = []
     for steps in lengths:
-        trial = winner(records, REFERENCE, steps=steps, budget=budget)
-        runs = [] if trial is None else judged(records, f"{REFERENCE}-{steps}steps-trial{trial:02}")
+        _, runs = judged_winner(records, REFERENCE, steps=steps, budget=budget)
         if runs:
             curve.append((steps, summarize([loss_of(r) for r in runs]).mean))
     return curve
