@@ -23,7 +23,7 @@ from benchmarks.oracles import ORACLES, parity
 from configs.cli import fail, nearest
 from configs.groups import Group, acting_fields
 from data.runs import write_json, write_text
-from optim.rules import RULES, Hyper, build_rule
+from optim.rules import Hyper, build_rule
 from optim.schedule import Values
 from scripts.lab.records import markdown
 
@@ -115,7 +115,7 @@ def steepest(norm: str, **fields: object) -> Group:
 
 
 MUON = dict(norm="spectral", unit="at_least_one")
-NAMED = [
+ENTRIES = [
     Entry("AdamW", Group(), "largest entry", "a scale per entry"),
     Entry("normalised SGD", steepest("frobenius", nesterov=False), "Frobenius"),
     Entry("Signum", steepest("sign", nesterov=False), "largest entry"),
@@ -148,8 +148,6 @@ NAMED = [
     Entry("Shampoo#AdamW, one-sided", Group(rule="shampoo", sides="smaller", graft="adam"), "spectral, AdamW's length",
           "the smaller Gram matrix, a scale per entry"),
 ]
-ENTRIES = NAMED + [Entry(name, Group(rule=name), "see its file", "see its file")
-                   for name in RULES if name not in {entry.group.rule for entry in NAMED}]
 
 
 def averaging(group: Group) -> str:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from configs.cli import fail, parse_row
 from configs.schema import Run
+from scripts.fetch_fineweb import HUB_SHARDS
 
 SHARD_TOKENS = 100_000_000
-FEWEST, HUB_SHARDS = 9, 103
+FEWEST = 9
 FOLDER = "data/fineweb10B/"
 
 
