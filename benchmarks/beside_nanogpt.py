@@ -21,14 +21,12 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from benchmarks import HERE, write_result
 from configs.presets import PRESETS
 from configs.schema import Run
 from data.corpus import corpus_bytes, split_text
-from data.run.environment import describe_environment
-from data.run.folder import write_json
 from data.sources import open_source
 
-HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULT = HERE / "beside_nanogpt.json"
 VAL_BYTES = 565_000
@@ -64,8 +62,6 @@ class Compare:
     peer: Path
     """A clone of nanoGPT."""
     repeats: int = 3
-    presets: tuple[str, ...] = ("tiny", "bytes")
-    """Our runs, each taken after every run of nanoGPT."""
 
 
 def prepare(peer: Path) -> None:
@@ -121,7 +117,7 @@ def main(args: Compare) -> None:
     """Alternate the peer and our presets up to `repeats` runs of each; what the result file holds is not run again."""
     prepare(args.peer)
     found = json.loads(RESULT.read_text()) if RESULT.exists() else {"runs": {}}
-    runs = {name: found["runs"].get(name, []) for name in ("nanoGPT", *args.presets)}
+    runs = {name: found["runs"].get(name, []) for name in ("nanoGPT", *SIGHT_EVERY_STEPS)}
     for seed in range(1, args.repeats + 1):
         for name in runs:
             if len(runs[name]) < seed:
@@ -129,15 +125,8 @@ def main(args: Compare) -> None:
                 runs[name].append(run_peer(args.peer, seed) if name == "nanoGPT"
                                   else run_ours(name, seed) | sight_target(name, bits, seed))
                 print(name, runs[name][-1], flush=True)
-                write_result(found["runs"] | runs)
-
-
-def write_result(runs: dict[str, list[dict]]) -> None:
-    """All runs so far, with the command, the machine and the target."""
-    environment = describe_environment()
-    environment.pop("variables", None)
-    write_json(RESULT, {"command": "python -m benchmarks.beside_nanogpt --peer nanoGPT", "environment": environment,
-                        "target_bits_per_byte": runs["nanoGPT"][0]["bits_per_byte"], "runs": runs})
+                write_result("beside_nanogpt", "beside_nanogpt --peer nanoGPT",
+                             target_bits_per_byte=runs["nanoGPT"][0]["bits_per_byte"], runs=found["runs"] | runs)
 
 
 if __name__ == "__main__":

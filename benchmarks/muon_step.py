@@ -11,17 +11,15 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import tyro
 from torch import Tensor
 from torch.optim import _muon
 
+from benchmarks import write_result
 from configs.groups import Group, Optim
 from configs.schema import Run
-from data.run.environment import describe_environment
-from data.run.folder import write_json
 from optim.comm import Comm
 from optim.groups import build_groups
 from optim.schedule import Schedule
@@ -47,12 +45,17 @@ def matrices() -> dict[str, Tensor]:
     return found
 
 
+def optimizer_of(params: dict[str, torch.nn.Parameter], group: Group) -> ShardedOptimizer:
+    """Our optimizer of these matrices, all in one group, on one rank."""
+    return ShardedOptimizer(build_groups(params, dict.fromkeys(params, "matrix"), Optim(matrix=group)), Comm())
+
+
 def ours() -> Callable[[], None]:
     """The step of our sharded optimizer."""
     config = Group(rule="steepest", norm="spectral", unit="at_least_one", ns="quintic", lr=0.025, weight_decay=0.05)
     params = matrices()
     grads = {name: weight.grad for name, weight in params.items()}
-    optimizer = ShardedOptimizer(build_groups(params, dict.fromkeys(params, "matrix"), Optim(matrix=config)), Comm())
+    optimizer = optimizer_of(params, config)
     for name, weight in params.items():
         weight.grad.copy_(grads[name])
     values = Schedule(Run()).values(0)
@@ -92,11 +95,8 @@ def main(args: Timing) -> None:
                 seconds[name].append(time.perf_counter() - began)
     median = {name: statistics.median(found) for name, found in seconds.items()}
     ratios = {name: found / median["ours"] for name, found in median.items()}
-    environment = describe_environment()
-    environment.pop("variables")
-    write_json(Path(__file__).with_suffix(".json"), {
-        "command": "python -m benchmarks.muon_step", "environment": environment, "matrices": len(SHAPES),
-        "seconds": seconds, "median_seconds": median, "ratio_to_ours": ratios})
+    write_result("muon_step", "muon_step", matrices=len(SHAPES), seconds=seconds, median_seconds=median,
+                 ratio_to_ours=ratios)
     for name in contestants:
         print(f"{name:>28}: median {median[name]:7.2f} s, min {min(seconds[name]):7.2f} s, {ratios[name]:5.2f} x ours")
 

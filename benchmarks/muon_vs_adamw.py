@@ -18,10 +18,9 @@ from typing import Annotated
 import tyro
 
 import train_gpt
+from benchmarks import write_result
 from configs.cli import parse
 from configs.presets import PRESETS
-from data.run.environment import describe_environment
-from data.run.folder import write_json
 
 RUNS = Path("runs") / "muon_vs_adamw"
 
@@ -82,14 +81,11 @@ def main(args: Comparison) -> None:
     final = {"muon": [run(muon, lr=muon_lr, steps=steps, seed=s) for s in seeds]}
     final |= {f"adamw, {n} steps": [run(adamw, lr=adamw_lr, steps=n, seed=s) for s in seeds] for n in lengths}
     reached = [n for n in lengths if mean(final[f"adamw, {n} steps"]) <= mean(final["muon"])]
-    environment = describe_environment()
-    environment.pop("variables")
-    result = {"command": f"python -m benchmarks.muon_vs_adamw {args.preset}", "arguments": vars(args),
-              "environment": environment, "tuning": {"muon": muon_tried, "adamw": adamw_tried},
-              "final": {name: summarise(runs) for name, runs in final.items()}, "runs": final,
+    result = {"tuning": {"muon": muon_tried, "adamw": adamw_tried},
+              "final": {name: summarise(runs) for name, runs in final.items()},
               "adamw_steps_to_muon_loss": reached[0] if reached else None}
-    write_json(Path(__file__).with_name(f"muon_vs_adamw_{args.preset}.json"), result)
-    print(json.dumps({k: result[k] for k in ("tuning", "final", "adamw_steps_to_muon_loss")}, indent=1))
+    write_result(f"muon_vs_adamw_{args.preset}", f"muon_vs_adamw {args.preset}", arguments=vars(args), runs=final, **result)
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

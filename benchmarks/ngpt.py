@@ -10,6 +10,7 @@ then fresh seeds; every run ends at the end of its own schedule. The speed-up is
 through its own two horizons in log steps.
 """
 
+import itertools
 import json
 import math
 import statistics
@@ -20,12 +21,11 @@ from typing import Annotated, Literal, NamedTuple
 import tyro
 
 import train_gpt
+from benchmarks import HERE, write_result
 from configs.cli import parse
-from data.run.environment import describe_environment
-from data.run.folder import write_json, write_text
-from scripts.lab.browser import screenshot
+from data.run.folder import write_text
+from scripts.report import screenshot
 
-HERE = Path(__file__).resolve().parent
 RUNS = Path("runs") / "ngpt"
 CONTEXTS, HORIZONS, SEEDS, TUNING_SEED = (64, 256, 1024), (250, 1000), (1, 2, 3), 1000
 SIZE = ("--model.layers 4 --model.dim 64 --model.head_dim 32 --train.batch_tokens 1024 --data.val_bytes 131072 "
@@ -117,42 +117,40 @@ def factors(rows: list[dict]) -> list[dict]:
     return found
 
 
-def draw(figure: object, target: Path) -> None:
-    """A plotly figure as a picture."""
+def draw(target: Path, lines: dict[str, tuple[list[float], list[float]]], *, xaxis: dict, yaxis: dict,
+         level: float | None = None) -> None:
+    """Lines of points (x, y), by name, as a picture; dashed at `level`."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure(layout=dict(template="plotly_white", width=900, height=520, xaxis=xaxis, yaxis=yaxis))
+    for name, (x, y) in lines.items():
+        figure.add_scatter(x=x, y=y, mode="lines+markers", name=name)
+    if level is not None:
+        figure.add_hline(y=level, line_dash="dash")
     page = target.with_suffix(".html")
     write_text(page, f'<div id="figure">{figure.to_html(include_plotlyjs=True, full_html=False)}</div>')
     screenshot(page, "figure", target, width=920, height=540)
     page.unlink()
 
 
-def plot_speedup(found: list[dict], target: Path) -> None:
+def plot_speedup(found: list[dict]) -> None:
     """Speed-up against context, one line for each opponent and horizon."""
-    import plotly.graph_objects as go
-
-    figure = go.Figure(layout=dict(template="plotly_white", width=900, height=520,
-                                   xaxis=dict(title="context (tokens)", type="log", tickvals=CONTEXTS),
-                                   yaxis=dict(title="speed-up of nGPT (steps / its steps to equal loss)", type="log")))
-    for name in ("GPT, AdamW", "GPT, Muon"):
-        for steps in HORIZONS:
-            at = [f for f in found if f["against"] == name and f["steps"] == steps]
-            figure.add_scatter(x=[f["context"] for f in at], y=[f["speedup"] for f in at], mode="lines+markers",
-                               name=f"against {name}, {steps} steps")
-    figure.add_hline(y=1, line_dash="dash")
-    draw(figure, target)
+    lines = {}
+    for name, steps in itertools.product(("GPT, AdamW", "GPT, Muon"), HORIZONS):
+        at = [f for f in found if f["against"] == name and f["steps"] == steps]
+        lines[f"against {name}, {steps} steps"] = [f["context"] for f in at], [f["speedup"] for f in at]
+    draw(HERE / "ngpt_speedup.png", lines, xaxis=dict(title="context (tokens)", type="log", tickvals=CONTEXTS),
+         yaxis=dict(title="speed-up of nGPT (steps / its steps to equal loss)", type="log"), level=1)
 
 
-def plot_robustness(rows: list[dict], target: Path) -> None:
+def plot_robustness(rows: list[dict]) -> None:
     """Loss against lr relative to each method's own centre."""
-    import plotly.graph_objects as go
-
-    figure = go.Figure(layout=dict(template="plotly_white", width=900, height=520,
-                                   xaxis=dict(title="learning rate / the method's own centre", type="log"),
-                                   yaxis=dict(title="validation loss (nats per token)", range=[1.4, 4.0])))
+    lines = {}
     for name, centre in CENTRES.items():
         at = [r for r in rows if r["method"] == name]
-        figure.add_scatter(x=[r["lr"] / centre for r in at], y=[r["mean"] for r in at], mode="lines+markers",
-                           name=f"{name} (centre {centre:g})")
-    draw(figure, target)
+        lines[f"{name} (centre {centre:g})"] = [r["lr"] / centre for r in at], [r["mean"] for r in at]
+    draw(HERE / "ngpt_robustness.png", lines, xaxis=dict(title="learning rate / the method's own centre", type="log"),
+         yaxis=dict(title="validation loss (nats per token)", range=[1.4, 4.0]))
 
 
 def speedup() -> dict:
@@ -160,7 +158,7 @@ def speedup() -> dict:
     rows = [tuned(name, context=context, steps=steps)
             for steps in HORIZONS for context in CONTEXTS for name in METHODS]
     found = factors(rows)
-    plot_speedup(found, HERE / "ngpt_speedup.png")
+    plot_speedup(found)
     return {"rows": rows, "factors": found}
 
 
@@ -170,20 +168,16 @@ def robustness() -> dict:
     for name, method in NO_DECAY.items():
         for power in range(-4, 5):
             lr = CENTRES[name] * 10 ** (power / 4)
-            losses = [loss("robust", name, method._replace(schedule="0=1 cos 100%=0"), lr=lr, context=64, steps=HORIZONS[0],
-                           seed=seed) for seed in SEEDS[:1]]
-            rows.append({"method": name, "lr": lr, "losses": losses, "mean": statistics.mean(losses)})
-    plot_robustness(rows, HERE / "ngpt_robustness.png")
+            reached = loss("robust", name, method._replace(schedule="0=1 cos 100%=0"), lr=lr, context=64, steps=HORIZONS[0],
+                           seed=SEEDS[0])
+            rows.append({"method": name, "lr": lr, "losses": [reached], "mean": reached})
+    plot_robustness(rows)
     return {"rows": rows}
 
 
 def main(part: Annotated[Literal["speedup", "robustness"], tyro.conf.Positional]) -> None:
     """Measure one part and write it down."""
-    found = {"speedup": speedup, "robustness": robustness}[part]()
-    environment = describe_environment()
-    environment.pop("variables")
-    about = {"command": f"python -m benchmarks.ngpt {part}", "environment": environment}
-    write_json(HERE / f"ngpt_{part}.json", about | found)
+    write_result(f"ngpt_{part}", f"ngpt {part}", **(speedup() if part == "speedup" else robustness()))
 
 
 if __name__ == "__main__":

@@ -12,25 +12,81 @@ import os
 import statistics
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import tyro
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.counts import MATRIX, floats_per_parameter, flops
-from benchmarks.muon_step import SHAPES
+from benchmarks import HERE, machine
+from benchmarks.muon_step import SHAPES, optimizer_of
 from benchmarks.oracles import ORACLES, parity
-from configs.cli import fail, nearest
-from configs.groups import Group, Optim, acting_fields
-from data.run.environment import describe_environment
+from configs.cli import fail
+from configs.notation import nearest
+from configs.groups import Group, acting_fields
 from data.run.folder import write_json, write_text
-from optim.comm import Comm
-from optim.groups import build_groups
-from optim.rules import RULES
+from optim.rules import Hyper, build_rule
 from optim.schedule import Values
-from optim.sharded import ShardedOptimizer
+from scripts.lab.records import markdown
 
-RESULT = Path(__file__).with_suffix(".json")
+# ---- Counts, on PyTorch's meta device -------------------------------------------------------------------------------
+
+
+MATRIX = (768, 3072)
+
+
+def floats_per_parameter(group: Group, shape: tuple[int, int] = MATRIX) -> float:
+    """Numbers that the rule remembers of a matrix, over its own."""
+    W = torch.empty(1, *shape, device="meta")
+    return sum(tensor.numel() for tensor in build_rule(group).init_state(W).values()) / W.numel()
+
+
+def eigh_flops(shape: tuple[int, ...], *_: object, **__: object) -> int:
+    """9 k^3: all eigenvalues and vectors of a symmetric matrix (Golub & Van Loan, Matrix Computations, 8.3)."""
+    return 9 * shape[-1] ** 3 * _stacked(shape)
+
+
+def qr_flops(shape: tuple[int, ...], *_: object, **__: object) -> int:
+    """4 (m n^2 - n^3 / 3), m >= n: Householder's R and explicit thin Q (Golub & Van Loan, 5.2)."""
+    n, m = sorted(shape[-2:])
+    return 4 * (m * n * n - n**3 // 3) * _stacked(shape)
+
+
+def svd_flops(shape: tuple[int, ...], *_: object, **__: object) -> int:
+    """6 m n^2 + 20 n^3, m >= n: thin U, S and V (Golub & Van Loan, 8.6, R-SVD)."""
+    n, m = sorted(shape[-2:])
+    return (6 * m * n * n + 20 * n**3) * _stacked(shape)
+
+
+def product_flops(_: tuple[int, ...], A: tuple[int, ...], B: tuple[int, ...], **__: object) -> int:
+    """2 m k n: C += A B in place, which the counter does not know."""
+    return 2 * A[-2] * A[-1] * B[-1] * _stacked(A)
+
+
+def _stacked(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape[:-2]).numel()
+
+
+DECOMPOSITIONS = {torch.ops.aten._linalg_eigh: eigh_flops, torch.ops.aten.linalg_qr: qr_flops,
+                  torch.ops.aten._linalg_svd: svd_flops}
+PRODUCTS = {torch.ops.aten.baddbmm_: product_flops}
+
+
+def flops(group: Group, shape: tuple[int, int] = MATRIX) -> int:
+    """Operations of matrix products and decompositions in the second step on one matrix; elementwise work is not counted."""
+    rule = build_rule(group)
+    W, grad = (torch.zeros(1, *shape, device="meta") for _ in range(2))
+    state = rule.init_state(W)
+    shared = {key: tensor.to("meta") for key, tensor in rule.init_shared().items()}
+    numbers = Hyper(*(torch.tensor(float(x)) for x in (0.1, 0, 0.9, 2)), shared)
+    with FlopCounterMode(display=False, custom_mapping=DECOMPOSITIONS | PRODUCTS) as counter:
+        rule.direction(W, grad, state, numbers)
+    return counter.get_total_flops()
+
+
+# ---- The optimizers -------------------------------------------------------------------------------------------------
+
+
+RESULT = HERE / "optimizers.json"
 LIMIT_SECONDS = 60.0
 
 
@@ -60,7 +116,7 @@ def steepest(norm: str, **fields: object) -> Group:
 
 
 MUON = dict(norm="spectral", unit="at_least_one")
-NAMED = [
+ENTRIES = [
     Entry("AdamW", Group(), "largest entry", "a scale per entry"),
     Entry("normalised SGD", steepest("frobenius", nesterov=False), "Frobenius"),
     Entry("Signum", steepest("sign", nesterov=False), "largest entry"),
@@ -93,8 +149,6 @@ NAMED = [
     Entry("Shampoo#AdamW, one-sided", Group(rule="shampoo", sides="smaller", graft="adam"), "spectral, AdamW's length",
           "the smaller Gram matrix, a scale per entry"),
 ]
-ENTRIES = NAMED + [Entry(name, Group(rule=name), "see its file", "see its file")
-                   for name in RULES if name not in {entry.group.rule for entry in NAMED}]
 
 
 def averaging(group: Group) -> str:
@@ -121,8 +175,7 @@ def step_seconds(group: Group, shapes: list[tuple[int, int]]) -> float:
     """Median time of the steps after the first, on fresh matrices: up to five, until two seconds are full."""
     torch.manual_seed(0)
     params = {f"w{i}": torch.nn.Parameter(torch.randn(shape) * 0.02) for i, shape in enumerate(shapes)}
-    groups = build_groups(params, dict.fromkeys(params, "matrix"), Optim(matrix=group))
-    optimizer = ShardedOptimizer(groups, Comm())
+    optimizer = optimizer_of(params, group)
     found: list[float] = []
     while len(found) < 2 or (len(found) < 6 and sum(found[1:]) < 2):
         for param in params.values():
@@ -156,17 +209,17 @@ def page(result: dict) -> str:
     """optimizers.md."""
     times = result["timings"]
     unit = times["optimizers"].get("AdamW", {}).get("seconds")
-    lines = [_line(row, times["optimizers"].get(row["name"]), unit) for row in result["optimizers"]]
-    return PREFACE.format(machine=_machine(times)) + "\n".join(lines) + "\n"
+    rows = [_cells(row, times["optimizers"].get(row["name"]), unit) for row in result["optimizers"]]
+    head = ("optimizer", "norm", "learned", "average", "state", "GFLOP", "time", "oracle", "difference")
+    return PREFACE.format(machine=_machine(times)) + "\n".join(markdown(head, rows)) + "\n"
 
 
-def _line(row: dict, timing: dict | None, unit: float | None) -> str:
+def _cells(row: dict, timing: dict | None, unit: float | None) -> tuple[str, ...]:
     ratio = timing["seconds"] / unit if timing else 0
     relative = f"{'~ ' if timing['estimated'] else ''}{ratio:.{0 if ratio >= 10 else 1}f}" if timing else ""
-    return "| " + " | ".join([
-        row["name"], row["norm"], row["learns"] or "given", row["averaging"], f"{row['floats_per_parameter']:.3g}",
-        f"{row['flops'] / 1e9:.3g}", relative, row["oracle"] or "",
-        "" if row["difference"] is None else f"{row['difference']:.0e}"]) + " |"
+    difference = "" if row["difference"] is None else f"{row['difference']:.0e}"
+    return (row["name"], row["norm"], row["learns"] or "given", row["averaging"], f"{row['floats_per_parameter']:.3g}",
+            f"{row['flops'] / 1e9:.3g}", relative, row["oracle"] or "", difference)
 
 
 def _machine(times: dict) -> str:
@@ -192,8 +245,6 @@ only a repository holds are in `optimizer_parity.md`.
   24 x 40, 40 x 24 and 32 x 32, as a share of the distance moved; SOAP's on 32 x 32 alone, as the first gradient's singular
   Gram matrix has no eigenbasis of its own that two programs could agree on. A#B is A's direction at B's length.
 
-| optimizer | norm | learned | average | state | GFLOP | time | oracle | difference |
-|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -206,24 +257,17 @@ def save(rows: list[dict], times: dict[str, object]) -> None:
     write_text(RESULT.with_suffix(".md"), page(json.loads(RESULT.read_text())))
 
 
-def machine() -> dict[str, object]:
-    """Where the times are taken, and of what."""
-    environment = describe_environment()
-    environment.pop("variables")
-    return {"environment": environment, "matrices": len(SHAPES), "limit_seconds": LIMIT_SECONDS}
-
-
 def main(args: Arguments) -> None:
     """Measure, and write both files after every optimizer."""
     names = [entry.name for entry in ENTRIES]
     for name in set(args.only) - set(names):
         fail(f"no optimizer {name!r}{nearest(name, names)}")
-    times = json.loads(RESULT.read_text())["timings"] if RESULT.exists() else machine() | {"optimizers": {}}
+    times = json.loads(RESULT.read_text())["timings"]
     rows = [row(entry) for entry in ENTRIES]
     save(rows, times)
     for entry in ENTRIES:
         if args.timings and (not args.only or entry.name in args.only):
-            times |= machine()
+            times |= {"environment": machine(), "matrices": len(SHAPES), "limit_seconds": LIMIT_SECONDS}
             times["optimizers"][entry.name] = timed(entry)
             save(rows, times)
 

@@ -14,11 +14,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from configs.groups import Group, Optim
-from optim.comm import Comm
-from optim.groups import build_groups
+from benchmarks.muon_step import optimizer_of
+from configs.groups import Group
 from optim.schedule import Values
-from optim.sharded import ShardedOptimizer
 
 STEPS = 20
 SHAPES = ((24, 40), (40, 24), (32, 32))
@@ -75,8 +73,7 @@ def _gaussian(shape: tuple[int, int], *, seed: int) -> Tensor:
 
 def _ours(group: Group, shapes: tuple[tuple[int, int], ...]) -> list[Tensor]:
     params = {f"w{i}": nn.Parameter(start) for i, start in enumerate(_starts(shapes))}
-    groups = build_groups(params, dict.fromkeys(params, "matrix"), Optim(matrix=group))
-    optimizer = ShardedOptimizer(groups, Comm())
+    optimizer = optimizer_of(params, group)
     for step in range(STEPS):
         for i, param in enumerate(params.values()):
             param.grad.copy_(_gradient(param.shape, step, i))

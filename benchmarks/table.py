@@ -2,32 +2,29 @@
 
 import json
 import statistics
-from functools import partial
-from pathlib import Path
 
-from scripts.lab.leaderboard import base_steps, places
-from scripts.lab.records import read_records
+from benchmarks import HERE
+from scripts.lab.records import markdown, read_records
+from scripts.lab.tuning import base_steps, places
 
-HERE = Path(__file__).resolve().parent
 RECORDS = HERE.parent / "records"
-HEADER = "| what | ours | beside it | measured |\n|---|---|---|---|"
 
 
-def load(name: str) -> dict | None:
-    """A result file; None where that was not measured yet."""
-    path = HERE / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+def load(name: str) -> dict:
+    """The result file of a benchmark."""
+    return json.loads((HERE / f"{name}.json").read_text())
 
 
 def spread(runs: list[dict], key: str, digits: int) -> str:
     """Mean and standard deviation of a figure over runs."""
     values = [run[key] for run in runs]
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-def nanogpt_rows(result: dict) -> list[str]:
+Row = tuple[str, str, str, str]
+
+
+def nanogpt_rows(result: dict) -> list[Row]:
     """The newcomer's minute, and how soon each side reaches nanoGPT's final loss."""
     runs, peer = result["runs"], result["runs"]["nanoGPT"]
     tiny, small = runs["tiny"], runs["bytes"]
@@ -35,17 +32,17 @@ def nanogpt_rows(result: dict) -> list[str]:
     sooner = seconds / statistics.mean(run["target_seconds"] for run in tiny)
     target = result["target_bits_per_byte"]
     return [
-        f"| `tiny`: bits per byte when its minute ends | **{spread(tiny, 'bits_per_byte', 3)}** in "
-        f"{statistics.mean(run['train_seconds'] for run in tiny):.0f} s of training | nanoGPT on bytes "
-        f"{spread(peer, 'bits_per_byte', 3)} in {seconds:.0f} s; xz -9 1.594 | n = {len(tiny)} |",
-        f"| `tiny`: training seconds to nanoGPT's {target:.4f} | **{spread(tiny, 'target_seconds', 2)}** | {seconds:.0f} "
-        f"({sooner:.0f} x sooner) | n = {len(tiny)} |",
-        f"| `bytes`: steps to the same, at nanoGPT's size | **{spread(small, 'target_step', 0)}** of 240 | 2000 | "
-        f"n = {len(small)} |",
+        ("`tiny`: bits per byte when its minute ends", f"**{spread(tiny, 'bits_per_byte', 3)}** in "
+         f"{statistics.mean(run['train_seconds'] for run in tiny):.0f} s of training",
+         f"nanoGPT on bytes {spread(peer, 'bits_per_byte', 3)} in {seconds:.0f} s; xz -9 1.594", f"n = {len(tiny)}"),
+        (f"`tiny`: training seconds to nanoGPT's {target:.4f}", f"**{spread(tiny, 'target_seconds', 2)}**",
+         f"{seconds:.0f} ({sooner:.0f} x sooner)", f"n = {len(tiny)}"),
+        ("`bytes`: steps to the same, at nanoGPT's size", f"**{spread(small, 'target_step', 0)}** of 240", "2000",
+         f"n = {len(small)}"),
     ]
 
 
-def muon_rows(preset: str, result: dict) -> list[str]:
+def muon_row(preset: str, result: dict) -> Row:
     """Muon against AdamW at equal steps, and AdamW's steps to the same loss."""
     muon, final = result["final"]["muon"], result["final"]
     equal = next(found for name, found in final.items() if name.startswith("adamw") and found["steps"] == muon["steps"])
@@ -56,36 +53,36 @@ def muon_rows(preset: str, result: dict) -> list[str]:
     def figure(found: dict) -> str:
         return f"{found['bits_per_byte_mean']:.3f} ± {found['bits_per_byte_sd']:.3f}"
 
-    return [f"| `{preset}`, {muon['steps']} steps: Muon against tuned AdamW on the matrices | **{figure(muon)}** | "
-            f"{figure(equal)}; AdamW needs {needed} steps for Muon's loss | n = {muon['n']} |"]
+    return (f"`{preset}`, {muon['steps']} steps: Muon against tuned AdamW on the matrices", f"**{figure(muon)}**",
+            f"{figure(equal)}; AdamW needs {needed} steps for Muon's loss", f"n = {muon['n']}")
 
 
-def step_rows(result: dict) -> list[str]:
+def step_row(result: dict) -> Row:
     """Our optimizer step beside PyTorch's Muon."""
     ratio, ours = result["ratio_to_ours"], result["median_seconds"]["ours"]
-    return [f"| one Muon step on `track3`'s 72 matrices | **{ours:.1f} s** | torch.optim.Muon "
-            f"{ratio['torch.optim.Muon']:.1f} x that; in float32 {ratio['torch.optim.Muon, float32']:.2f} x | "
-            f"n = {len(result['seconds']['ours'])} |"]
+    return ("one Muon step on `track3`'s 72 matrices", f"**{ours:.1f} s**", "torch.optim.Muon "
+            f"{ratio['torch.optim.Muon']:.1f} x that; in float32 {ratio['torch.optim.Muon, float32']:.2f} x",
+            f"n = {len(result['seconds']['ours'])}")
 
 
 def table() -> str:
     """All rows."""
-    sections = [(nanogpt_rows, load("beside_nanogpt")), (step_rows, load("muon_step"))]
-    sections += [(partial(muon_rows, preset), load(f"muon_vs_adamw_{preset}")) for preset in ("bytes", "tiny")]
-    return "\n".join([HEADER, *(row for rows, result in sections if result for row in rows(result))])
+    rows = [*nanogpt_rows(load("beside_nanogpt")), step_row(load("muon_step"))]
+    rows += [muon_row("bytes", load("muon_vs_adamw_bytes"))]
+    return "\n".join(markdown(("what", "ours", "beside it", "measured"), rows))
 
 
 def leaderboard(preset: str = "bench_cpu", *, budget: int = 5) -> str:
     """The optimization benchmark in short: places at the preset's own length, each tuned with `budget` trials."""
     board = places(read_records(RECORDS / f"{preset}.jsonl"), steps=base_steps(preset), budget=budget)
-    lines = ["| optimizer of the matrices | loss after 240 steps (nats) | n | minus Muon | p (Holm) |",
-             "|---|---|---|---|---|"]
+    rows = []
     for place in board:
         spread = "" if place.loss.sd is None else f" ± {place.loss.sd:.3f}"
         difference = "" if place.versus is None else f"{place.versus.difference:+.3f}"
         p = "" if place.p_holm is None else f"{place.p_holm:.1g}"
-        lines.append(f"| {place.entry} | {place.loss.mean:.3f}{spread} | {place.loss.n} | {difference} | {p} |")
-    return "\n".join(lines)
+        rows.append((place.entry, f"{place.loss.mean:.3f}{spread}", place.loss.n, difference, p))
+    head = ("optimizer of the matrices", "loss after 240 steps (nats)", "n", "minus Muon", "p (Holm)")
+    return "\n".join(markdown(head, rows))
 
 
 if __name__ == "__main__":

@@ -9,19 +9,15 @@ technique the median of round over round, without it over with it.
 
 import statistics
 import time
-from pathlib import Path
 
 import torch
 import tyro
 
+from benchmarks import write_result
 from configs.ablations import each_off
 from configs.cli import parse, parse_row
 from configs.presets import PRESETS
-from data.run.environment import describe_environment
-from data.run.folder import write_json
 from train_gpt import Trainer
-
-HERE = Path(__file__).resolve().parent
 
 
 def seconds_of_a_round(trainer: Trainer, steps: int, seed: int) -> float:
@@ -48,11 +44,8 @@ def main(preset: str = "speedrun_cpu", rounds: int = 12) -> None:
         times += [both for both, _ in pairs]
         ratios[row.name] = statistics.median(without / both for both, without in pairs)
         print(f"{row.name:28s} {ratios[row.name]:.3f}", flush=True)
-    environment = describe_environment()
-    environment.pop("variables")
-    write_json(HERE / "technique_cost.json", {
-        "command": f"python -m benchmarks.technique_cost --preset {preset} --rounds {rounds}", "environment": environment,
-        "threads": torch.get_num_threads(), "median_step_ms": 1e3 * statistics.median(times), "without_over_with": ratios})
+    write_result("technique_cost", f"technique_cost --preset {preset} --rounds {rounds}",
+                 median_step_ms=1e3 * statistics.median(times), without_over_with=ratios)
 
 
 if __name__ == "__main__":

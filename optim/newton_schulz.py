@@ -3,7 +3,7 @@
 An odd polynomial p(x) = a x + b x^3 + c x^5 acts on the singular values when computed as X <- a X + (b A + c A^2) X with
 A = X X^T; iterating it drives every singular value towards 1 and never touches U and V (Kovarik 1970; Higham 2008;
 Bernstein & Newhouse 2024, arXiv 2409.20325). Iterating on A alone and applying the product of the polynomials once takes
-about half the time for n = 4m, but diverges in bfloat16 on spread spectra (benchmarks/newton_schulz.json).
+about half the time for n = 4m (float32 on a CPU), but diverges in bfloat16 where singular values fall like 1/i.
 Shapes: K stacked matrices, m rows, n columns.
 """
 

@@ -19,7 +19,10 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import tyro
 
-from configs.cli import fail, parse_row
+from configs.cli import parse_row
+from scripts import command
+from scripts.lab.costs import bank_flops
+from scripts.lab.models import CACHE, anywhere, vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -54,21 +57,6 @@ class Part(NamedTuple):
     run: Callable[[], object]
     flops: float
     traffic: float
-
-
-class Timing(NamedTuple):
-    """A part's median time and its bound."""
-
-    name: str
-    ms: float
-    bound_ms: float
-    flops: float
-    traffic: float
-
-    @property
-    def reached(self) -> float:
-        """Share of the roofline."""
-        return self.bound_ms / self.ms
 
 
 def median_seconds(run: Callable[[], object], repeats: int, device: "torch.device") -> float:
@@ -135,7 +123,6 @@ def optimizer_parts(run: "Run", model: "GPT", comm: "Comm") -> Iterator[Part]:
     from optim.groups import build_groups
     from optim.schedule import Schedule
     from optim.sharded import ShardedOptimizer
-    from scripts.lab.costs import bank_flops
 
     groups = build_groups(dict(model.named_parameters()), model.roles(), run.optim, model.axes())
     optimizer, values, ranks = ShardedOptimizer(groups, comm), Schedule(run).values(0), comm.world_size
@@ -179,10 +166,11 @@ def data_parts(run: "Run", source: "Source | None", comm: "Comm") -> Iterator[Pa
         batches.close()
 
 
-def time_part(part: Part, repeats: int, device: "torch.device", line: tuple[float, float]) -> Timing:
-    """Measure a part beside its bound, by the roofline (operations a second, bytes a second)."""
-    bound = max(part.flops / line[0], part.traffic / line[1])
-    return Timing(part.name, 1e3 * median_seconds(part.run, repeats, device), 1e3 * bound, part.flops, part.traffic)
+def time_part(part: Part, repeats: int, device: "torch.device", line: tuple[float, float]) -> dict[str, object]:
+    """A part's median time, its bound by the roofline (operations a second, bytes a second), and their ratio."""
+    ms, bound_ms = 1e3 * median_seconds(part.run, repeats, device), 1e3 * max(part.flops / line[0], part.traffic / line[1])
+    return {"name": part.name, "ms": ms, "bound_ms": bound_ms, "flops": part.flops, "traffic": part.traffic,
+            "reached": bound_ms / ms}
 
 
 def bench(args: Arguments, flags: list[str]) -> dict:
@@ -193,8 +181,6 @@ def bench(args: Arguments, flags: list[str]) -> dict:
     from data.sources import open_source
     from model import GPT
     from optim.comm import Comm, local_rank
-    from scripts.lab.flops import vocabulary
-    from scripts.lab.models import CACHE, anywhere
 
     if args.device not in ("cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"--device is cpu, or cuda where there is one; got {args.device!r}")
@@ -212,14 +198,13 @@ def bench(args: Arguments, flags: list[str]) -> dict:
         source, notes = None, [f"no time of the data: {error}"]
     line, timed = roofline(device, dtype), (model_parts(run, model, tokens), optimizer_parts(run, model, comm),
                                             data_parts(run, source, comm))
-    found = [time_part(part, args.repeats, device, line) for part in chain(*timed)]
+    parts = [time_part(part, args.repeats, device, line) for part in chain(*timed)]
     comm.close()
     environment = describe_environment()
     environment.pop("variables")
     return {"preset": args.preset, "tokens": tokens.numel(), "context": context, "device": args.device,
             "ranks": comm.world_size, "rank": comm.rank, "flops_per_second": line[0], "bytes_per_second": line[1],
-            "environment": environment, "notes": notes,
-            "parts": [timing._asdict() | {"reached": timing.reached} for timing in found]}
+            "environment": environment, "notes": notes, "parts": parts}
 
 
 def table(found: dict) -> str:
@@ -233,15 +218,12 @@ def table(found: dict) -> str:
     return "\n".join([*lines, *found["notes"]])
 
 
-if __name__ == "__main__":
-    import sys
+def main(args: Arguments, flags: list[str]) -> None:
+    """Time every part; rank 0 prints."""
+    found = bench(args, flags)
+    if found["rank"] == 0:
+        print(json.dumps(found, indent=2) if args.json else table(found))
 
-    OWN, FLAGS = (sys.argv[1:], []) if "--" not in sys.argv else (
-        sys.argv[1:sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1:])
-    try:
-        ARGUMENTS = tyro.cli(Arguments, description=__doc__, args=OWN, use_underscores=True)
-        FOUND = bench(ARGUMENTS, FLAGS)
-        if FOUND["rank"] == 0:
-            print(json.dumps(FOUND, indent=2) if ARGUMENTS.json else table(FOUND))
-    except ValueError as error:
-        fail(str(error))
+
+if __name__ == "__main__":
+    command(main, Arguments, __doc__, flags=True)

@@ -15,33 +15,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from configs.cli import fail
 from data.run.folder import write_json
-from scripts.lab.comparison import (
-    SAME_MACHINE,
-    Comparison,
-    Metric,
-    Sample,
-    Side,
-    TargetTest,
-    against_target,
-    cautions,
-    common_target,
-    compare,
-    differing,
-    doubtful_sigma,
-    final_loss,
-    loss_per_step,
-    make_side,
-    make_sides,
-    refuse_incomparable,
-    same_setting,
-    sample,
-    to_target,
-)
+from scripts import command
+from scripts.lab import comparison
+from scripts.lab.comparison import Comparison, Metric, Sample, Side
 from scripts.lab.folders import RunFolder, by_experiment, find_runs
-from scripts.lab.statistics import SIGMA
-from scripts.lab.verdict import target_sentence, verdict
+from scripts.lab.statistics import SIGMA, TargetTest, against_target
 
 WIDTH = 120  # of a table that goes into a file or a pipe
 
@@ -106,24 +85,24 @@ def examine(args: Compare) -> Report:
     """Everything about the runs that the arguments name. Raises ValueError for runs that cannot be compared."""
     refuse_senseless(args)
     ours = find_runs(args.runs)
-    sides = list(make_sides(ours, find_runs(args.vs))) if args.vs else [
-        make_side(label, group) for label, group in by_experiment(ours).items()]
+    sides = list(comparison.make_sides(ours, find_runs(args.vs))) if args.vs else [
+        comparison.make_side(label, group) for label, group in by_experiment(ours).items()]
     runs = [run for side in sides for run in side.runs]
-    notes = [note for side in sides for note in cautions(side)] + judged_alike(sides, args)
-    notes += same_setting(*sides) if args.vs else []
+    notes = [note for side in sides for note in comparison.cautions(side)] + judged_alike(sides, args)
+    notes += comparison.same_setting(*sides) if args.vs else []
     target = args.target
     if target is None and args.metric == "val_loss_nats":
-        target = common_target(runs)
-    samples = {name: [sample(side, measure) for side in sides]
+        target = comparison.common_target(runs)
+    samples = {name: [comparison.sample(side, measure) for side in sides]
                for name, measure in measures(args, target, runs, notes).items()}
-    comparisons = [compare(name, *pair) for name, pair in samples.items()] if args.vs else []
+    comparisons = [comparison.compare(name, *pair) for name, pair in samples.items()] if args.vs else []
     notes += [note for pair in samples.items() for note in unreached(*pair)]
-    tests = [against_target(one, target, sigma=known_sigma(args), margin=args.margin)
+    tests = [against_target(one.label, one.values, target, sigma=known_sigma(args), margin=args.margin)
              for one in samples["final loss"]] if target is not None else []
-    notes += [note for one in samples["final loss"] if tests for note in doubtful_sigma(one, known_sigma(args))]
-    rate = (args.nats_per_step or loss_per_step(sides[-1].runs, args.metric)) if args.vs else None
-    sentences = [verdict(comparisons[0], args, rate)] if args.vs else []
-    sentences += [target_sentence(test, args) for test in tests]
+    notes += [note for one in samples["final loss"] if tests for note in comparison.doubtful_sigma(one, known_sigma(args))]
+    rate = (args.nats_per_step or comparison.loss_per_step(sides[-1].runs, args.metric)) if args.vs else None
+    sentences = [comparison.verdict(comparisons[0], args, rate)] if args.vs else []
+    sentences += [comparison.target_sentence(test, args) for test in tests]
     return Report(samples=samples, comparisons=comparisons, target=target, target_tests=tests, loss_per_step=rate,
                   notes=notes, verdict="\n".join(sentences))
 
@@ -137,27 +116,27 @@ def judged_alike(sides: list[Side], args: Compare) -> list[str]:
     """Refuse losses of different texts within a comparison; between lines of a mere table, and for code, a note."""
     runs, notes = [run for side in sides for run in side.runs], []
     for group in [runs] if args.vs else [side.runs for side in sides]:
-        refuse_incomparable(group, args.metric)
+        comparison.refuse_incomparable(group, args.metric)
     try:
-        refuse_incomparable(runs, args.metric)
+        comparison.refuse_incomparable(runs, args.metric)
     except ValueError as error:
         notes.append(f"the experiments are not to be held against each other: {error}")
-    if code := differing(runs, ("code_hash",)):
+    if code := comparison.differing(runs, ("code_hash",)):
         notes.append(f"the runs were made by {len(code['code_hash'])} versions of the code (code_hash)")
     return notes
 
 
 def measures(args: Compare, target: float | None, runs: list[RunFolder], notes: list[str]) -> dict[str, Any]:
     """Name to function of a run; seconds only where all the runs had the same machine, else a note says why."""
-    found = {"final loss": final_loss(args.metric)}
+    found = {"final loss": comparison.final_loss(args.metric)}
     if target is None:
         return found
-    found[f"steps to {target:g}"] = to_target("step", args.metric, target)
-    if machines := differing(runs, SAME_MACHINE):
+    found[f"steps to {target:g}"] = comparison.to_target("step", args.metric, target)
+    if machines := comparison.differing(runs, comparison.SAME_MACHINE):
         named = "; ".join(f"{name}: {' and '.join(values)}" for name, values in machines.items())
         notes.append(f"seconds are not compared: the machines differ ({named})")
     else:
-        found[f"seconds to {target:g}"] = to_target("train_seconds", args.metric, target)
+        found[f"seconds to {target:g}"] = comparison.to_target("train_seconds", args.metric, target)
     return found
 
 
@@ -241,7 +220,4 @@ def sample_json(one: Sample) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Compare, description=__doc__, use_underscores=True))
-    except ValueError as error:
-        fail(str(error))
+    command(main, Compare, __doc__)

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import tyro
 
-from configs.cli import fail
+from scripts import command
+from scripts.lab.models import Trained, load_trained, read_config
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from model import GPT
-    from scripts.lab.models import Trained
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ def contexts(text: str, trained_tokens: int) -> list[int]:
     return found
 
 
-def validation_losses(trained: "Trained", tokens: list[int], micro_tokens: int) -> list[dict]:
+def validation_losses(trained: Trained, tokens: list[int], micro_tokens: int) -> list[dict]:
     """Loss at each context, with the windows of the end of training."""
     import torch
 
@@ -90,7 +90,7 @@ def questions(file: Path) -> Iterator[Question]:
             raise ValueError(f"{file}, line {number}: no question with ctx, endings and label ({error!r})") from None
 
 
-def nats_of_ending(trained: "Trained", context: str, ending: str) -> "Tensor":
+def nats_of_ending(trained: Trained, context: str, ending: str) -> "Tensor":
     """Mean nats of the ending's tokens after the context, 0-D; the context is cropped to the model's."""
     import torch
     import torch.nn.functional as F
@@ -103,7 +103,7 @@ def nats_of_ending(trained: "Trained", context: str, ending: str) -> "Tensor":
     return F.cross_entropy(logits[-len(after):], tokens[1:][-len(after):])
 
 
-def hellaswag(trained: "Trained", file: Path) -> dict:
+def hellaswag(trained: Trained, file: Path) -> dict:
     """Share of questions whose right ending has the least mean nats a token (build-nanogpt's acc_norm, Karpathy 2024; the
     Language Model Evaluation Harness divides by bytes instead), and how many."""
     import torch
@@ -127,14 +127,9 @@ def place(model: "GPT", device: "torch.device") -> None:
 
 def main(args: Arguments) -> None:
     """Evaluate, print."""
-    from configs.serialize import config_from_dict
     from data.run.environment import choose_device
-    from scripts.lab.models import load_trained
 
-    wanted = [0]
-    if (args.folder / "config.json").exists():
-        trained_tokens = config_from_dict(json.loads((args.folder / "config.json").read_text())).data.sequence_tokens
-        wanted = contexts(args.context, trained_tokens)
+    wanted = contexts(args.context, read_config(args.folder).data.sequence_tokens)
     trained = load_trained(args.folder, max_tokens=max(wanted))
     place(trained.model, choose_device(args.device, 0))
     found = {"folder": str(args.folder), "contexts": validation_losses(trained, wanted, args.micro_tokens)}
@@ -151,7 +146,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Arguments, description=__doc__, use_underscores=True))
-    except ValueError as error:
-        fail(str(error))
+    command(main, Arguments, __doc__)

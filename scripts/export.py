@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from configs.cli import fail
+from scripts import command
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,9 +46,10 @@ def export(folder: Path, target: Path) -> int:
     return sum(tensor.numel() for tensor in weights.values())
 
 
+def main(args: Arguments) -> None:
+    """Export and say how much."""
+    print(f"{args.target}: {export(args.folder, args.target):,} parameters")
+
+
 if __name__ == "__main__":
-    try:
-        ARGUMENTS = tyro.cli(Arguments, description=__doc__)
-        print(f"{ARGUMENTS.target}: {export(ARGUMENTS.folder, ARGUMENTS.target):,} parameters")
-    except ValueError as error:
-        fail(str(error))
+    command(main, Arguments, __doc__)

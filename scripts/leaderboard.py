@@ -15,11 +15,11 @@ from typing import Annotated
 
 import tyro
 
-from configs.cli import fail
 from configs.entries import ENTRIES, Entry, entry_named
-from scripts.lab.leaderboard import TUNING_SEED, base_steps, make_trial, winner
+from scripts import command
 from scripts.lab.records import BENCHMARKS, append_records, read_records, record_of, record_of_failure
 from scripts.lab.sweep import Trial, run_sweep
+from scripts.lab.tuning import TUNING_SEED, base_steps, make_trial, winner
 
 RECORDS = Path(__file__).resolve().parent.parent / "records"
 
@@ -78,7 +78,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Arguments, description=__doc__, use_underscores=True))
-    except ValueError as error:
-        fail(str(error))
+    command(main, Arguments, __doc__)

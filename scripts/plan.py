@@ -8,17 +8,15 @@ machine's peaks: of presets with public logs the plan says which share they impl
 """
 
 import json
-import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
-from configs.cli import fail, nearest, parse_row
-from scripts.lab.machines import LOGS, MACHINES, Efficiency
-
-if TYPE_CHECKING:
-    from scripts.lab.costs import Prediction, Stage
+from configs.cli import parse_row
+from configs.notation import nearest
+from scripts import command
+from scripts.lab.costs import LOGS, MACHINES, Efficiency, Prediction, Stage, measure_sizes, predict, seconds_of
 
 COUNTS = (1, 8, 64, 1024)
 """Accelerators for which the whole run is predicted, the batch unchanged (strong scaling)."""
@@ -42,8 +40,6 @@ class Arguments:
 
 def plan(args: Arguments, flags: list[str]) -> dict:
     """Stages with their predictions, totals, and the same on other machines. Raises ValueError for unknown names."""
-    from scripts.lab.costs import measure_sizes, predict, seconds_of
-
     if args.device not in MACHINES:
         raise ValueError(f"unknown device {args.device!r}{nearest(args.device, list(MACHINES))}; "
                          f"devices: {', '.join(MACHINES)}")
@@ -73,18 +69,16 @@ def refuse_numbers(args: Arguments) -> None:
             raise ValueError(f"--{name} is a share of a peak, above 0 and at most 1, got {getattr(args, name)}")
 
 
-def row_of(stage: "Stage", found: "Prediction", gpus: int) -> dict:
+def row_of(stage: Stage, found: Prediction, gpus: int) -> dict:
     """One stage in the table."""
     return {"first_step": stage.first, "steps": stage.steps, **stage.values._asdict(), "flops": stage.flops,
             "sequences": stage.portion(gpus)[0], **found._asdict(), "rank_bytes": found.rank_bytes, "step_ms": found.step_ms}
 
 
-def logged(preset: str, stages: "list[Stage]") -> list[dict]:
+def logged(preset: str, stages: list[Stage]) -> list[dict]:
     """Public logs of a preset's stages, with the share of the peak that each implies."""
-    from scripts.lab.costs import reached_share
-
-    by_first = {stage.first: stage for stage in stages}
-    return [log._asdict() | {"reached": reached_share(by_first[log.first], log.step_ms, MACHINES[log.machine], log.gpus)}
+    flops = {stage.first: stage.flops for stage in stages}
+    return [log._asdict() | {"reached": flops[log.first] / (log.gpus * MACHINES[log.machine].flops * log.step_ms / 1e3)}
             for log in LOGS if log.preset == preset]
 
 
@@ -143,12 +137,11 @@ def elsewhere_lines(found: dict) -> list[str]:
     return lines if everywhere else [*lines, f"* more memory than it has, at --train.micro_tokens {found['micro_tokens']:,}"]
 
 
+def main(args: Arguments, flags: list[str]) -> None:
+    """Print the plan."""
+    found = plan(args, flags)
+    print(json.dumps(found, indent=2) if args.json else tables(found))
+
+
 if __name__ == "__main__":
-    OWN, FLAGS = (sys.argv[1:], []) if "--" not in sys.argv else (
-        sys.argv[1:sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1:])
-    try:
-        ARGUMENTS = tyro.cli(Arguments, description=__doc__, args=OWN, use_underscores=True)
-        PLAN = plan(ARGUMENTS, FLAGS)
-        print(json.dumps(PLAN, indent=2) if ARGUMENTS.json else tables(PLAN))
-    except ValueError as error:
-        fail(str(error))
+    command(main, Arguments, __doc__, flags=True)

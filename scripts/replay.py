@@ -17,10 +17,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from configs.cli import fail
 from data.run.environment import split_code
+from data.run.metrics import TRAIN_LOSS, VAL_LOSS
 from data.run.folder import write_json
-from data.run.metrics import TRAIN_LOSS, VAL_LOSS, read_metrics
+from data.run.metrics import read_metrics
+from scripts import command
 from scripts.lab.folders import RunFolder, read_json, read_run
 
 DRIVER = """
@@ -117,7 +118,4 @@ def main(args: Replay) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main(tyro.cli(Replay, description=__doc__, use_underscores=True)))
-    except ValueError as error:
-        fail(str(error))
+    command(main, Replay, __doc__)

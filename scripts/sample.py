@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from configs.cli import fail
+from scripts import command
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +42,10 @@ def sample(args: Sample) -> str:
     return args.prompt + source.tokenizer.decode(tokens[len(prompt):].tolist()).decode("utf-8", "replace")
 
 
+def main(args: Sample) -> None:
+    """Print the sample."""
+    print(sample(args))
+
+
 if __name__ == "__main__":
-    try:
-        print(sample(tyro.cli(Sample, description=__doc__)))
-    except ValueError as error:
-        fail(str(error))
+    command(main, Sample, __doc__)

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from configs.cli import fail
 from data.run.wandb import has_key
+from scripts import command
 from scripts.lab.folders import RunFolder, find_runs
 
 
@@ -66,7 +66,4 @@ def main(args: Sync) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Sync, description=__doc__, use_underscores=True))
-    except ValueError as error:
-        fail(str(error))
+    command(main, Sync, __doc__)

@@ -10,22 +10,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import tyro
-
-from configs.cli import fail
-from data.run.metrics import (
-    EQUILIBRIUM,
-    LAYER_MEASURES,
-    MEASURES,
-    MFU,
-    STEP_MS,
-    TOKENS_PER_SECOND,
-    TRAIN_LOSS,
-    VAL_BITS,
-    VAL_LOSS,
-    measure_name,
-)
 from data.run.wandb import SAMPLES, has_key
+from data.run.metrics import EQUILIBRIUM, LAYER_MEASURES, MEASURES, MFU, STEP_MS, TOKENS_PER_SECOND, TRAIN_LOSS, VAL_BITS, VAL_LOSS, measure_name
+from scripts import command
 
 SETTINGS = ("optim.matrix.lr", "optim.matrix.momentum", "optim.matrix.weight_decay", "optim.embed.lr", "optim.head.lr",
             "model.layers", "model.dim", "train.batch_tokens", "train.steps", "run.seed")
@@ -146,9 +133,11 @@ def save(workspace: Any) -> str:
                          f"project {workspace.entity}/{workspace.project}?") from None
 
 
+def main(view: View) -> None:
+    """Print the view, or save it and print its address."""
+    workspace = build_workspace(view)
+    print(spec(workspace) if view.print else save(workspace))
+
+
 if __name__ == "__main__":
-    try:
-        VIEW = tyro.cli(View, description=__doc__, use_underscores=True)
-        print(spec(build_workspace(VIEW)) if VIEW.print else save(build_workspace(VIEW)))
-    except ValueError as error:
-        fail(str(error))
+    command(main, View, __doc__)

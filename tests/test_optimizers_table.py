@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.counts import DECOMPOSITIONS, floats_per_parameter, flops
-from benchmarks.optimizers import ENTRIES, RESULT, averaging, page
+from benchmarks.optimizers import DECOMPOSITIONS, ENTRIES, RESULT, averaging, floats_per_parameter, flops, page
 from benchmarks.oracles import LR, ORACLES, Oracle, parity
 from configs.groups import Group
 from optim.rules import RULES

@@ -1,29 +1,18 @@
-"""Two sides of runs held against each other: what may be compared, by which measures, and what came out."""
+"""Two sides of runs held against each other: what may be compared, by which measures, and the verdict in a sentence."""
 
 import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from scipy import stats
 
 from configs.serialize import HASH_IGNORES
 from scripts.lab.folders import RunFolder, by_experiment, differences
-from scripts.lab.statistics import (
-    MARGIN,
-    SIGMA,
-    Difference,
-    Summary,
-    one_sided_p,
-    rank_p,
-    summarize,
-    welch,
-    z_margin,
-    z_p,
-)
+from scripts.lab.statistics import Difference, Summary, TargetTest, rank_p, seeds_needed, summarize, welch
 
 Metric = Literal["val_loss_nats", "val_bits_per_byte"]
 CURVES: dict[Metric, str] = {"val_loss_nats": "val/loss_nats", "val_bits_per_byte": "val/bits_per_byte"}
@@ -77,18 +66,6 @@ class Comparison(NamedTuple):
         if self.a.never + self.b.never:
             return self.rank_p
         return self.difference.p if self.difference else None
-
-
-class TargetTest(NamedTuple):
-    """The speedrun's two rules for a mean final loss surely below a target; the second needs a known sigma."""
-
-    label: str
-    n: int
-    target: float
-    t_p: float | None
-    z_margin: float | None
-    z_p: float | None
-    margin_needed: float | None
 
 
 def fact(run: RunFolder, name: str) -> Any:
@@ -158,7 +135,8 @@ def cautions(side: Side) -> list[str]:
 def same_setting(a: Side, b: Side) -> list[str]:
     """A note where the sides do not differ in any setting that the losses depend on."""
     equal = {run.setting for run in a.runs} & {run.setting for run in b.runs}
-    return [f"{a.label} and {b.label} hold runs of the very same setting; only their seeds or code can differ"] * bool(equal)
+    note = f"{a.label} and {b.label} hold runs of the very same setting; only their seeds or code can differ"
+    return [note] if equal else []
 
 
 def final_loss(metric: Metric) -> Callable[[RunFolder], float]:
@@ -207,19 +185,6 @@ def common_target(runs: Sequence[RunFolder]) -> float | None:
     return targets.pop() if len(targets) == 1 else None
 
 
-def against_target(final: Sample, target: float, *, sigma: float | None = SIGMA, margin: float | None = None) -> TargetTest:
-    """Both rules on the final losses. A run that broke down fails them; without a sigma the second is left out.
-
-    The margin needed is MARGIN for SIGMA, and in proportion for another sigma, unless it is given.
-    """
-    t_p = one_sided_p(final.values, target)
-    if sigma is None:
-        return TargetTest(final.label, len(final.values), target, t_p, None, None, None)
-    reached = z_margin(final.values, target)
-    needed = MARGIN / SIGMA * sigma if margin is None else margin
-    return TargetTest(final.label, len(final.values), target, t_p, reached, z_p(reached, sigma), needed)
-
-
 def doubtful_sigma(final: Sample, sigma: float | None) -> list[str]:
     """A note where the runs scatter more than the known sigma allows (chi-squared test, p < .01)."""
     sd = final.reached.sd if final.reached else None
@@ -227,3 +192,83 @@ def doubtful_sigma(final: Sample, sigma: float | None) -> list[str]:
         return []
     return [f"{final.label} scatters by {sd:.2g}, more than a sigma of {sigma:g} allows: the rule that rests on it does "
             "not hold here; give --sigma"]
+
+
+# ---- The verdict ----------------------------------------------------------------------------------------------------
+
+
+UNITS: dict[Metric, str] = {"val_loss_nats": "nats", "val_bits_per_byte": "bits per byte"}
+RECORD_P = 0.01  # the speedrun takes a record at a p below this
+
+
+class Rules(Protocol):
+    """What the sentences read of the command line."""
+
+    metric: Metric
+    alpha: float
+    power: float
+    sigma: float
+    nats_per_step: float | None
+
+
+def verdict(loss: Comparison, rules: Rules, loss_per_step: float | None) -> str:
+    """Whether A's final loss differs from B's, by how much, what that is in steps, and how many seeds would tell."""
+    if loss.difference is None:
+        return (f"No means to compare: all runs of {(loss.b if loss.a.reached else loss.a).label} broke down; by ranks "
+                f"p = {loss.rank_p:.2g}.")
+    if loss.p is None:
+        return f"{_size(loss, rules)}; of chance nothing can be said with one run on a side: run more seeds."
+    p = f"p = {loss.p:.2g}" + (" by ranks" if loss.a.never + loss.b.never else "")
+    if loss.p < rules.alpha:
+        return f"{_size(loss, rules)}, {p}{_in_steps(loss, rules, loss_per_step)}. More seeds needed: none."
+    return f"No difference shown: {_size(loss, rules)}, {p}. {more_seeds(loss, rules)}"
+
+
+def _size(loss: Comparison, rules: Rules) -> str:
+    """`A is better by 0.0123 nats (95 % interval 0.010 to 0.015)`, the interval turned to the same sign."""
+    gain, low, high, _ = loss.difference
+    sign = -1 if gain <= 0 else 1
+    better = loss.a if gain <= 0 else loss.b
+    within = "" if low is None else " (95 % interval {:.4f} to {:.4f})".format(*sorted((sign * low, sign * high)))
+    whose = " among the runs that did not break down" if loss.a.never + loss.b.never else ""
+    return f"{better.label} is better by {abs(gain):.4f} {UNITS[rules.metric]}{within}{whose}"
+
+
+def _in_steps(loss: Comparison, rules: Rules, loss_per_step: float | None) -> str:
+    """What the difference is worth in steps of the baseline, and by which rate."""
+    if loss_per_step is None or loss_per_step <= 0:
+        return f"; its worth in steps is unknown, as the loss of {loss.b.label} does not fall at the end"
+    whence = "--nats_per_step" if rules.nats_per_step else f"the last quarter of {loss.b.label}'s validations"
+    steps = abs(loss.difference.difference) / loss_per_step
+    return f", worth {steps:.0f} steps at {loss_per_step:.3g} {UNITS[rules.metric]} a step ({whence})"
+
+
+def more_seeds(loss: Comparison, rules: Rules) -> str:
+    """How many seeds a side would show a difference of the present size, if it is real."""
+    a, b = loss.a.reached, loss.b.reached
+    if loss.difference.difference == 0:
+        return "No finite number of seeds would show one: the difference is 0."
+    if a.sd is None or b.sd is None:
+        return "How many seeds would show one is unknown with one finite run on a side."
+    needed = seeds_needed(loss.difference.difference, math.sqrt((a.sd**2 + b.sd**2) / 2), alpha=rules.alpha,
+                          power=rules.power)
+    if needed is None:
+        return "No number of seeds within reason would show a difference of this size."
+    more = [f"{max(0, needed - len(one.values))} more of {one.label}" for one in (loss.a, loss.b)]
+    return (f"If it is real, {needed} seeds a side would show it (p < {rules.alpha:g} with probability "
+            f"{rules.power:g}): {' and '.join(more)}.")
+
+
+def target_sentence(test: TargetTest, rules: Rules) -> str:
+    """What the speedrun's two rules say of one side's mean against the target."""
+    p = "p unknown" if test.t_p is None else f"p = {test.t_p:.2g}"
+    said = f"{test.label} below {test.target:g}: {_passes(test.t_p is not None and test.t_p < RECORD_P)} the t-test ({p}, "
+    said += f"{RECORD_P:g} needed)"
+    if test.z_margin is None:
+        return said + "."
+    return (f"{said} and {_passes(test.z_margin >= test.margin_needed)} the rule (target - mean) sqrt(n) >= "
+            f"{test.margin_needed:.5f} at a known sigma of {rules.sigma:g} (it is {test.z_margin:.5f}).")
+
+
+def _passes(passed: bool) -> str:
+    return "passes" if passed else "fails"

@@ -8,13 +8,68 @@ from typing import TYPE_CHECKING, NamedTuple
 from configs.groups import acting_fields
 from configs.schema import Run
 from optim.schedule import Schedule, Values
-from scripts.lab.flops import vocabulary
-from scripts.lab.machines import Efficiency, Machine
+from scripts.lab.models import meta_model
 
 if TYPE_CHECKING:
-    from model import GPT
     from optim.bank import Bank
     from optim.groups import ParamGroup
+
+
+class Machine(NamedTuple):
+    """One accelerator and how it talks to others."""
+
+    name: str
+    flops: float
+    """bfloat16 operations a second."""
+    memory_bytes: float
+    memory_bandwidth: float
+    """Bytes a second."""
+    node_bandwidth: float
+    """Bytes a second in one direction between two in a node, of the collectives' bus."""
+    net_bandwidth: float
+    """Bytes a second of each one's share of the network between nodes."""
+    per_node: int = 8
+
+
+# NVIDIA's data sheets of H100 SXM, H200 SXM, A100 SXM 80 GB and RTX 4090 (fp32 accumulation); NVLink 4 and 3, PCIe 4 x16;
+# 400 and 200 Gbit/s InfiniBand a GPU, 25 Gbit/s Ethernet a machine of 4090s.
+MACHINES = {
+    "h100": Machine("H100 SXM", 989e12, 80e9, 3.35e12, 450e9, 50e9),
+    "h200": Machine("H200 SXM", 989e12, 141e9, 4.8e12, 450e9, 50e9),
+    "a100": Machine("A100 SXM", 312e12, 80e9, 2.0e12, 300e9, 25e9),
+    "4090": Machine("RTX 4090", 165e12, 24e9, 1.0e12, 16e9, 3e9 / 4, 4),
+}
+
+
+class Efficiency(NamedTuple):
+    """Shares of the peaks that are reached. That of operations is what LOGS imply for one accelerator of track 3."""
+
+    flops: float = 0.40
+    memory: float = 0.70
+    network: float = 0.70
+
+
+class Log(NamedTuple):
+    """Milliseconds of a step that a public log says."""
+
+    preset: str
+    first: int
+    """Where the stage begins, in steps."""
+    machine: str
+    gpus: int
+    step_ms: float
+
+
+# KellerJordan/modded-nanogpt: track 3's reference on one H200 (its author's log of May 2026) and on 8 H100s; the stages of
+# the record nearest to `speedrun`, computed from its log (2026; products in 8 bits, kernels of its own).
+LOGS = (
+    Log("track3", 0, "h200", 1, 1070.0),
+    Log("track3", 0, "h100", 8, 154.0),
+    Log("speedrun", 0, "h100", 8, 32.4),
+    Log("speedrun", 423, "h100", 8, 58.1),
+    Log("speedrun", 847, "h100", 8, 84.0),
+)
+
 
 FLOAT, HALF = 4, 2
 
@@ -114,19 +169,20 @@ def measure_sizes(run: Run) -> tuple[Sizes, list[Stage]]:
     """Sizes of the model and its stages. Model and banks are built on the meta device: exact, and nothing is allocated."""
     import torch
 
-    from model import GPT
     from optim.bank import alike
     from optim.groups import build_groups
-    from scripts.lab.models import anywhere
 
     schedule = Schedule(run)
     values = [schedule.values(step) for step in range(run.train.steps)]
+    model = meta_model(run, max_tokens=max(v.sequence_tokens for v in values))
     with torch.device("meta"):
-        model = GPT(anywhere(run.model), vocab_size=vocabulary(run.data), max_tokens=max(v.sequence_tokens for v in values),
-                    document_start=0, dtype=torch.bfloat16)
         groups = build_groups(dict(model.named_parameters()), model.roles(), run.optim, model.axes())
         banks = [empty_bank(run, group, names) for group in groups for names in alike(group)]
-    return sizes_of(banks), [make_stage(model, run, first, part) for first, part in stage_parts(values)]
+    elements = sum(bank.shape.numel() * len(bank.names) for bank in banks)
+    matrix_elements = sum(bank.shape.numel() * len(bank.names) for bank in banks if bank_flops(bank))
+    stages = [Stage(first, len(part), part[0], part[0].batch_tokens * model.flops_per_token(*part[0][4:7]),
+                    run.train.micro_tokens, model.activation_bytes) for first, part in stage_parts(values)]
+    return Sizes(elements, matrix_elements, tuple(map(bank_size, banks))), stages
 
 
 def empty_bank(run: Run, group: "ParamGroup", names: list[str]) -> "Bank":
@@ -147,14 +203,6 @@ def empty_bank(run: Run, group: "ParamGroup", names: list[str]) -> "Bank":
     for kept in filter(None, (WeightAverage.build(run.train), Lookahead.build(run))):
         kept.init(bank)
     return bank
-
-
-def sizes_of(banks: "list[Bank]") -> Sizes:
-    """Of all banks of a model."""
-    def elements(some: "Iterable[Bank]") -> int:
-        return sum(bank.shape.numel() * len(bank.names) for bank in some)
-
-    return Sizes(elements(banks), elements(bank for bank in banks if bank_flops(bank)), tuple(map(bank_size, banks)))
 
 
 def bank_size(bank: "Bank") -> BankSize:
@@ -188,13 +236,6 @@ def stage_parts(values: Iterable[Values]) -> list[tuple[int, list[Values]]]:
         found.append((first, steps))
         first += len(steps)
     return found
-
-
-def make_stage(model: "GPT", run: Run, first: int, part: list[Values]) -> Stage:
-    """Costs of one shape."""
-    now = part[0]
-    return Stage(first, len(part), now, now.batch_tokens * model.flops_per_token(*now[4:7]), run.train.micro_tokens,
-                 model.activation_bytes)
 
 
 def predict(stage: Stage, sizes: Sizes, machine: Machine, *, gpus: int, share: Efficiency) -> Prediction:
@@ -238,8 +279,3 @@ def bank_totals(banks: Iterable[BankSize], gpus: int) -> tuple[float, float, flo
 def seconds_of(stages: list[Stage], sizes: Sizes, machine: Machine, *, gpus: int, share: Efficiency) -> float:
     """Predicted training seconds of the whole run."""
     return sum(s.steps * predict(s, sizes, machine, gpus=gpus, share=share).step_ms for s in stages) / 1e3
-
-
-def reached_share(stage: Stage, step_ms: float, machine: Machine, gpus: int) -> float:
-    """The share of all accelerators' peak that a step of so many milliseconds reaches with the model's operations alone."""
-    return stage.flops / (gpus * machine.flops * step_ms / 1e3)

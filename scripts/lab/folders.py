@@ -5,16 +5,17 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from configs.cli import nearest
+from configs.notation import nearest
 from configs.serialize import HASH_IGNORES, flatten
 from data.run.metrics import read_metrics
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RunFolder:
     """One run, as its files tell it."""
 
@@ -25,7 +26,6 @@ class RunFolder:
     """env.json: machine, versions, repository state."""
     summary: dict[str, Any] | None
     """summary.json (data.runs.SUMMARY_KEYS); None while the run has not ended."""
-    _curves: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -48,12 +48,10 @@ class RunFolder:
         """16 hexadecimal digits over `settings`: equal for runs of one experiment."""
         return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
 
-    @property
+    @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """All records of metrics.jsonl, read once."""
-        if "records" not in self._curves:
-            self._curves["records"] = read_metrics(self.path / "metrics.jsonl")
-        return self._curves["records"]
+        return read_metrics(self.path / "metrics.jsonl")
 
     def series(self, y: str, x: str = "step") -> tuple[list[float], list[float]]:
         """The values of metric `x` and of metric `y` in the records that hold both: two lists of one length."""
@@ -83,6 +81,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value
+
+
+def is_number(value: object) -> bool:
+    """Whether a JSON value is a number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def find_runs(patterns: Sequence[str]) -> list[RunFolder]:

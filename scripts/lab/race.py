@@ -7,17 +7,11 @@ from pathlib import Path
 
 from configs.cli import fail, parse_row
 from configs.schema import Run
+from scripts.fetch_fineweb import HUB_SHARDS
 
 SHARD_TOKENS = 100_000_000
-FEWEST, HUB_SHARDS = 9, 103
+FEWEST = 9
 FOLDER = "data/fineweb10B/"
-
-
-def gpus() -> int:
-    """Accelerators that this process may use, as CUDA_VISIBLE_DEVICES says."""
-    import torch
-
-    return torch.cuda.device_count()
 
 
 def check() -> list[str]:
@@ -47,7 +41,7 @@ def shards(run: Run) -> int:
 
 
 def report(folder: Path) -> int:
-    """Say what came out, keep it as a record in the run's folder, and verify that record; the number of faults."""
+    """Say what came out, keep it as a record in the run's folder, and verify that record; verify_record's exit status."""
     from scripts.verify_record import Verify, main
 
     summary = json.loads((folder / "summary.json").read_text())
@@ -63,13 +57,15 @@ def answer(words: list[str]) -> int:
     """Answer one question on standard output; the exit status. Raises ValueError for a question that is none."""
     match words:
         case ["gpus"]:
-            print(gpus())
+            import torch
+
+            print(torch.cuda.device_count())  # as CUDA_VISIBLE_DEVICES says
         case ["check"]:
             print(*check(), sep="\n")
         case ["shards", preset, *flags]:
             print(shards(parse_row(preset, flags)))
         case ["report", folder]:
-            return 1 if report(Path(folder)) else 0
+            return report(Path(folder))
         case _:
             raise ValueError(f"asked for {' '.join(words)!r}; questions: gpus, check, shards PRESET, report FOLDER")
     return 0

@@ -13,8 +13,8 @@ from configs.schema import Run
 from configs.serialize import config_from_dict, config_hash, config_to_dict, flatten
 from data.run.folder import write_text
 from data.run.metrics import SUMMARY_KEYS
-from scripts.lab.folders import RunFolder
-from scripts.lab.statistics import summarize
+from scripts.lab.folders import RunFolder, is_number
+from scripts.lab.models import count_parameters
 from scripts.lab.sweep import Trial
 
 FORMAT = 1
@@ -93,7 +93,7 @@ def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> int:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of configs.serialize.flatten: {"optim.lr": 1} becomes {"optim": {"lr": 1}}."""
+    """The inverse of data.runs.flatten: {"optim.lr": 1} becomes {"optim": {"lr": 1}}."""
     nested: dict[str, Any] = {}
     for name, value in flat.items():
         *groups, field = name.split(".")
@@ -125,15 +125,11 @@ def holes(record: Mapping[str, Any]) -> list[str]:
     if record.get("failed"):
         return []
     summary, validations = record["summary"], record["validations"]
-    found = [f"summary has no number {name}" for name in NUMBERS if not _is_number(summary.get(name))]
+    found = [f"summary has no number {name}" for name in NUMBERS if not is_number(summary.get(name))]
     found += [f"summary has no {name}" for name in HASHES if not isinstance(summary.get(name), str)]
     found += ["no validations"] if not validations else []
     return found + [f"validation {index} has no number {name}" for index, line in enumerate(validations)
-                    for name in VALIDATION if not _is_number(line.get(name)) and name != "bits_per_byte"]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+                    for name in VALIDATION if not is_number(line.get(name)) and name != "bits_per_byte"]
 
 
 def faults(record: Mapping[str, Any]) -> list[str]:
@@ -148,7 +144,7 @@ def faults(record: Mapping[str, Any]) -> list[str]:
     if config_hash(run) != summary["config_hash"]:
         found.append(f"config_hash is {summary['config_hash']}, its settings give {config_hash(run)}")
     if record.get("failed"):
-        return found + ["failed, yet has a loss"] * (summary["val_loss_nats"] is not None)
+        return found if summary["val_loss_nats"] is None else [*found, "failed, yet has a loss"]
     if run.preset != record["preset"] or run.run.seed != summary["seed"]:
         found.append(f"preset and seed are {record['preset']} and {summary['seed']}, its settings say {run.preset} and "
                      f"{run.run.seed}")
@@ -183,25 +179,9 @@ def benchmark_faults(run: Run, summary: Mapping[str, Any]) -> list[str]:
         found.append(f"ended at step {summary['steps']}, its schedule at {run.train.steps}")
     if summary["tokens"] != summary["steps"] * run.train.batch_tokens:
         found.append(f"{summary['tokens']} tokens are not {summary['steps']} steps of {run.train.batch_tokens}")
-    wanted = count_parameters(run)
-    if wanted is not None and summary["parameters"] != wanted:
+    if summary["parameters"] != (wanted := count_parameters(run)):
         found.append(f"{summary['parameters']} parameters, the model has {wanted}")
     return found
-
-
-def count_parameters(run: Run) -> int | None:
-    """Parameters of the run's model, where its vocabulary is known without its text: bytes and GPT-2."""
-    import torch
-
-    from model import GPT
-    from scripts.lab.models import anywhere
-
-    vocab = {"bytes": 257, "gpt2": 50_257}.get(run.data.tokenizer)
-    if vocab is None:
-        return None
-    with torch.device("meta"):
-        model = GPT(anywhere(run.model), vocab_size=vocab, max_tokens=run.data.sequence_tokens, document_start=0)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def shared_faults(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -227,20 +207,7 @@ def shared_faults(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return found
 
 
-def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """One line of Markdown for each experiment and number of steps that ended: n, loss, interval, seconds, device."""
-    groups: dict[tuple, list[Mapping[str, Any]]] = {}
-    for record in (one for one in records if not one.get("failed")):
-        groups.setdefault((record["preset"], record["experiment"], record["summary"]["steps"]), []).append(record)
-    lines = ["| preset | experiment | steps | n | loss (nats) | sd | 95 % | bits per byte | seconds | device |",
-             "|---|---|---|---|---|---|---|---|---|---|"]
-    for (preset, experiment, steps), members in groups.items():
-        loss = summarize([r["summary"]["val_loss_nats"] for r in members])
-        bits = [r["summary"]["val_bits_per_byte"] for r in members]
-        seconds = sum(r["summary"]["train_seconds"] for r in members) / len(members)
-        devices = ", ".join(dict.fromkeys(str(r["summary"]["device"]) for r in members))
-        spread = ("", "") if loss.sd is None else (f"{loss.sd:.4f}", f"{loss.low:.4f} to {loss.high:.4f}")
-        cells = (preset, experiment, steps, loss.n, f"{loss.mean:.4f}", *spread,
-                 "" if None in bits else f"{sum(bits) / len(bits):.4f}", f"{seconds:.1f}", devices)
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """The lines of a Markdown table."""
+    first, *others = ("| " + " | ".join(map(str, cells)) + " |" for cells in (head, *rows))
+    return [first, "|---" * len(head) + "|", *others]

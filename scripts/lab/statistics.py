@@ -5,6 +5,7 @@ Values are final losses (or steps, or seconds) of independent seeds. What cannot
 
 import math
 import statistics
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,6 +37,18 @@ class Difference(NamedTuple):
     low: float | None
     high: float | None
     p: float | None
+
+
+class TargetTest(NamedTuple):
+    """The speedrun's two rules for a mean final loss surely below a target; the second needs a known sigma."""
+
+    label: str
+    n: int
+    target: float
+    t_p: float | None
+    z_margin: float | None
+    z_p: float | None
+    margin_needed: float | None
 
 
 def summarize(values: Sequence[float], confidence: float = 0.95) -> Summary:
@@ -104,6 +117,20 @@ def z_p(margin: float, sigma: float = SIGMA) -> float:
     return float(stats.norm.sf(margin / sigma))
 
 
+def against_target(label: str, values: Sequence[float], target: float, *, sigma: float | None,
+                   margin: float | None) -> TargetTest:
+    """Both rules on the final losses. A run that broke down fails them; without a sigma the second is left out.
+
+    The margin needed is MARGIN for SIGMA, and in proportion for another sigma, unless it is given.
+    """
+    t_p = one_sided_p(values, target)
+    if sigma is None:
+        return TargetTest(label, len(values), target, t_p, None, None, None)
+    reached = z_margin(values, target)
+    needed = MARGIN / SIGMA * sigma if margin is None else margin
+    return TargetTest(label, len(values), target, t_p, reached, z_p(reached, sigma), needed)
+
+
 def power_of_rule(delta: float, n: int, *, sigma: float = SIGMA, margin: float = MARGIN) -> float:
     """Probability that a method whose true mean is target - delta reaches `margin` with n seeds: z_margin is normal
     with mean delta sqrt(n) and deviation sigma."""
@@ -125,20 +152,17 @@ def seeds_needed(difference: float, sd: float, *, alpha: float = 0.05, power: fl
         return None
     if sd == 0:
         return 2
-    effect, enough = difference / sd, 2
-    while not _reaches(effect, enough, alpha, power):
+
+    def reaches(n: int) -> bool:
+        return power_of_t(difference / sd, n, alpha) >= power
+
+    enough = 2
+    while not reaches(enough):
         enough *= 2
         if enough > MOST_SEEDS:
             return None
-    short = max(1, enough // 2)  # bisection: `short` seeds are too few, `enough` are not
-    while enough - short > 1:
-        middle = (short + enough) // 2
-        short, enough = (short, middle) if _reaches(effect, middle, alpha, power) else (middle, enough)
-    return enough
-
-
-def _reaches(effect: float, n: int, alpha: float, power: float) -> bool:
-    return power_of_t(effect, n, alpha) >= power
+    fewer = range(max(2, enough // 2), enough)
+    return fewer.start + bisect_left(fewer, True, key=reaches)
 
 
 def holm(ps: Sequence[float]) -> list[float]:

@@ -8,21 +8,21 @@ continues what was cut, and waits for runs that outlived their sweep.
 import fcntl
 import os
 import signal
-import socket
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from configs.cli import parse_row
 from configs.schema import Run
 from configs.serialize import config_hash
 from data.run.folder import write_json
 from scripts.lab.folders import RunFolder, read_json, read_run
-from scripts.lab.progress import Board, board_for
 
 TRAIN = Path(__file__).resolve().parent.parent.parent / "train_gpt.py"
 POLL_SECONDS = 0.1
@@ -61,8 +61,8 @@ class Child(NamedTuple):
     log_bytes: int = 0
 
 
-def run_sweep(trials: Sequence[Trial], *, dir: Path, jobs: int = 1, nproc: int = 1, retry_failed: bool = False,
-              show: bool = True) -> list[Outcome]:
+def run_sweep(trials: Sequence[Trial], *, dir: Path, jobs: int = 1, nproc: int = 1,
+              retry_failed: bool = False) -> list[Outcome]:
     """Run all trials, `jobs` at once, `nproc` processes each; the outcomes in the order of the trials.
 
     Raises ValueError, before anything runs, for a trial that does not parse, for a name that is given twice, and for
@@ -73,7 +73,7 @@ def run_sweep(trials: Sequence[Trial], *, dir: Path, jobs: int = 1, nproc: int =
             raise ValueError(f"--{option} must be at least 1, got {value}")
     dir = dir.expanduser().resolve()
     sweep = Sweep(dir, _parse_all(trials, dir), nproc=nproc, threads=max(1, (os.cpu_count() or 1) // jobs))
-    board = board_for([trial.experiment for trial in trials], jobs=jobs, show=show)
+    board = (Live if sys.stdout.isatty() else Board)([trial.experiment for trial in trials], jobs=jobs)
     found = {trial: outcome for trial in trials if (outcome := sweep.known(trial, retry_failed))}
     with board:
         for outcome in found.values():
@@ -129,7 +129,7 @@ class Sweep:
                 return Outcome(trial, "failed", None, str(note.get("error")))
         return None
 
-    def work(self, waiting: list[Trial], found: dict[Trial, Outcome], jobs: int, board: Board) -> None:
+    def work(self, waiting: list[Trial], found: dict[Trial, Outcome], jobs: int, board: "Board") -> None:
         """Start trials as places become free, until all have an outcome in `found`."""
         while waiting or self.children:
             while waiting and len(self.children) < jobs:
@@ -165,8 +165,7 @@ class Sweep:
     def _program(self) -> list[str]:
         if self.nproc == 1:
             return [sys.executable, str(TRAIN)]
-        return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={self.nproc}", "--nnodes=1",
-                "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{_free_port()}", str(TRAIN)]
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.nproc}", str(TRAIN)]
 
     def ended(self, child: Child) -> Outcome | None:
         """The child's outcome, written down where it failed; None while it lives, or where it was started anew."""
@@ -217,14 +216,114 @@ def _locked(lock: int) -> bool:
     return True
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
 def last_error(log: Path, start: int = 0) -> str:
     """The reason that a run gave for its end: the last `error:` line from byte `start` on, else the last line."""
     lines = [line.strip() for line in log.read_bytes()[start:].decode("utf-8", "replace").splitlines()]
     errors = [line.removeprefix("error:").strip() for line in lines if line.startswith("error:")]
     return (errors or [line for line in lines if line] or [""])[-1]
+
+
+# ---- How a sweep stands ---------------------------------------------------------------------------------------------
+
+
+class Board(AbstractContextManager["Board"]):
+    """Counts what was done, and prints one line a trial."""
+
+    def __init__(self, experiments: Sequence[str], *, jobs: int) -> None:
+        """One entry of `experiments` a trial."""
+        self.total, self.jobs, self.began = len(experiments), jobs, time.monotonic()
+        self.trials = {name: experiments.count(name) for name in dict.fromkeys(experiments)}
+        self.losses: dict[str, list[float]] = {name: [] for name in self.trials}
+        self.failed, self.running = dict.fromkeys(self.trials, 0), dict.fromkeys(self.trials, 0)
+        self.count, self.durations, self.starts = 0, [], {}
+
+    def __exit__(self, *error: object) -> None:
+        """Lines hold nothing open."""
+
+    def started(self, trial: Trial) -> None:
+        """Note that a trial began."""
+        self.running[trial.experiment] += 1
+        self.starts[trial.name] = time.monotonic()
+
+    def done(self, outcome: Outcome, *, fresh: bool) -> None:
+        """Count an outcome; `fresh`: this sweep ran the trial, so that its duration counts for the time left."""
+        trial, self.count = outcome.trial, self.count + 1
+        if trial.name in self.starts:
+            self.running[trial.experiment] -= 1
+        if fresh and outcome.status == "finished":
+            self.durations.append(time.monotonic() - self.starts[trial.name])
+        if outcome.status == "failed":
+            self.failed[trial.experiment] += 1
+            self.show(trial, f"failed: {outcome.error}")
+            return
+        loss = outcome.run.summary.get("val_loss_nats")
+        if loss is not None:
+            self.losses[trial.experiment].append(loss)
+        self.show(trial, ("finished" if fresh else "was finished") + (f", {loss:.5f} nats" if loss is not None else ""))
+
+    def show(self, trial: Trial, result: str) -> None:
+        """Print one trial's result and the time left."""
+        self.say(f"{self.count} of {self.total}: {trial.name} {result}; {self.left} left")
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        print(text, flush=True)
+
+    def refresh(self) -> None:
+        """Time has passed, which changes no line."""
+
+    @property
+    def left(self) -> str:
+        """Time that the trials still to come should take, from the mean of those that finished; `?` before the first."""
+        rest = self.total - self.count
+        return spell(statistics.fmean(self.durations) * rest / min(self.jobs, max(1, rest))) if self.durations else "?"
+
+
+class Live(Board):
+    """A table on a terminal that is redrawn in place: a row an experiment."""
+
+    def __init__(self, experiments: Sequence[str], *, jobs: int) -> None:
+        """Open the terminal's live region."""
+        from rich.live import Live as Region
+
+        super().__init__(experiments, jobs=jobs)
+        self.region = Region(self.table(), refresh_per_second=2, transient=False)
+        self.region.start()
+
+    def __exit__(self, *error: object) -> None:
+        """Leave the last state standing."""
+        self.refresh()
+        self.region.stop()
+
+    def show(self, trial: Trial, result: str) -> None:
+        """The table shows it at the next refresh."""
+
+    def say(self, text: str) -> None:
+        """Print above the table."""
+        self.region.console.print(text, markup=False)
+
+    def refresh(self) -> None:
+        """Redraw."""
+        self.region.update(self.table())
+
+    def table(self) -> Any:
+        """Counts and losses per experiment; the title says how long it took, and will."""
+        from rich.table import Table
+
+        elapsed = spell(time.monotonic() - self.began)
+        found = Table("experiment", "done", "running", "failed", "best", "mean",
+                      title=f"{self.count} of {self.total} runs, {elapsed} so far, {self.left} left")
+        for name, losses in self.losses.items():
+            found.add_row(name, f"{len(losses)} of {self.trials[name]}", str(self.running[name]), str(self.failed[name]),
+                          f"{min(losses):.5f}" if losses else "", f"{statistics.fmean(losses):.5f}" if losses else "")
+        return found
+
+
+def spell(seconds: float) -> str:
+    """`42 s`, `3 min 20 s` or `5 h 12 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

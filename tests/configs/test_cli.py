@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.cli import nearest, parse, parse_row
+from configs.cli import parse, parse_row
+from configs.notation import nearest
 from configs.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]

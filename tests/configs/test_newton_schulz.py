@@ -3,7 +3,7 @@
 import pytest
 
 from configs.groups import Group
-from configs.newton_schulz import NAMES, check_ns, parse_table
+from configs.notation import NAMES, check_ns, parse_table
 
 
 @pytest.mark.parametrize(("text", "safety", "triples"), [

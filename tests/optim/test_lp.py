@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from optim.lp import lp_dual, lp_project, lp_size
+from optim.zoo.schatten import lp_dual, lp_project, lp_size
 
 vectors = st.lists(st.floats(0, 5), min_size=1, max_size=6).map(lambda xs: torch.tensor([xs], dtype=torch.float64))
 quick = settings(max_examples=12, deadline=None, derandomize=True)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from configs.newton_schulz import NAMES
+from configs.notation import NAMES
 from optim.newton_schulz import LARGE_MATRIX_ELEMENTS, TABLES, find_table, orthogonalize, orthogonalize_svd
 
 SHAPES = [(1, 24, 40), (1, 40, 24), (1, 32, 32), (3, 16, 24), (2, 1, 9), (2, 9, 1)]

@@ -1,4 +1,4 @@
-"""The ablation's command line: what it runs, in which order, and what it writes."""
+"""The ablation's command line: what it runs and in which order; and its table: signs, corrections and verdicts."""
 
 import json
 import subprocess
@@ -9,10 +9,22 @@ import pytest
 
 from configs.ablations import each_off
 from configs.presets import PRESETS
-from scripts import ablate
-from scripts.ablate import Ablate, default_dir, experiments, main, point_name, split_common, trials
+from scripts import ablate, split_flags
+from scripts.ablate import (
+    Ablate,
+    choose_metric,
+    default_dir,
+    effects,
+    effects_table,
+    experiments,
+    main,
+    point_name,
+    settings_table,
+    trials,
+)
 from scripts.lab.folders import RunFolder
-from scripts.lab.sweep import Outcome
+from scripts.lab.statistics import holm, welch
+from scripts.lab.sweep import Outcome, Trial
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -101,6 +113,7 @@ def test_rows_are_judged_and_written(asked, tmp_path, capsys):
     assert (found["base"], found["metric"]) == ("tiny", "val_loss_nats")
     assert row["name"] == "no_smear" and row["verdict"] == "hurts" and row["n"] == 3
     assert row["difference"] == pytest.approx(4)
+    assert {"flags", "mean", "sd", "low", "high", "p", "p_holm", "seconds_difference"} <= set(row)
     assert "+4.0000" in capsys.readouterr().out
 
 
@@ -111,9 +124,9 @@ def test_a_grid_is_a_table_best_first(asked, tmp_path, capsys):
 
 
 def test_flags_after_two_dashes_go_to_every_run():
-    assert split_common(["svd", "--seeds", "2", "--", "--train.steps", "3"]) == (["svd", "--seeds", "2"],
+    assert split_flags(["svd", "--seeds", "2", "--", "--train.steps", "3"]) == (["svd", "--seeds", "2"],
                                                                                ["--train.steps", "3"])
-    assert split_common(["svd"]) == (["svd"], [])
+    assert split_flags(["svd"]) == (["svd"], [])
 
 
 @pytest.mark.parametrize("spelling", ["--each-off", "--each_off"])
@@ -122,3 +135,56 @@ def test_the_command_line_takes_both_spellings_and_refuses_in_a_line(spelling, t
                           capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "error: unknown preset 'tinny'; did you mean 'tiny'?\n"
+
+
+# ---- The table ------------------------------------------------------------------------------------------------------
+
+
+LOSSES = {"tiny": [1.0, 1.01, 0.99], "better": [0.8, 0.81, 0.79], "worse": [1.2, 1.21, 1.19], "same": [1.0, 1.02, 0.99],
+          "slightly": [1.025, 1.035, 1.015]}
+
+
+def outcomes(path, losses, metric="val_bits_per_byte"):
+    return [Outcome(Trial(f"{name}-seed{i}", name, "tiny", (name,), i), "finished",
+                    RunFolder(path, {}, {}, {metric: value, "train_seconds": 10 * value}), "")
+            for name, values in losses.items() for i, value in enumerate(values)]
+
+
+def failure(name):
+    return Outcome(Trial(f"{name}-seed9", name, "tiny", (), 9), "failed", None, "loss is nan")
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """The effects by name."""
+    found = [*outcomes(tmp_path, LOSSES | {"once": [1.3]}), failure("worse"), failure("broken")]
+    bases = dict.fromkeys(["better", "worse", "same", "slightly", "once", "broken"], "tiny")
+    return {row.name: row for row in effects(found, bases, "val_bits_per_byte")}
+
+
+def test_verdicts(rows):
+    assert {name: row.verdict for name, row in rows.items()} == {
+        "better": "helps", "worse": "hurts; 1 failed: loss is nan", "same": "no difference seen",
+        "slightly": "perhaps hurts", "once": "too few runs to tell", "broken": "failed: loss is nan"}
+
+
+def test_numbers_are_the_statistics_own(rows):
+    for name in ("better", "worse", "same", "slightly"):
+        assert (rows[name].difference, rows[name].low, rows[name].high, rows[name].p) == welch(LOSSES[name], LOSSES["tiny"])
+    assert [rows[name].p_holm for name in ("better", "worse", "same", "slightly")] == holm(
+        [rows[name].p for name in ("better", "worse", "same", "slightly")])
+    assert rows["better"].seconds_difference == pytest.approx(-2)
+    assert rows["once"].difference == pytest.approx(0.3) and rows["once"].p is None
+    assert rows["broken"].n == 0 and rows["broken"].mean is None
+
+
+def test_nats_where_there_are_no_bytes(tmp_path):
+    assert choose_metric(outcomes(tmp_path, LOSSES)) == "val_bits_per_byte"
+    assert choose_metric(outcomes(tmp_path, LOSSES, metric="val_loss_nats")) == "val_loss_nats"
+    assert choose_metric([failure("a")]) == "val_loss_nats"
+
+
+def test_spaces_are_sorted_by_loss(rows):
+    assert effects_table(list(rows.values()), "val_bits_per_byte").row_count == 6
+    table = settings_table(list(rows.values()), {name: {"x": name} for name in rows}, "val_bits_per_byte")
+    assert list(table.columns[0].cells) == ["better", "same", "slightly", "worse", "once", "broken"]

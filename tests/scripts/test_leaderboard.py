@@ -9,9 +9,9 @@ from configs.serialize import config_hash, config_to_dict
 from data.run.metrics import SUMMARY_KEYS
 from scripts import leaderboard
 from scripts.lab.folders import read_run
-from scripts.lab.leaderboard import TUNING_SEED
 from scripts.lab.records import read_records
 from scripts.lab.sweep import Outcome
+from scripts.lab.tuning import TUNING_SEED
 
 
 @pytest.fixture

@@ -8,11 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from scripts.lab import browser
-from scripts.lab.folders import find_runs
-from scripts.lab.page import ablation_files, embedded, page_data, read_ablation
-from scripts.lab.tables import difference_table, experiment_table, run_table
-from scripts.report import Report, report
+from scripts.lab.folders import by_experiment, find_runs
+from scripts.report import (
+    EXPERIMENT_COLUMNS,
+    RUN_COLUMNS,
+    Report,
+    ablation_files,
+    difference_table,
+    embedded,
+    page_data,
+    read_ablation,
+    report,
+    screenshot,
+    table,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,12 +53,12 @@ def test_data_cannot_end_its_element():
 
 
 def test_tables_add_up(runs):
-    table = run_table(runs)
-    assert len(table["rows"]) == 13 and column(table, "run")[0] == "lr0.01-seed1"
-    assert column(table, "tokens/s")[0] == pytest.approx(768 * 240 / 61, rel=1e-5)
-    assert "time to target" not in [one["label"] for one in table["columns"]]  # known of no run
-    assert column(experiment_table(runs), "mean loss (nats)") == pytest.approx([2.12, 2.04, 2.02, 2.08, 2.3])
-    assert column(experiment_table(runs), "sd") == [pytest.approx(0.01)] * 4 + [None]
+    by_run, by_name = table(RUN_COLUMNS, runs), table(EXPERIMENT_COLUMNS, list(by_experiment(runs).items()))
+    assert len(by_run["rows"]) == 13 and column(by_run, "run")[0] == "lr0.01-seed1"
+    assert column(by_run, "tokens/s")[0] == pytest.approx(768 * 240 / 61, rel=1e-5)
+    assert "time to target" not in [one["label"] for one in by_run["columns"]]  # known of no run
+    assert column(by_name, "mean loss (nats)") == pytest.approx([2.12, 2.04, 2.02, 2.08, 2.3])
+    assert column(by_name, "sd") == [pytest.approx(0.01)] * 4 + [None]
 
 
 def test_only_differences_are_told(runs):
@@ -114,5 +123,5 @@ def test_a_browser_that_draws_nothing_leaves_no_picture(tmp_path, monkeypatch):
     page = tmp_path / "page.html"
     page.write_text("<p>")
     with pytest.raises(ValueError, match="drew no loss: no display"):
-        browser.screenshot(page, "loss", tmp_path / "loss.png", width=100, height=100)
+        screenshot(page, "loss", tmp_path / "loss.png", width=100, height=100)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "page.html"]

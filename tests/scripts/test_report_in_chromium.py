@@ -4,8 +4,7 @@ import struct
 
 import pytest
 
-from scripts.lab.browser import find_browser
-from scripts.report import Report, report
+from scripts.report import Report, find_browser, report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: the page is not looked at")
 RUNS, SECONDS, MEGABYTES = 200, 10, 15  # seconds: three times what a laptop needs

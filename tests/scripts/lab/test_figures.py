@@ -1,9 +1,116 @@
-"""What a report draws beside the losses: heat maps, schedules, tuning curves."""
+"""What the report draws: means over seeds, FLOPs, heat maps, schedules and tuning curves."""
+
+from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from scripts.lab.figures import diagnostics, heat_maps, rest_labels, schedules, tuning
+from configs.presets import PRESETS
+from optim.schedule import Schedule
+from scripts.lab.figures import (
+    diagnostics,
+    flops_of_runs,
+    heat_maps,
+    known_axes,
+    loss_lines,
+    mean_curve,
+    rest_labels,
+    schedules,
+    short,
+    thin,
+    tuning,
+)
 from scripts.lab.folders import find_runs
+from scripts.lab.models import flops_by_step
+
+PARAMETERS = 868_373
+
+
+def test_a_mean_is_of_the_same_runs_at_every_point_and_ends_with_the_shortest():
+    one = {"step": [1, 2, 3], "train_seconds": [1.0, 2.0, 3.0], "y": [4.0, 3.0, 2.0]}
+    other = {"step": [2, 3, 4], "train_seconds": [4.0, 6.0, 8.0], "y": [5.0, 1.0, 0.0]}
+    assert mean_curve([one, other]) == {"step": [2, 3], "train_seconds": [3.0, 4.5], "y": [4.0, 1.5], "low": [3.0, 1.0],
+                                        "high": [5.0, 2.0]}
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50))
+def test_the_mean_of_equal_runs_is_the_run(values):
+    one = {"step": list(range(len(values))), "y": values}
+    mean = mean_curve([one, one, one])
+    assert mean["low"] == mean["high"] == values
+    assert mean["y"] == pytest.approx(values)
+
+
+@given(st.integers(1, 2000), st.integers(2, 400))
+def test_thinning_keeps_order_and_both_ends(count, most):
+    values = list(range(count))
+    kept = thin(values, most)
+    assert len(kept) == min(count, most)
+    assert kept[0] == 0 and kept[-1] == count - 1
+    assert kept == sorted(set(kept))
+
+
+def test_whole_numbers_are_not_shortened():
+    assert short(123_456_789) == 123_456_789 and short(1.23456789) == 1.23457 and short(None) is None
+
+
+def test_seeds_get_a_mean_and_a_single_run_none(laboratory):
+    lines = loss_lines(find_runs([str(laboratory)]), flops_of_runs())
+    assert [line["mean"] for line in lines] == 4 * [False, False, False, True] + [False]
+    assert lines[3]["name"] == "lr0.01, mean of 3" and lines[3]["experiment"] == 0
+    assert lines[3]["val"]["y"][-1] == pytest.approx(2.12) and lines[3]["val"]["high"][-1] == pytest.approx(2.13)
+    assert lines[3]["val"]["train_seconds"][-1] == 62  # a mean too: seeds 1 to 3 took 61 to 63
+    assert known_axes(lines) == ["step", "tokens", "train_seconds", "flops"]
+
+
+def test_of_many_runs_only_means_are_drawn(fabricate, tmp_path):
+    for seed in range(1, 26):
+        fabricate(tmp_path / f"a-seed{seed}", seed=seed, experiment="a", records=10)
+    fabricate(tmp_path / "alone", experiment="alone", records=10)
+    lines = loss_lines(find_runs([str(tmp_path)]), flops_of_runs())
+    assert [line["name"] for line in lines] == ["a, mean of 25", "alone"]
+
+
+def test_a_run_that_has_just_begun_does_not_cut_the_mean(fabricate, tmp_path):
+    for seed in (1, 2):
+        fabricate(tmp_path / f"a-seed{seed}", seed=seed, experiment="a")
+    fabricate(tmp_path / "a-seed3", seed=3, experiment="a", finished=False)
+    metrics = tmp_path / "a-seed3" / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:1]))
+    fabricate(tmp_path / "a-seed4", seed=4, experiment="a", finished=False)
+    (tmp_path / "a-seed4" / "metrics.jsonl").unlink()
+    lines = loss_lines(find_runs([str(tmp_path)]), flops_of_runs())
+    assert [line["name"] for line in lines] == ["a-seed1", "a-seed2", "a-seed3", "a, mean of 2"]
+    assert lines[-1]["val"]["step"][-1] == 240
+
+
+def test_flops_are_those_of_the_model_that_was_trained():
+    from model import GPT
+
+    run = PRESETS["bytes"]()
+    spent = flops_by_step(run, parameters=PARAMETERS)
+    model = GPT(run.model, vocab_size=257, max_tokens=64)
+    assert sum(weight.numel() for weight in model.parameters()) == PARAMETERS
+    assert spent[0] == 0 and len(spent) == run.train.steps + 1
+    assert spent[-1] == pytest.approx(Schedule(run).tokens_before(run.train.steps) * model.flops_per_token(64))
+
+
+def test_flops_of_another_model_are_not_known(fabricate, tmp_path):
+    assert flops_by_step(PRESETS["bytes"](), parameters=1) is None
+    fabricate(tmp_path / "known")
+    fabricate(tmp_path / "strange", parameters=1)
+    lines = loss_lines(find_runs([str(tmp_path)]), flops_of_runs())
+    assert "flops" in lines[0]["val"] and "flops" not in lines[1]["val"]
+    assert "flops" in known_axes(lines) and "flops" not in known_axes(lines[1:])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_flops_of_every_preset_can_be_told(preset):
+    """The model is built without its data, whatever the kernel that it asks for."""
+    run = PRESETS[preset]()
+    spent = flops_by_step(replace(run, train=replace(run.train, steps=3)), parameters=None)
+    assert len(spent) == 4 and spent[1] > 6 * run.train.batch_tokens * run.model.dim ** 2 / 2
 
 
 def test_heat_maps_are_found_by_their_keys():

@@ -11,20 +11,12 @@ from configs.presets import PRESETS
 from configs.serialize import config_from_dict, config_hash, config_to_dict, flatten
 from data.run.metrics import SUMMARY_KEYS
 from scripts.lab.folders import read_run
-from scripts.lab.leaderboard import loss_of
-from scripts.lab.records import (
-    append_records,
-    changed_settings,
-    count_parameters,
-    faults,
-    read_records,
-    record_of,
-    record_of_failure,
-    shared_faults,
-    table,
-    unflatten,
-)
+from scripts.lab.models import count_parameters
+from configs.serialize import unflatten
+from scripts.lab.records import append_records, changed_settings, faults, read_records, record_of, record_of_failure, shared_faults
 from scripts.lab.sweep import Trial
+from scripts.lab.tuning import loss_of
+from scripts.verify_record import runs_table
 
 STEPS = 240
 
@@ -145,7 +137,7 @@ def test_a_run_that_broke_down_is_a_record_without_a_loss():
     assert faults(broken) == [] and shared_faults([broken, broken]) == [] and loss_of(broken) == math.inf
     assert "loss" in faults(tampered(broken, "summary", "val_loss_nats", value=1.0))[0]
     assert "model.layers" in faults(tampered(broken, "config", "model.layers", value=5))[0]
-    assert table([broken]).count("\n") == 1
+    assert runs_table([broken]).count("\n") == 1
     lost = record_of_failure(trial, f"/home/me/runs/{trial.name}/checkpoint.safetensors is cut short")
     assert lost["failed"] == f"{trial.name}/checkpoint.safetensors is cut short"
 
@@ -176,5 +168,5 @@ def test_damaged_files_are_named(tmp_path, text, message):
 
 def test_the_table_is_mean_and_deviation(tmp_path, record):
     second = record_of(read_run(make_folder(tmp_path / "muon-seed2", seed=2, losses=(2.0, 1.6, 1.7))))
-    assert "| bench_cpu | muon | 240 | 2 | 1.6000 | 0.1414 |" in table([record, second])
-    assert "| bench_cpu | muon | 240 | 1 | 1.5000 |  |  |" in table([record])
+    assert "| bench_cpu | muon | 240 | 2 | 1.6000 | 0.1414 |" in runs_table([record, second])
+    assert "| bench_cpu | muon | 240 | 1 | 1.5000 |  |  |" in runs_table([record])

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from scripts.lab import sweep
-from scripts.lab.sweep import Trial, last_error, run_sweep
+from scripts.lab.folders import RunFolder
+from scripts.lab.sweep import Board, Live, Outcome, Trial, last_error, run_sweep, spell
 
 ROOT = Path(__file__).resolve().parents[3]
 SHORT = ("--train.steps", "2", "--data.val_bytes", "2048", "--log.sample_tokens", "0", "--log.wandb", "disabled")
@@ -82,7 +83,7 @@ def test_real_runs_finish_fail_and_are_not_repeated(tmp_path, capsys):
     assert first[1].run.summary["steps"] == 2 and first[1].run.experiment == "good"
     assert "2 of 2: good-seed1 finished" in capsys.readouterr().out
     log = (tmp_path / "sweep" / "good-seed1.log").read_text()
-    assert run_sweep(trials, dir=tmp_path / "sweep", show=False) == first
+    assert run_sweep(trials, dir=tmp_path / "sweep") == first
     assert (tmp_path / "sweep" / "good-seed1.log").read_text() == log
 
 
@@ -95,7 +96,7 @@ def test_a_real_run_that_was_cut_is_resumed(tmp_path):
     wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 3)
     began.send_signal(signal.SIGINT)
     assert began.wait() == 0
-    [outcome] = run_sweep([long], dir=tmp_path, show=False)
+    [outcome] = run_sweep([long], dir=tmp_path)
     assert outcome.run.summary["steps"] == 60
     assert "resuming" in (tmp_path / "long-seed1.log").read_text()
 
@@ -117,8 +118,8 @@ def test_a_failed_run_is_tried_again_only_if_asked(tmp_path, stand_in, capsys):
 
 
 def test_a_failure_of_other_flags_is_forgotten(tmp_path, stand_in):
-    run_sweep([trial("a", "--train.steps", "666")], dir=tmp_path, show=False)
-    [outcome] = run_sweep([trial("a", "--train.steps", "2")], dir=tmp_path, show=False)
+    run_sweep([trial("a", "--train.steps", "666")], dir=tmp_path)
+    [outcome] = run_sweep([trial("a", "--train.steps", "2")], dir=tmp_path)
     assert outcome.status == "finished" and not (tmp_path / "a-seed1.failed").exists()
 
 
@@ -133,16 +134,16 @@ def test_nothing_runs_if_one_trial_has_a_mistake(tmp_path, stand_in):
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path, stand_in):
-    run_sweep([trial("a", "--train.steps", "2")], dir=tmp_path, show=False)
+    run_sweep([trial("a", "--train.steps", "2")], dir=tmp_path)
     with pytest.raises(ValueError, match="a-seed1 holds another run; choose another --dir"):
-        run_sweep([trial("a", "--train.steps", "3")], dir=tmp_path, show=False)
+        run_sweep([trial("a", "--train.steps", "3")], dir=tmp_path)
 
 
 def test_jobs_run_side_by_side_and_share_the_cores(tmp_path, stand_in, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     trials = [trial("a", "--train.steps", "50", seed=seed) for seed in range(1, 5)]
-    assert [one.trial for one in run_sweep(trials, dir=tmp_path, jobs=4, show=False)] == trials
+    assert [one.trial for one in run_sweep(trials, dir=tmp_path, jobs=4)] == trials
     spans = [(tmp_path / one.name / "state").stat().st_mtime for one in trials]
     assert max(spans) - min(spans) < 0.5 * len(trials) - 0.5  # one after another they would begin half a second apart
     assert "threads 2" in (tmp_path / "a-seed1.log").read_text()
@@ -150,7 +151,7 @@ def test_jobs_run_side_by_side_and_share_the_cores(tmp_path, stand_in, monkeypat
 
 def test_the_environments_threads_win(tmp_path, stand_in, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    run_sweep([trial("a", "--train.steps", "1")], dir=tmp_path, show=False)
+    run_sweep([trial("a", "--train.steps", "1")], dir=tmp_path)
     assert "threads 3" in (tmp_path / "a-seed1.log").read_text()
 
 
@@ -176,7 +177,7 @@ def test_a_killed_sweep_continues_and_runs_nothing_twice(tmp_path, stand_in):
     killed.wait()
     assert not (tmp_path / "t1-seed1" / "summary.json").exists()  # its orphan is still at work
     trials = [trial(f"t{i}", "--train.steps", str(n)) for i, n in enumerate(steps)]
-    assert [one.status for one in run_sweep(trials, dir=tmp_path, show=False)] == ["finished"] * 3
+    assert [one.status for one in run_sweep(trials, dir=tmp_path)] == ["finished"] * 3
     assert [starts(tmp_path, one.name) for one in trials] == [1, 1, 1]
 
 
@@ -187,7 +188,7 @@ def test_an_orphan_that_dies_is_continued(tmp_path, stand_in):
         pass_fds=[lock], stdout=subprocess.PIPE)
     orphan.stdout.readline()
     os.close(lock)
-    [outcome] = run_sweep([trial("t", "--train.steps", "1")], dir=tmp_path, show=False)
+    [outcome] = run_sweep([trial("t", "--train.steps", "1")], dir=tmp_path)
     assert orphan.poll() is not None, "the sweep did not wait"
     assert outcome.status == "finished" and starts(tmp_path, "t-seed1") == 1
     orphan.stdout.close()
@@ -215,3 +216,39 @@ def test_the_reason_is_the_last_error_of_the_last_try(tmp_path):
     assert last_error(log) == "b"
     log.write_text("")
     assert last_error(log) == ""
+
+
+# ---- How it stands --------------------------------------------------------------------------------------------------
+
+
+A, B = (Trial(f"{name}-seed1", name, "bytes", (), 1) for name in "ab")
+
+
+def finished(trial, path, loss=2.0):
+    return Outcome(trial, "finished", RunFolder(path, {}, {}, {"val_loss_nats": loss}), "")
+
+
+@pytest.mark.parametrize("seconds, text", [(0.4, "0 s"), (59.4, "59 s"), (200, "3 min 20 s"), (18720, "5 h 12 min")])
+def test_times_are_spelled(seconds, text):
+    assert spell(seconds) == text
+
+
+def test_time_left_comes_from_what_this_sweep_ran(tmp_path):
+    board = Board(["a", "b", "c", "d"], jobs=2)
+    board.done(finished(A, tmp_path), fresh=False)
+    assert board.left == "?"
+    board.started(B)
+    board.starts[B.name] -= 60
+    board.done(finished(B, tmp_path), fresh=True)
+    assert board.left == "1 min 0 s"  # two to come, both at once
+
+
+def test_the_table_counts(tmp_path):
+    board = Live(["a", "a", "b"], jobs=1)
+    with board:
+        board.started(A)
+        board.done(finished(A, tmp_path, 2.5), fresh=True)
+        board.started(B)
+        board.done(Outcome(B, "failed", None, "why"), fresh=True)
+        columns = [list(column.cells) for column in board.table().columns]
+    assert columns == [["a", "b"], ["1 of 2", "0 of 1"], ["0", "0"], ["0", "1"], ["2.50000", ""], ["2.50000", ""]]

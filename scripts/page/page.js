@@ -1,4 +1,4 @@
-// The page's state, colours, legend and tables. Figures are in page_figures.js.
+// The page's state, colours, legend and tables. Figures are in figures.js.
 const data = JSON.parse(document.getElementById("data").textContent);
 const root = document.documentElement;
 const byId = (id) => document.getElementById(id);

@@ -1,4 +1,4 @@
-"""The leaderboard, from records alone: who was tuned how, which trial won, and what fresh seeds say of it.
+"""Search spaces, and what tuning in them came to: trials drawn alike for every entry, their winners, and the leaderboard.
 
 An experiment is named ENTRY-STEPSsteps-trialNN, its run with TUNING_SEED is the trial, its runs with other seeds are the
 judgement. The winner of a budget of k trials is the best of the first k, so a small budget is a prefix of a large one.
@@ -7,14 +7,124 @@ judgement. The winner of a budget of k trials is the best of the first k, so a s
 import math
 import re
 import shlex
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
+
+from configs.notation import nearest
 from configs.entries import ENTRIES, REFERENCE, Entry, entry_named
 from configs.presets import PRESETS
-from scripts.lab.spaces import draw, flags_of, parse_range
+from configs.schema import Run
+from configs.serialize import config_to_dict, flatten
 from scripts.lab.statistics import Difference, Summary, holm, summarize, welch, z_margin
 from scripts.lab.sweep import Trial
+
+# ---- Spaces ---------------------------------------------------------------------------------------------------------
+
+
+Scale = Literal["linear", "log", "one_minus"]
+DIGITS = 4  # significant ones, so that flags stay short
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Where one setting may lie, and how evenly.
+
+    `log` is uniform in the logarithm of x, `one_minus` in that of 1 - x: for averages, whose memory is 1 / (1 - x) steps.
+    """
+
+    name: str
+    low: float
+    high: float
+    scale: Scale
+
+    def __post_init__(self) -> None:
+        if not -math.inf < self.low < self.high < math.inf:
+            raise ValueError(f"range of {self.name} must rise from LOW to HIGH, got {self.low:g}:{self.high:g}")
+        if self.scale == "log" and self.low <= 0:
+            raise ValueError(f"range of {self.name}: scale log needs LOW above 0, got {self.low:g}")
+        if self.scale == "one_minus" and self.high >= 1:
+            raise ValueError(f"range of {self.name}: scale one_minus needs HIGH below 1, got {self.high:g}")
+
+    def at(self, share: float) -> float:
+        """The value `share` (0 to 1) of the way from low to high, rounded to DIGITS (of 1 - x, for one_minus)."""
+        if self.scale == "linear":
+            return _rounded(self.low + share * (self.high - self.low))
+        if self.scale == "log":
+            return _rounded(self.low * (self.high / self.low) ** share)
+        left = (1 - self.low) * ((1 - self.high) / (1 - self.low)) ** share
+        return float(f"{1 - _rounded(left):.12g}")
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
+
+
+def parse_range(text: str) -> Range:
+    """`NAME=LOW:HIGH[:SCALE]`, linear if no scale is named. Raises ValueError quoting what is wrong."""
+    name, values = _named(text, "NAME=LOW:HIGH:SCALE")
+    low, high, scale, *rest = [*values.split(":"), "linear"] if values.count(":") == 1 else [*values.split(":"), "", ""]
+    if values.count(":") not in (1, 2):
+        raise ValueError(f"cannot read range {text!r}; write NAME=LOW:HIGH:SCALE, say optim.matrix.lr=0.001:0.1:log")
+    if scale not in get_args(Scale):
+        raise ValueError(f"unknown scale {scale!r} in {text!r}{nearest(scale, get_args(Scale))}")
+    try:
+        return Range(name, float(low), float(high), scale)
+    except ValueError as error:
+        raise ValueError(f"cannot read range {text!r}: {error}") from None
+
+
+def parse_grid(text: str) -> tuple[str, tuple[str, ...]]:
+    """`NAME=V,V,...` as the name and its values, as they stand. Raises ValueError quoting what is wrong."""
+    name, values = _named(text, "NAME=V,V,...")
+    words = tuple(word.strip() for word in values.split(","))
+    if "" in words or len(set(words)) < len(words):
+        raise ValueError(f"cannot read grid {text!r}: its values must be there, and each once")
+    return name, words
+
+
+def _named(text: str, form: str) -> tuple[str, str]:
+    name, equals, values = text.partition("=")
+    known = list(flatten(config_to_dict(PRESETS["tiny"]())))
+    if not equals or not values:
+        raise ValueError(f"cannot read {text!r}; write {form}")
+    if name not in known:
+        raise ValueError(f"unknown setting {name!r}{nearest(name, known) if name else ''}")
+    return name, values
+
+
+def draw(ranges: Sequence[Range], count: int, *, seed: int, quasi: bool) -> list[dict[str, float]]:
+    """`count` points of the box that the ranges span; the first k of them are the k that a smaller count draws.
+
+    quasi: a scrambled Halton sequence (Owen 2017, arXiv 1706.02808), more even than chance; else uniform.
+    """
+    if count < 1:
+        raise ValueError(f"the number of draws must be at least 1, got {count}")
+    if quasi:
+        from scipy.stats import qmc
+        shares = qmc.Halton(len(ranges), scramble=True, rng=np.random.default_rng(seed)).random(count)
+    else:
+        shares = np.random.default_rng(seed).random((count, len(ranges)))
+    return [{one.name: one.at(share) for one, share in zip(ranges, row, strict=True)} for row in shares.tolist()]
+
+
+def flags_of(values: Mapping[str, object]) -> tuple[str, ...]:
+    """The command line's flags for these settings: `--name value`, and `--name` or `--no_name` for switches."""
+    return tuple(word for name, value in values.items() for word in _flag(name, value))
+
+
+def _flag(name: str, value: object) -> tuple[str, ...]:
+    text = f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+    if isinstance(flatten(config_to_dict(Run())).get(name), bool) and text.lower() in ("true", "false"):
+        group, _, field = name.rpartition(".")
+        return (f"--{name}" if text.lower() == "true" else f"--{group}.no_{field}",)
+    return f"--{name}", text
+
+
+# ---- The leaderboard ------------------------------------------------------------------------------------------------
+
 
 TUNING_SEED = 1000
 DRAW_SEED = 1
@@ -47,9 +157,14 @@ def settings_of(entry: Entry, trial: int) -> dict[str, float]:
 
 def make_trial(entry: Entry, preset: str, *, steps: int, trial: int, seed: int) -> Trial:
     """The run of an entry's trial at a number of steps and a seed."""
-    experiment = f"{entry.name}-{steps}steps-trial{trial:02}"
+    experiment = experiment_name(entry.name, steps, trial)
     flags = (*shlex.split(entry.flags), *flags_of(settings_of(entry, trial)), "--train.steps", str(steps))
     return Trial(f"{experiment}-seed{seed}", experiment, preset, flags, seed)
+
+
+def experiment_name(entry: str, steps: int, trial: int) -> str:
+    """What the runs of an entry's trial have in common; `parse_name` reads it."""
+    return f"{entry}-{steps}steps-trial{trial:02}"
 
 
 def parse_name(experiment: str) -> tuple[str, int, int] | None:
@@ -79,12 +194,17 @@ def judged(records: Sequence[dict], experiment: str) -> list[dict]:
     return [r for r in records if r["experiment"] == experiment and r["summary"]["seed"] != TUNING_SEED]
 
 
+def judged_winner(records: Sequence[dict], entry: str, *, steps: int, budget: int) -> tuple[int | None, list[dict]]:
+    """The winner of a budget and the records of its fresh seeds; none while there is no winner."""
+    trial = winner(records, entry, steps=steps, budget=budget)
+    return trial, [] if trial is None else judged(records, experiment_name(entry, steps, trial))
+
+
 def places(records: Sequence[dict], *, steps: int, budget: int) -> list[Place]:
     """The leaderboard of one task at one length and budget, best first; entries without fresh seeds are left out."""
     found = {}
     for entry in ENTRIES:
-        trial = winner(records, entry.name, steps=steps, budget=budget)
-        runs = [] if trial is None else judged(records, f"{entry.name}-{steps}steps-trial{trial:02}")
+        trial, runs = judged_winner(records, entry.name, steps=steps, budget=budget)
         if runs:
             found[entry.name] = (trial, runs)
     curve = reference_curve(records, budget=budget)
@@ -111,8 +231,7 @@ def reference_curve(records: Sequence[dict], *, budget: int) -> list[tuple[int, 
     lengths = sorted({name[1] for r in records if (name := parse_name(r["experiment"])) and name[0] == REFERENCE})
     curve = []
     for steps in lengths:
-        trial = winner(records, REFERENCE, steps=steps, budget=budget)
-        runs = [] if trial is None else judged(records, f"{REFERENCE}-{steps}steps-trial{trial:02}")
+        _, runs = judged_winner(records, REFERENCE, steps=steps, budget=budget)
         if runs:
             curve.append((steps, summarize([loss_of(r) for r in runs]).mean))
     return curve
