@@ -21,8 +21,8 @@ from benchmarks import HERE, machine
 from benchmarks.muon_step import SHAPES, optimizer_of
 from benchmarks.oracles import ORACLES, parity
 from configs.cli import fail
-from configs.notation import nearest
 from configs.groups import Group, acting_fields
+from configs.notation import nearest
 from data.run.folder import write_json, write_text
 from optim.rules import Hyper, build_rule
 from optim.schedule import Values

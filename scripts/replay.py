@@ -18,9 +18,8 @@ from typing import Annotated, Any
 import tyro
 
 from data.run.environment import split_code
-from data.run.metrics import TRAIN_LOSS, VAL_LOSS
 from data.run.folder import write_json
-from data.run.metrics import read_metrics
+from data.run.metrics import TRAIN_LOSS, VAL_LOSS, read_metrics
 from scripts import command
 from scripts.lab.folders import RunFolder, read_json, read_run
 

@@ -10,8 +10,19 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from data.run.metrics import (
+    EQUILIBRIUM,
+    LAYER_MEASURES,
+    MEASURES,
+    MFU,
+    STEP_MS,
+    TOKENS_PER_SECOND,
+    TRAIN_LOSS,
+    VAL_BITS,
+    VAL_LOSS,
+    measure_name,
+)
 from data.run.wandb import SAMPLES, has_key
-from data.run.metrics import EQUILIBRIUM, LAYER_MEASURES, MEASURES, MFU, STEP_MS, TOKENS_PER_SECOND, TRAIN_LOSS, VAL_BITS, VAL_LOSS, measure_name
 from scripts import command
 
 SETTINGS = ("optim.matrix.lr", "optim.matrix.momentum", "optim.matrix.weight_decay", "optim.embed.lr", "optim.head.lr",

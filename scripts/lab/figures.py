@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from data.run.metrics import TRAIN_LOSS, VAL_BITS, VAL_LOSS
 from configs.serialize import config_from_dict
+from data.run.metrics import TRAIN_LOSS, VAL_BITS, VAL_LOSS
 from optim.schedule import Schedule, Values
 from scripts.lab.folders import RunFolder, by_experiment, is_number, read_json
 from scripts.lab.models import flops_by_step

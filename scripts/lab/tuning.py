@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from configs.notation import nearest
 from configs.entries import ENTRIES, REFERENCE, Entry, entry_named
+from configs.notation import nearest
 from configs.presets import PRESETS
 from configs.schema import Run
 from configs.serialize import config_to_dict, flatten

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kernels import symmetric
-from kernels.symmetric import capable, gram, has_kernel, quadratic, symmetric_product
+from kernels.symmetric import capable, gram_polynomial, has_kernel, symmetric_product
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -51,10 +51,10 @@ def test_the_kernel_compiles_for_gpus(with_y, tmp_path, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_elsewhere_the_plain_products_run(dtype):
     X = gaussian(2, 300, 20).to(dtype)
-    A = X @ X.mT
     assert not has_kernel(X)
-    assert torch.equal(gram(X), A)
-    torch.testing.assert_close(quadratic(A.double(), -2.0, 0.5), -2 * A.double() + 0.5 * A.double() @ A.double())
+    A = X.double() @ X.double().mT
+    torch.testing.assert_close(gram_polynomial(X.double(), -2.0, 0.5), -2 * A + 0.5 * A @ A)
+    assert gram_polynomial(X, -2.0, 0.5).dtype == dtype
 
 
 @pytest.mark.parametrize(("capability", "triton", "expected"), [((7, 5), True, False), ((8, 0), True, True),
@@ -76,8 +76,8 @@ def test_the_kernel_serves_large_matrices_in_bfloat16(shape, dtype, expected, mo
 
 def test_the_choice_compiles_into_one_graph():
     X = gaussian(1, 256, 16).bfloat16()
-    compiled = torch.compile(lambda X: quadratic(gram(X), 0.5, 0.1), backend="eager", fullgraph=True)
-    assert torch.equal(compiled(X), quadratic(gram(X), 0.5, 0.1))
+    compiled = torch.compile(lambda X: gram_polynomial(X, 0.5, 0.1), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(X), gram_polynomial(X, 0.5, 0.1))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from configs.notation import NAMES
-from optim.newton_schulz import LARGE_MATRIX_ELEMENTS, TABLES, find_table, orthogonalize, orthogonalize_svd
+from configs.notation import TABLE_NAMES
+from optim.newton_schulz import LARGE_MATRIX_ELEMENTS, TABLES, Table, find_table, orthogonalize, orthogonalize_svd
 
 SHAPES = [(1, 24, 40), (1, 40, 24), (1, 32, 32), (3, 16, 24), (2, 1, 9), (2, 9, 1)]
 
@@ -50,9 +50,11 @@ def test_coefficients_are_the_published_ones():
 
 
 def test_the_last_triple_repeats():
-    table = TABLES["polar_express"]
-    assert table.steps(3) == list(table.triples[:3])
-    assert table.steps(7) == [*table.triples, table.triples[-1], table.triples[-1]]
+    table, G = TABLES["polar_express"], gaussian(1, 6, 8)
+    longer = Table((*table.triples, table.triples[-1], table.triples[-1]), table.safety, None, "the last three times")
+    assert torch.equal(orthogonalize(G, table, steps=7), orthogonalize(G, longer, steps=7))
+    shorter = Table(table.triples[:3], table.safety, None, "the first three")
+    assert torch.equal(orthogonalize(G, table, steps=3), orthogonalize(G, shorter, steps=3))
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -73,7 +75,7 @@ def test_scalar_band_is_tight(table):
 
 
 def test_the_names_that_configs_take_are_the_tables_and_svd():
-    assert NAMES == (*TABLES, "svd")
+    assert TABLE_NAMES == (*TABLES, "svd")
 
 
 def test_radii_beats_the_quintic_within_its_outer_radius():

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from configs.groups import Group, acting_fields
-from optim.norms import Column, FanIn, Frobenius, Row, Schatten, Sign, Spectral, build_norm, init
+from optim.norms import Column, FanIn, Frobenius, Row, Sign, Spectral, build_norm, init
+from optim.zoo.schatten import Schatten
 
-UNITS = ("plain", "rms", "at_least_one", "match_adam")
+UNITS = ("spectral", "rms_operator", "at_least_one", "match_adam")
 NORMS = {
     **{f"spectral_{unit}": Spectral(unit, "svd") for unit in UNITS},
     "row": Row(), "column": Column(), "sign": Sign(), "frobenius": Frobenius(), "frobenius_rms": Frobenius("rms"),
@@ -32,7 +32,7 @@ def gaussian(shape: tuple[int, ...], seed: int) -> Tensor:
 def scale(name: str, m: int, n: int) -> float:
     """Plain norm of a step, restated."""
     wider = max(m, n)
-    return {"spectral_rms": (m / n) ** 0.5, "spectral_at_least_one": (m / n) ** 0.5 if m > n else 1,
+    return {"spectral_rms_operator": (m / n) ** 0.5, "spectral_at_least_one": (m / n) ** 0.5 if m > n else 1,
             "spectral_match_adam": 0.2 * wider**0.5, "row_fan_in": 1 / n, "column_fan_in": 1 / n, "sign_fan_in": 1 / n,
             "frobenius_rms": (m * n) ** 0.5, "schatten_3_rms": (m / n) ** 0.5 * min(m, n) ** (1 / 3)}.get(name, 1)
 
@@ -235,8 +235,8 @@ def test_init_has_size_one_and_follows_its_generator(name):
 @pytest.mark.parametrize(("m", "n", "unit", "spectral", "rms"), [
     (768, 768, "at_least_one", 1.0, 0.0361), (3072, 768, "at_least_one", 2.0, 0.0361),
     (768, 3072, "at_least_one", 1.0, 0.0180), (2304, 768, "at_least_one", 1.732, 0.0361),
-    (768, 768, "rms", 1.0, 0.0361), (3072, 768, "rms", 2.0, 0.0361),
-    (768, 3072, "rms", 0.5, 0.0090), (2304, 768, "rms", 1.732, 0.0361),
+    (768, 768, "rms_operator", 1.0, 0.0361), (3072, 768, "rms_operator", 2.0, 0.0361),
+    (768, 3072, "rms_operator", 0.5, 0.0090), (2304, 768, "rms_operator", 1.732, 0.0361),
     (768, 768, "match_adam", 5.54, 0.200), (3072, 768, "match_adam", 11.09, 0.200),
     (768, 3072, "match_adam", 11.09, 0.200), (2304, 768, "match_adam", 9.60, 0.200),
 ])
@@ -256,78 +256,21 @@ def test_update_rms_of_a_spectral_dual(unit, shape):
 def test_newton_schulz_duals_stay_in_their_band():
     """With the default table the size is near 1, not 1; the band is Polar Express's."""
     G = gaussian((4, 24, 48), 0)
-    size = primal("spectral_rms", Spectral("rms").dual(G))
+    size = primal("spectral_rms_operator", Spectral("rms_operator").dual(G))
     assert ((0.85 <= size) & (size <= 1.15)).all() and (size - 1).abs().max() > 1e-6
 
 
-def test_build_norm_reads_the_group():
-    assert build_norm(Group(norm="rms_operator", ns="quintic", ns_steps=3)) == Spectral("rms", "quintic", 3)
-    assert build_norm(Group(norm="spectral", ns="svd", unit="match_adam")) == Spectral("match_adam", "svd", 5)
-    assert build_norm(Group(norm="spectral")) == Spectral("plain", "polar_express", 5)
-    assert build_norm(Group(norm="frobenius", unit="rms")) == Frobenius("rms")
-    assert build_norm(Group(norm="schatten", schatten_p=1.5)) == Schatten(1.5)
-    assert build_norm(Group(norm="schatten", unit="rms")) == Schatten(4, "rms")
+def test_a_norm_by_its_name():
+    assert build_norm("rms_operator", table="quintic", steps=3) == Spectral("rms_operator", "quintic", 3)
+    assert build_norm("spectral", "match_adam", table="svd") == Spectral("match_adam", "svd", 5)
+    assert build_norm("spectral") == Spectral("spectral", "polar_express", 5)
+    assert build_norm("frobenius") == Frobenius() and build_norm("frobenius", "rms") == Frobenius("rms")
+    assert build_norm("schatten", p=1.5) == Schatten(1.5) and build_norm("schatten", "rms") == Schatten(4, "rms")
     for name, norm in {"row": Row(), "column": Column(), "sign": Sign()}.items():
-        assert build_norm(Group(norm=name)) == norm and build_norm(Group(norm=name, unit="fan_in")) == FanIn(norm)
-    assert build_norm(Group(norm="frobenius")) == Frobenius()
+        assert build_norm(name) == norm and build_norm(name, "fan_in") == FanIn(norm)
 
 
-@pytest.mark.parametrize(("fields", "message"), [
-    (dict(norm="row", unit="rms"), "unit rms belongs to norm frobenius or schatten, got norm row"),
-    (dict(norm="spectral", unit="fan_in"), "unit fan_in belongs to norm row or column or sign, got norm spectral"),
-    (dict(norm="schatten", schatten_p=0.5), "schatten_p must be at least 1 .*got 0.5"),
-    (dict(norm="schatten", schatten_p=math.inf), "norm spectral is its limit.*got inf"),
-])
-def test_impossible_units_are_refused(fields, message):
-    with pytest.raises(ValueError, match=message):
-        Group(**fields)
-
-
-def test_fields_that_act_follow_the_norm():
-    def acting(norm: str) -> set[str]:
-        return acting_fields(Group(rule="steepest", norm=norm)) & {"unit", "schatten_p", "ns", "ns_steps", "equilibrate"}
-
-    assert acting("spectral") == {"unit", "ns", "ns_steps", "equilibrate"}
-    assert acting("rms_operator") == {"ns", "ns_steps", "equilibrate"}
-    assert acting("schatten") == {"unit", "schatten_p"}
-    assert acting("row") == acting("column") == acting("sign") == acting("frobenius") == {"unit"}
-
-
-# ---- Schatten norms, and norms per input -----------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(2, 5, 7), (2, 7, 5), (2, 6, 6)])
-def test_schatten_runs_from_normalised_sgd_to_muon(shape):
-    G = gaussian(shape, 4)
-    torch.testing.assert_close(Schatten(2).dual(G), Frobenius().dual(G), rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(Schatten(math.inf).dual(G), Spectral("plain", "svd").dual(G), rtol=1e-9, atol=1e-12)
-    rms = Schatten(math.inf, "rms").dual(G)
-    torch.testing.assert_close(rms, Spectral("rms", "svd").dual(G), rtol=1e-9, atol=1e-12)
-    far = (Schatten(1e4, "rms").dual(G) - rms).norm() / rms.norm()
-    assert 0 < far < 1e-3
-
-
-def test_the_larger_p_the_flatter_the_step():
-    G = gaussian((1, 6, 9), 4)
-    spread = []
-    for p in (1.2, 2, 4, 16, math.inf):
-        values = torch.linalg.svdvals(Schatten(p).dual(G))[0]
-        spread.append((values[-1] / values[0]).item())
-    assert spread == sorted(spread) and spread[-1] == pytest.approx(1) and spread[0] < 0.01
-
-
-def test_nuclear_steps_have_rank_one():
-    U, S, Vh = torch.linalg.svd(gaussian((2, 6, 4), 4), full_matrices=False)
-    torch.testing.assert_close(Schatten(1).dual((U * S[:, None]) @ Vh), U[..., :1] @ Vh[:, :1], rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("p", [1, 1.5, 2, 7, math.inf])
-@pytest.mark.parametrize("shape", [(2, 5, 7), (2, 7, 5)])
-def test_flat_spectra_are_as_large_for_every_p(p, shape):
-    """In unit rms."""
-    flat = Spectral("rms", "svd").dual(gaussian(shape, 4))
-    torch.testing.assert_close(Schatten(p, "rms").size(flat), torch.ones(2, dtype=torch.float64), rtol=1e-9, atol=0)
-    torch.testing.assert_close(Schatten(p, "rms").project(flat), flat, rtol=1e-9, atol=1e-12)
+# ---- Norms per input, vectors, scope --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("norm", "size_in", "size_out"), [
@@ -353,8 +296,8 @@ def test_a_vector_is_a_row_at_rms_one():
     torch.testing.assert_close(Frobenius("rms").dual(v), step, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("name", ["row", "column", "sign", "frobenius_rms", "spectral_rms", "schatten_4", "row_fan_in",
-                                  "column_fan_in", "sign_fan_in"])
+@pytest.mark.parametrize("name", ["row", "column", "sign", "frobenius_rms", "spectral_rms_operator", "schatten_4",
+                                  "row_fan_in", "column_fan_in", "sign_fan_in"])
 def test_scope_is_no_finer_than_the_dual_allows(name):
     """The dual of the cut tensor is the cut of the dual."""
     norm, G = NORMS[name], gaussian((4, 6, 5), 2)

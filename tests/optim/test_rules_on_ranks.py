@@ -7,42 +7,41 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from configs.groups import Group, Optim
+from configs.optim import RULES, Adam, Extra, Muon, NorMuon, Optim, Prodigy, RuleConfig
 from optim.comm import Comm
-from optim.finite import NonFiniteError
 from optim.groups import build_groups
-from optim.lookahead import Lookahead
-from optim.rules import RULES
+from optim.hooks import Lookahead, WeightAverage
 from optim.schedule import Values
-from optim.sharded import ShardedOptimizer
-from optim.weight_average import WeightAverage
+from optim.sharded import NonFiniteError, ShardedOptimizer
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, HALF, REFUSED = 4, 2, 6
+ADAM = Adam(lr=0.02, weight_decay=0.1)
+PRODIGY = Prodigy(lr=1.0, weight_decay=0.1, distance_start=1e-3)
 # Sizes that neither 2 nor 3 divides; the last two are too small to be cut.
 SHAPES = {**{f"wide{i}": (56, 88) for i in range(4)}, "tall": (331, 50), "small": (12, 20), "vector": (37,)}
-CASES: dict[str, dict] = {rule: {"rule": rule} for rule in RULES} | {
-    "prodigy": {"rule": "prodigy", "lr": 1.0, "distance_start": 1e-3},
-    "stiefel": {"rule": "stiefel", "constraint": "stiefel"},
-    "adam_sphere": {"rule": "adam", "constraint": "sphere", "tangent": "momentum"},
-    "muon_sphere": {"rule": "steepest", "constraint": "sphere", "retraction": "geodesic"},
-    "adam_hyperball": {"rule": "adam", "constraint": "hyperball"},
-    "adam_clipped": {"rule": "adam", "clip": 3.0, "clip_norm": "column"},
-    "prodigy_clipped": {"rule": "prodigy", "lr": 1.0, "distance_start": 1e-3, "clip": 3.0},
-    "normuon_braked": {"rule": "normuon", "constraint": "radial", "radial_brake": 0.5, "row_floor": 0.4},
-    "normuon_in_blocks": {"rule": "normuon", "blocks": ("wide1=7", "small=3"), "lr_factors": ("wide2=2", "vector=.5")},
-    "adam_waiting": {"rule": "adam", "update_every": 3},
-    "prodigy_waiting": {"rule": "prodigy", "lr": 1.0, "distance_start": 1e-3, "update_every": 3},
-    "adam_ahead": {"rule": "adam", "rounding": "remainder"},
-    "adam_sparse": {"rule": "adam", "sparse_rows": True}}
-# The direction of a rule whose memory is a product of the gradients' small singular values is less well determined.
-TOLERANCE: dict[str, float] = {}
+CASES: dict[str, RuleConfig] = {name: config(lr=0.02, weight_decay=0.1) for name, config in RULES.items()} | {
+    "prodigy": PRODIGY,
+    "adam_sphere": replace(ADAM, constraint="sphere", extra=Extra(tangent="momentum")),
+    "muon_sphere": Muon(lr=0.02, weight_decay=0.1, constraint="sphere", extra=Extra(retraction="geodesic")),
+    "adam_hyperball": replace(ADAM, constraint="hyperball"),
+    "adam_clipped": replace(ADAM, extra=Extra(clip=3.0, clip_norm="column")),
+    "prodigy_clipped": replace(PRODIGY, extra=Extra(clip=3.0)),
+    "normuon_braked": NorMuon(lr=0.02, weight_decay=0.1, constraint="radial", extra=Extra(radial_brake=0.5, row_floor=0.4)),
+    "normuon_in_blocks": NorMuon(lr=0.02, weight_decay=0.1, extra=Extra(blocks=("wide1=7", "small=3"),
+                                                                       lr_factors=("wide2=2", "vector=.5"))),
+    "muon_grafted": Muon(lr=0.02, weight_decay=0.1, graft=Adam()),
+    "adam_waiting": replace(ADAM, update_every=3),
+    "prodigy_waiting": replace(PRODIGY, update_every=3),
+    "adam_ahead": replace(ADAM, rounding="remainder"),
+    "adam_sparse": replace(ADAM, extra=Extra(sparse_rows=True))}
 
 
 def random(shape: tuple[int, ...], *key: int) -> Tensor:
@@ -51,12 +50,11 @@ def random(shape: tuple[int, ...], *key: int) -> Tensor:
 
 
 def make(case: str, comm: Comm, seed: int = 0) -> tuple[dict[str, nn.Parameter], ShardedOptimizer]:
-    dtype = torch.bfloat16 if "rounding" in CASES[case] else torch.float32
+    dtype = torch.bfloat16 if case == "adam_ahead" else torch.float32
     params = {name: nn.Parameter((0.1 * random(shape, seed, i)).to(dtype)) for i, (name, shape) in enumerate(SHAPES.items())}
-    optim = Optim(matrix=Group(**{"lr": 0.02, "weight_decay": 0.1} | CASES[case]))
-    groups = build_groups(params, dict.fromkeys(params, "matrix"), optim)
-    lookahead = Lookahead(0.8, (0.0, *[0.5] * STEPS)) if case == "adam_ahead" else None
-    return params, ShardedOptimizer(groups, comm, average=WeightAverage(0.5, 1), lookahead=lookahead)
+    groups = build_groups(params, dict.fromkeys(params, "matrix"), Optim(matrix=CASES[case]))
+    hooks = [WeightAverage(0.5, 1)] + ([Lookahead(0.8, (0.0, *[0.5] * STEPS))] if case == "adam_ahead" else [])
+    return params, ShardedOptimizer(groups, comm, hooks=hooks)
 
 
 def gradient(index: int, step: int) -> Tensor:
@@ -73,7 +71,7 @@ def run(params: dict, optimizer: ShardedOptimizer, steps: range) -> dict[str, Te
             param.grad.add_(gradient(index, step) * share)
         optimizer.step(Values(1 - 0.1 * step, 1, 0.9, 1, 1, None), step + 1)
         optimizer.zero_grad()
-    return optimizer.state_tensors()
+    return optimizer.state.tensors()
 
 
 def share_of(comm: Comm) -> int:
@@ -89,11 +87,11 @@ def sparse_share(comm: Comm, rows: int, step: int) -> Tensor:
 
 
 def is_sparse(optimizer: ShardedOptimizer) -> bool:
-    return optimizer.banks[0].group.config.sparse_rows
+    return optimizer.banks[0].group.config.extra.sparse_rows
 
 
 def averaged(params: dict, optimizer: ShardedOptimizer) -> dict[str, Tensor]:
-    with optimizer.averaged_weights():
+    with optimizer.evaluation_weights():
         return {name: param.detach().clone() for name, param in params.items()}
 
 
@@ -113,10 +111,10 @@ def refusal(params: dict, optimizer: ShardedOptimizer) -> str:
 def trained(case: str, comm: Comm) -> dict:
     params, optimizer = make(case, comm, seed=comm.rank)
     middle = run(params, optimizer, range(HALF))
-    optimizer.load_state_tensors(middle)
+    optimizer.state.load(middle)
     found = {"middle": middle, "final": run(params, optimizer, range(HALF, STEPS)),
-             "shapes": optimizer.state_shapes(), "averaged": averaged(params, optimizer)}
-    return found | {"refusal": refusal(params, optimizer), "after": optimizer.state_tensors()}
+             "shapes": optimizer.state.shapes(), "averaged": averaged(params, optimizer)}
+    return found | {"refusal": refusal(params, optimizer), "after": optimizer.state.tensors()}
 
 
 def as_rank(folder: Path) -> None:
@@ -151,7 +149,7 @@ def ranks(request, tmp_path_factory) -> list[dict]:
 
 
 def assert_alike(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
-    """Within a share of what each tensor moved (weights) or is (memories)."""
+    """Within a share of what each tensor moved (weights) or is (state)."""
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         short = name.removeprefix("weights/")
@@ -165,7 +163,7 @@ def assert_alike(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance:
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_together_are_one_rank(ranks, single, case):
     for key in ("middle", "final", "averaged"):
-        assert_alike(ranks[0][case][key], single[case][key], TOLERANCE.get(case, 1e-5))
+        assert_alike(ranks[0][case][key], single[case][key], 1e-5)
         for found in ranks[1:]:
             assert all(torch.equal(found[case][key][name], tensor) for name, tensor in ranks[0][case][key].items())
 
@@ -174,10 +172,10 @@ def test_ranks_together_are_one_rank(ranks, single, case):
 def test_what_ranks_saved_continues_on_one(ranks, case):
     saved = ranks[0][case]["middle"]
     params, optimizer = make(case, Comm(), seed=5)
-    assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == optimizer.state_shapes()
-    assert ranks[0][case]["shapes"] == optimizer.state_shapes()
-    optimizer.load_state_tensors(saved)
-    assert_alike(run(params, optimizer, range(HALF, STEPS)), ranks[0][case]["final"], TOLERANCE.get(case, 1e-5))
+    assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == optimizer.state.shapes()
+    assert ranks[0][case]["shapes"] == optimizer.state.shapes()
+    optimizer.state.load(saved)
+    assert_alike(run(params, optimizer, range(HALF, STEPS)), ranks[0][case]["final"], 1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)

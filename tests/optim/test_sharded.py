@@ -3,7 +3,6 @@
 Run as a program with RANK and WORLD_SIZE in the environment, this file is one rank of the runs that its tests compare.
 """
 
-import dataclasses
 import functools
 import math
 import os
@@ -11,32 +10,35 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from configs.groups import Group, Optim
+from configs.optim import SOAP, Adam, Extra, Muon, NorMuon, Optim, Steepest
 from configs.speedrun import record_optim
+from optim.bank import SMALL_BANK_ELEMENTS
 from optim.comm import Comm
-from optim.groups import build_groups
-from optim.rules import RULES, Hyper
+from optim.groups import build_groups, build_rule
+from optim.measures import StepMeasures
+from optim.rule import Hyper, Step
 from optim.schedule import Values
-from optim.sharded import SMALL_BANK_ELEMENTS, ShardedOptimizer, hyper_at
-from optim.step import Step
+from optim.sharded import ShardedOptimizer
+from tests.optim.oracle import FULL, hyper, one_role
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, HALF = 6, 3
 
 OPTIM = Optim(
-    matrix=Group(rule="steepest", lr=0.02, weight_decay=0.1, norm="spectral", unit="at_least_one"),
-    embed=Group(lr=0.3, weight_decay=0.01),
-    head=Group(lr=0.02, weight_decay=0.3, decay="cautious"),
-    value_embed=Group(rule="steepest", norm="row", lr=0.1, averaging="heavy_ball", nesterov=False),
-    bigram_embed=Group(lr=0.05, weight_decay=0.02),
-    gate=Group(rule="steepest", norm="frobenius", lr=0.5, averaging="none", decay="independent", weight_decay=0.01),
-    gain=Group(lr=0.01), bias=Group(rule="steepest", norm="sign", lr=0.003), scalar=Group(lr=0.02))
+    matrix=Muon(lr=0.02, weight_decay=0.1, unit="at_least_one"),
+    embed=Adam(lr=0.3, weight_decay=0.01),
+    head=Adam(lr=0.02, weight_decay=0.3, decay="cautious"),
+    value_embed=Steepest(norm="row", lr=0.1, averaging="heavy_ball", nesterov=False),
+    bigram_embed=Adam(lr=0.05, weight_decay=0.02),
+    gate=Steepest(norm="frobenius", lr=0.5, averaging="none", decay="independent", weight_decay=0.01),
+    gain=Adam(lr=0.01), bias=Steepest(norm="sign", lr=0.003), scalar=Adam(lr=0.02))
 
 # Sizes that neither 2 nor 3 divides, on both sides of the border below which a bank is replicated.
 TENSORS: dict[str, tuple[str, tuple[int, ...], torch.dtype]] = {
@@ -87,14 +89,17 @@ def values_at(step: int) -> Values:
     return Values(1 - 0.1 * step, 1 + 0.5 * step, 0.85 + 0.02 * step, 1, 1, None)
 
 
-def run_steps(optimizer: ShardedOptimizer, params: dict[str, nn.Parameter], steps: range, **options: bool) -> list:
-    comm, found = optimizer.comm, []
+def run_steps(optimizer: ShardedOptimizer, params: dict[str, nn.Parameter], steps: range, *, measured: bool = False) -> list:
+    """What was measured at each step, where asked."""
+    comm, measures, found = optimizer.comm, StepMeasures(optimizer.comm), []
     for step in steps:
         optimizer.zero_grad()
         for name, param in params.items():
             param.grad += gradient_share(name, step, comm.rank, comm.world_size)
-        optimizer.step(values_at(step), step + 1, **options)
-        found.append(optimizer.measure(values_at(step)))
+        if measured:
+            measures.remember(optimizer.banks)
+        optimizer.step(values_at(step), step + 1)
+        found.append(measures.of_roles(values_at(step)))
     return found
 
 
@@ -125,7 +130,7 @@ def weights_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def start_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Where distances are measured from: the weights' own start, zero for memories."""
+    """Where distances are measured from: the weights' own start, zero for state."""
     start = {f"weights/{name}": weight for name, weight in copies(make_params()).items()}
     return {name: start.get(name, torch.zeros_like(tensor)) for name, tensor in state.items()}
 
@@ -186,19 +191,19 @@ def test_a_step_changes_the_model_in_place():
 
 
 def plain_loop(steps: int = STEPS) -> dict[str, Tensor]:
-    """The slow twin: every parameter alone, as one matrix, with its own rule and memory."""
+    """The slow twin: every parameter alone, as one matrix, with its own rule and state."""
     weights, states = copies(make_params()), {}
     for step in range(steps):
         values = values_at(step)
         for name, W in weights.items():
-            group = getattr(OPTIM, TENSORS[name][0])
-            rule = RULES[group.rule].build(group)
+            config = getattr(OPTIM, TENSORS[name][0])
+            rule = build_rule(config)
             matrix = W.view(1, -1, W.size(-1))
             state = states.setdefault(name, rule.init_state(matrix))
-            hyper = Hyper(*(torch.tensor(float(x)) for x in (
-                group.lr * values.lr, group.weight_decay * values.weight_decay, values.momentum, step + 1)))
+            now = hyper(config.lr * values.lr, wd=config.weight_decay * values.weight_decay, momentum=values.momentum,
+                        count=step + 1)
             grad = whole_gradient(name, step).to(W.dtype).view_as(matrix)
-            rule.update(matrix, grad, state, hyper, step=Step.build(group))
+            rule.update(matrix, grad, state, now, step=Step.build(config))
     return weights
 
 
@@ -209,46 +214,42 @@ def test_one_rank_is_a_plain_loop():
     assert_moved_alike(copies(params), plain_loop(), copies(make_params()))
 
 
-CUTS = {"muon": {"rule": "steepest"}, "normuon": {"rule": "normuon"}, "soap": {"rule": "soap"},
-        "hyperball": {"rule": "adam", "constraint": "hyperball"},
-        "independent": {"rule": "steepest", "weight_decay": 0.2, "decay": "independent"}}
-
-
-@pytest.mark.parametrize("case", CUTS)
-def test_blocks_are_matrices_and_factors_are_learning_rates(case):
+@pytest.mark.parametrize("config", [
+    Muon(lr=0.04), NorMuon(lr=0.04), SOAP(lr=0.04), Adam(lr=0.04, constraint="hyperball"),
+    Muon(lr=0.04, weight_decay=0.2, decay="independent")], ids=["muon", "normuon", "soap", "hyperball", "independent"])
+def test_blocks_are_matrices_and_factors_are_learning_rates(config):
     """Cut into three blocks, at twice the lr, a tensor moves as three tensors would at that lr."""
     start, grads = torch.randn(12, 5, generator=seeded("cut")), torch.randn(3, 12, 5, generator=seeded("cuts"))
     whole = {"w": nn.Parameter(start.clone())}
     parts = {f"p{i}": nn.Parameter(start[4 * i:4 * i + 4].clone()) for i in range(3)}
-    cut, plain = (ShardedOptimizer(build_groups(params, dict.fromkeys(params, "matrix"), Optim(matrix=group)), Comm())
-                  for params, group in ((whole, Group(**CUTS[case], lr=0.02, blocks=("w=3",), lr_factors=("w=2",))),
-                                        (parts, Group(**CUTS[case], lr=0.04))))
+    cut = one_role(replace(config, lr=0.02, extra=Extra(blocks=("w=3",), lr_factors=("w=2",))), whole)
+    plain, measures = one_role(config, parts), StepMeasures(cut.comm)
     for step in range(3):
         whole["w"].grad.copy_(grads[step])
         for i, part in enumerate(parts.values()):
             part.grad.copy_(grads[step, 4 * i:4 * i + 4])
+        measures.remember(cut.banks)
         for optimizer in (cut, plain):
-            optimizer.step(Values(1 - 0.2 * step, 1, 0.9, 1, 1, None), step + 1, remember=True)
+            optimizer.step(Values(1 - 0.2 * step, 1, 0.9, 1, 1, None), step + 1)
     torch.testing.assert_close(whole["w"], torch.cat(list(parts.values())), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(whole["w"], start, atol=0.01)
-    assert cut.turns("matrix")["w"]["angle"] > 0
-    saved = cut.state_tensors()
-    assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == cut.state_shapes()
+    assert measures.turns("matrix")["w"]["angle"] > 0
+    assert {name: tuple(tensor.shape) for name, tensor in cut.state.tensors().items()} == cut.state.shapes()
 
 
 def test_measuring_changes_nothing():
     first, second = make_params(), make_params()
     quiet, loud = make_optimizer(first), make_optimizer(second)
     assert run_steps(quiet, first, range(2)) == [{}, {}]
-    run_steps(loud, second, range(2), remember=True)
+    run_steps(loud, second, range(2), measured=True)
     assert_same(copies(first), copies(second))
 
 
 def test_hyperparameters_follow_the_schedule():
-    group = build_groups({"w": torch.zeros(2, 2)}, {"w": "matrix"}, OPTIM)[0]
-    hyper = hyper_at(group, Values(0.5, 3.0, 0.7, 1, 1, None), 9)
-    assert [x.item() for x in hyper[:4]] == pytest.approx([0.01, 0.3, 0.7, 9]) and {x.ndim for x in hyper[:4]} == {0}
-    assert hyper_at(group, Values(0.5, 3.0, None, 1, 1, None), 9).momentum.item() == pytest.approx(0.95)
+    now = Hyper.at(OPTIM.matrix, Values(0.5, 3.0, 0.7, 1, 1, None), 9)
+    assert [x.item() for x in now[:4]] == pytest.approx([0.01, 0.3, 0.7, 9]) and {x.ndim for x in now[:4]} == {0}
+    assert Hyper.at(OPTIM.matrix, Values(0.5, 3.0, None, 1, 1, None), 9).momentum.item() == pytest.approx(0.95)
+    assert Hyper.at(Adam(update_every=4), FULL, 12).count == 3
 
 
 @pytest.mark.parametrize("norm", ["row", "column", "sign", "frobenius", "rms_operator"])
@@ -256,10 +257,10 @@ def test_hyperparameters_follow_the_schedule():
 def test_vectors_and_single_numbers_take_every_norm(norm, shape):
     """A number is a matrix of one element: each of these norms moves it by lr."""
     params = {f"gain{i}": nn.Parameter(torch.zeros(shape)) for i in range(2)}
-    optimizer = make_optimizer(params, Optim(gain=Group(rule="steepest", norm=norm, lr=0.5, ns="svd")))
+    optimizer = make_optimizer(params, Optim(gain=Steepest(norm=norm, lr=0.5, ns="svd")))
     for param in params.values():
         param.grad.fill_(-3)
-    optimizer.step(Values(1, 1, None, 1, 1, None), 1)
+    optimizer.step(FULL, 1)
     for param in params.values():
         assert (param > 0).all() and (math.prod(shape) > 1 or param.item() == pytest.approx(0.5))
 
@@ -287,7 +288,7 @@ def test_measures_are_their_formulas():
     optimizer = make_optimizer(params)
     for step in range(3):
         before = copies(params)
-        found, = run_steps(optimizer, params, range(step, step + 1), remember=True)
+        found, = run_steps(optimizer, params, range(step, step + 1), measured=True)
         assert set(found) == {role for role, _, _ in TENSORS.values()}
         for role in found:
             assert found[role] == pytest.approx(plain_measures(role, before, copies(params), step), rel=1e-5), role
@@ -299,8 +300,8 @@ def test_weights_in_bfloat16_are_exact_when_compiled():
     start = {"a": (48, 32), "b": (32, 96), "t": (300, 32)}
     roles = {"a": "matrix", "b": "matrix", "t": "value_embed"}
     record = record_optim()
-    optim = dataclasses.replace(
-        record, matrix=dataclasses.replace(record.matrix, blocks=("a=3",), lr_factors=("b=4",)))
+    extra = replace(record.matrix.extra, blocks=("a=3",), lr_factors=("b=4",))
+    optim = replace(record, matrix=replace(record.matrix, extra=extra))
     found = []
     for compiled in (False, True):
         params = {name: nn.Parameter((torch.randn(shape, generator=seeded(name)) / 20).bfloat16())
@@ -341,13 +342,13 @@ def test_state_is_named_whole_and_independent():
     params = make_params()
     optimizer = make_optimizer(params)
     run_steps(optimizer, params, range(2))
-    state = optimizer.state_tensors()
+    state = optimizer.state.tensors()
     kept = {name: tensor.clone() for name, tensor in state.items()}
-    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == optimizer.state_shapes()
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == optimizer.state.shapes()
     assert_same(weights_of(state), copies(params))
-    memories = {name: sorted(key.split("/")[0] for key in state if key.endswith(f"/{name}")) for name in params}
-    assert memories["wide3"] == ["momentum", "weights"] and memories["gate"] == ["weights"]
-    assert memories["table"] == ["mean", "square", "weights"] and state["mean/table"].dtype == torch.bfloat16
+    state_of = {name: sorted(key.split("/")[0] for key in state if key.endswith(f"/{name}")) for name in params}
+    assert state_of["wide3"] == ["momentum", "weights"] and state_of["gate"] == ["weights"]
+    assert state_of["table"] == ["mean", "square", "weights"] and state["mean/table"].dtype == torch.bfloat16
     run_steps(optimizer, params, range(2, 4))
     assert_same(state, kept)
 
@@ -356,14 +357,14 @@ def test_loading_continues_bit_for_bit():
     params, other = make_params(), make_params(seed=1)
     optimizer = make_optimizer(params)
     run_steps(optimizer, params, range(HALF))
-    saved = optimizer.state_tensors()
+    saved = optimizer.state.tensors()
     run_steps(optimizer, params, range(HALF, STEPS))
     resumed = make_optimizer(other)
     run_steps(resumed, other, range(2))
-    resumed.load_state_tensors(saved)
-    assert_same(resumed.state_tensors(), saved)
+    resumed.state.load(saved)
+    assert_same(resumed.state.tensors(), saved)
     run_steps(resumed, other, range(HALF, STEPS))
-    assert_same(resumed.state_tensors(), optimizer.state_tensors())
+    assert_same(resumed.state.tensors(), optimizer.state.tensors())
     assert_same(copies(other), copies(params))
 
 
@@ -371,11 +372,11 @@ def test_restore_undoes_bit_for_bit():
     params = make_params()
     optimizer = make_optimizer(params)
     run_steps(optimizer, params, range(2))
-    before, snapshot = optimizer.state_tensors(), optimizer.snapshot()
+    before, snapshot = optimizer.state.tensors(), optimizer.state.snapshot()
     run_steps(optimizer, params, range(2, 5))
-    assert not torch.equal(optimizer.state_tensors()["weights/head"], before["weights/head"])
-    optimizer.restore(snapshot)
-    assert_same(optimizer.state_tensors(), before)
+    assert not torch.equal(optimizer.state.tensors()["weights/head"], before["weights/head"])
+    optimizer.state.restore(snapshot)
+    assert_same(optimizer.state.tensors(), before)
     assert_same(copies(params), weights_of(before))
 
 
@@ -386,10 +387,10 @@ def one_rank() -> dict:
     """The run that several ranks must reproduce."""
     params = make_params()
     optimizer = make_optimizer(params)
-    measures = run_steps(optimizer, params, range(HALF), remember=True)
-    middle = optimizer.state_tensors()
-    measures += run_steps(optimizer, params, range(HALF, STEPS), remember=True)
-    return {"middle": middle, "final": optimizer.state_tensors(), "measures": measures}
+    measures = run_steps(optimizer, params, range(HALF), measured=True)
+    middle = optimizer.state.tensors()
+    measures += run_steps(optimizer, params, range(HALF, STEPS), measured=True)
+    return {"middle": middle, "final": optimizer.state.tensors(), "measures": measures}
 
 
 def as_rank(folder: Path) -> None:
@@ -400,18 +401,18 @@ def as_rank(folder: Path) -> None:
     found: dict = {"start": copies(params), "banks": {
         bank.names[0]: (bank.sharded, tuple(bank.weights.shape), bank.own.start, bank.own.stop)
         for bank in optimizer.banks}}
-    found["measures"] = run_steps(optimizer, params, range(HALF), remember=True)
-    found["middle"] = optimizer.state_tensors()
-    snapshot = optimizer.snapshot()
+    found["measures"] = run_steps(optimizer, params, range(HALF), measured=True)
+    found["middle"] = optimizer.state.tensors()
+    snapshot = optimizer.state.snapshot()
     run_steps(optimizer, params, range(HALF, STEPS))
-    optimizer.restore(snapshot)
-    found["restored"] = optimizer.state_tensors()
-    found["measures"] += run_steps(optimizer, params, range(HALF, STEPS), remember=True)
-    found["final"], found["params"] = optimizer.state_tensors(), copies(params)
-    optimizer.load_state_tensors(torch.load(folder / "one.pt"))
-    found["loaded"] = optimizer.state_tensors()
+    optimizer.state.restore(snapshot)
+    found["restored"] = optimizer.state.tensors()
+    found["measures"] += run_steps(optimizer, params, range(HALF, STEPS), measured=True)
+    found["final"], found["params"] = optimizer.state.tensors(), copies(params)
+    optimizer.state.load(torch.load(folder / "one.pt"))
+    found["loaded"] = optimizer.state.tensors()
     run_steps(optimizer, params, range(HALF, STEPS))
-    found["continued"] = optimizer.state_tensors()
+    found["continued"] = optimizer.state.tensors()
     torch.save(found, folder / f"rank{optimizer.comm.rank}.pt")
     optimizer.comm.close()
 
@@ -502,10 +503,10 @@ def test_one_ranks_state_continues_on_several(ranks, single):
 def test_several_ranks_state_continues_on_one(ranks, single):
     params = make_params(seed=5)
     optimizer = make_optimizer(params)
-    optimizer.load_state_tensors(ranks[0]["middle"])
-    assert_same(optimizer.state_tensors(), ranks[0]["middle"])
+    optimizer.state.load(ranks[0]["middle"])
+    assert_same(optimizer.state.tensors(), ranks[0]["middle"])
     run_steps(optimizer, params, range(HALF, STEPS))
-    assert_moved_alike(optimizer.state_tensors(), ranks[0]["final"], start_of(single["final"]))
+    assert_moved_alike(optimizer.state.tensors(), ranks[0]["final"], start_of(single["final"]))
 
 
 if __name__ == "__main__":

@@ -4,20 +4,20 @@ import pytest
 import torch
 from torch import nn
 
-from configs.groups import Group, Optim
+from configs.optim import Adam, Muon, NorMuon, Optim, Prodigy, RuleConfig
 from optim.comm import Comm
-from optim.groups import build_groups, group_table
-from optim.schedule import Values
+from optim.groups import build_groups
+from optim.measures import StepMeasures
 from optim.sharded import ShardedOptimizer
-from tests.optim.rules.oracle import gaussian
+from tests.optim.oracle import FULL, gaussian
 
 SHAPES = {"slow": (6, 10), "fast": (4, 9)}
 ROLES = {"slow": "embed", "fast": "matrix"}
 
 
-def make(every: int, **changes: object) -> tuple[dict[str, nn.Parameter], ShardedOptimizer]:
+def make(every: int, rule: type[RuleConfig] = Adam, **changes: object) -> tuple[dict[str, nn.Parameter], ShardedOptimizer]:
     params = {name: nn.Parameter(gaussian(*shape)) for name, shape in SHAPES.items()}
-    optim = Optim(embed=Group(lr=0.1, update_every=every, **changes), matrix=Group(rule="steepest"))
+    optim = Optim(embed=rule(lr=0.1, update_every=every, **changes), matrix=Muon())
     return params, ShardedOptimizer(build_groups(params, ROLES, optim), Comm())
 
 
@@ -31,13 +31,13 @@ def run(params: dict, optimizer: ShardedOptimizer, steps: range) -> list[dict]:
     for step in steps:
         for name, param in params.items():
             param.grad.add_(grad(name, step))
-        optimizer.step(Values(1, 1, None, 1, 1, None), step + 1)
+        optimizer.step(FULL, step + 1)
         optimizer.zero_grad()
         path.append({name: param.detach().clone() for name, param in params.items()})
     return path
 
 
-@pytest.mark.parametrize("changes", [{"rule": "adam", "eps": 0.3}, {"rule": "normuon"}, {"rule": "prodigy"}])
+@pytest.mark.parametrize("changes", [{"rule": Adam, "eps": 0.3}, {"rule": NorMuon}, {"rule": Prodigy}])
 def test_it_is_a_slower_run_on_means(changes):
     """Its updates are those of a run whose k-th gradient is the mean of k; bias corrections count updates, not steps. Adam's
     large eps tells a mean from a sum."""
@@ -45,7 +45,7 @@ def test_it_is_a_slower_run_on_means(changes):
     params, optimizer = make(1, **changes)
     for update in range(3):
         params["slow"].grad.copy_(sum(grad("slow", 3 * update + i) for i in range(3)) / 3)
-        optimizer.step(Values(1, 1, None, 1, 1, None), update + 1)
+        optimizer.step(FULL, update + 1)
         torch.testing.assert_close(path[3 * update + 2]["slow"], params["slow"].detach(), rtol=1e-5, atol=1e-7)
 
 
@@ -74,12 +74,12 @@ def test_resuming_in_the_middle_is_exact(saved_at):
     straight = run(*make(3), range(7))
     params, optimizer = make(3)
     run(params, optimizer, range(saved_at))
-    saved = optimizer.state_tensors()
+    saved = optimizer.state.tensors()
     assert saved["pending/slow"].any() == (saved_at % 3 > 0) and "pending/fast" not in saved
     params, resumed = make(3)
     run(params, resumed, range(2))
-    assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == resumed.state_shapes()
-    resumed.load_state_tensors(saved)
+    assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == resumed.state.shapes()
+    resumed.state.load(saved)
     path = run(params, resumed, range(saved_at, 7))
     assert all(torch.equal(path[-1][name], straight[-1][name]) for name in SHAPES)
 
@@ -87,9 +87,9 @@ def test_resuming_in_the_middle_is_exact(saved_at):
 def test_a_rehearsal_leaves_waiting_gradients_as_they_were():
     params, optimizer = make(3)
     run(params, optimizer, range(4))
-    snapshot = optimizer.snapshot()
+    snapshot = optimizer.state.snapshot()
     run(params, optimizer, range(20, 25))
-    optimizer.restore(snapshot)
+    optimizer.state.restore(snapshot)
     assert torch.equal(run(params, optimizer, range(4, 7))[-1]["slow"], run(*make(3), range(7))[-1]["slow"])
 
 
@@ -99,18 +99,8 @@ def test_the_period_is_when_all_are_updated():
 
 def test_measures_of_a_group_that_rests_are_zero():
     params, optimizer = make(2)
-    values = Values(1, 1, None, 1, 1, None)
-    optimizer.step(values, 1, remember=True)
-    assert optimizer.measure(values)["embed"]["update_rms"] == 0
-
-
-def test_the_table_says_so():
-    params = {name: nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
-    groups = build_groups(params, ROLES, Optim(embed=Group(update_every=2, row_floor=0.3)))
-    assert "row_floor=0.3 update_every=2" in group_table(groups)
-
-
-def test_it_is_off_by_default_and_at_least_one():
-    assert Group().update_every == 1 and "pending/slow" not in make(1)[1].state_shapes()
-    with pytest.raises(ValueError, match="update_every must be at least 1, got 0"):
-        Group(update_every=0)
+    measures = StepMeasures(optimizer.comm)
+    measures.remember(optimizer.banks)
+    run(params, optimizer, range(1))
+    found = measures.of_roles(FULL)
+    assert found["embed"]["update_rms"] == 0 < found["matrix"]["update_rms"]

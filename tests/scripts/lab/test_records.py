@@ -8,12 +8,19 @@ from dataclasses import replace
 import pytest
 
 from configs.presets import PRESETS
-from configs.serialize import config_from_dict, config_hash, config_to_dict, flatten
+from configs.serialize import config_from_dict, config_hash, config_to_dict, flatten, unflatten
 from data.run.metrics import SUMMARY_KEYS
 from scripts.lab.folders import read_run
 from scripts.lab.models import count_parameters
-from configs.serialize import unflatten
-from scripts.lab.records import append_records, changed_settings, faults, read_records, record_of, record_of_failure, shared_faults
+from scripts.lab.records import (
+    append_records,
+    changed_settings,
+    faults,
+    read_records,
+    record_of,
+    record_of_failure,
+    shared_faults,
+)
 from scripts.lab.sweep import Trial
 from scripts.lab.tuning import loss_of
 from scripts.verify_record import runs_table

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.groups import Group
-from optim.rules import RULES
-from optim.rules.swan import standardise_rows, whiten
-from tests.optim.rules.oracle import SHAPES, assert_moved_alike, directions, gaussian, gradients, hyper, train
+from configs.optim import SWAN
+from optim.groups import build_rule
+from optim.zoo.swan import standardise_rows, whiten
+from tests.optim.oracle import SHAPES, assert_moved_alike, directions, gaussian, gradients, hyper, train
 
 
-def swan(**changes: object) -> Group:
-    return Group(**dict(rule="swan", lr=0.01, whiten_steps=30) | changes)
+def swan(**changes: object) -> SWAN:
+    return SWAN(**dict(lr=0.01, whiten_steps=30) | changes)
 
 
 def twin(G: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def test_whitened_rows_are_orthonormal():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_step_has_adams_size_and_no_memory(shape):
-    rule, grads = RULES["swan"].build(swan()), gradients(*shape, steps=3)
+    rule, grads = build_rule(swan()), gradients(*shape, steps=3)
     assert rule.init_state(grads[0]) == {}
     for grad in grads:
         found = rule.direction(grad, grad, {}, hyper(1.0))

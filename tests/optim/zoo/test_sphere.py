@@ -1,4 +1,4 @@
-"""Constraint sets: steps on the sphere against their closed forms."""
+"""The sphere: steps and tangents against their closed forms."""
 
 import math
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from optim.constraints import Free, Hyperball, Sphere
+from optim.zoo.hyperball import Hyperball
+from optim.zoo.sphere import Sphere
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
@@ -15,7 +16,7 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
 
 def started(constraint: Sphere, *shape: int) -> Tensor:
     W = gaussian(*shape)
-    constraint.enter(W)
+    constraint.project_start(W)
     return W
 
 
@@ -54,7 +55,7 @@ def test_retraction_and_geodesic_agree_to_second_order(axis):
 def test_what_the_rule_sees_is_tangent(tangent):
     sphere = Sphere(tangent=tangent)
     W, G, state = started(sphere, 2, 3, 4), gaussian(2, 3, 4, seed=1), {"momentum": gaussian(2, 3, 4, seed=2)}
-    seen = sphere.see(W, G, state)
+    seen = sphere.project_gradient(W, G, state)
     torch.testing.assert_close((seen.double() * W).sum(-1), torch.zeros(2, 3).double(), atol=1e-6, rtol=0)
     radial = (state["momentum"] * W).sum(-1).abs().max()
     assert (radial < 1e-6) == (tangent != "gradient")
@@ -63,21 +64,21 @@ def test_what_the_rule_sees_is_tangent(tangent):
 def test_untouched_where_nothing_is_asked():
     G, state = gaussian(1, 2, 3), {"momentum": gaussian(1, 2, 3, seed=1)}
     kept = state["momentum"].clone()
-    assert Sphere().see(gaussian(1, 2, 3, seed=2), G, state) is G and torch.equal(state["momentum"], kept)
+    assert Sphere().project_gradient(gaussian(1, 2, 3, seed=2), G, state) is G and torch.equal(state["momentum"], kept)
 
 
 def test_steepest_descent_on_the_sphere_is_the_best_of_all_tangent_steps():
     """For the Euclidean norm of rows: of all steps as long, none gains more to first order."""
     W, G = started(Sphere(), 1, 1, 6), gaussian(1, 1, 6, seed=1)
-    best = Sphere(tangent="gradient").see(W, G, {})
+    best = Sphere(tangent="gradient").project_gradient(W, G, {})
     best = best / best.norm()
     for seed in range(20):
-        other = Sphere(tangent="gradient").see(W, gaussian(1, 1, 6, seed=seed + 2), {})
+        other = Sphere(tangent="gradient").project_gradient(W, gaussian(1, 1, 6, seed=seed + 2), {})
         assert (G * other / other.norm()).sum() <= (G * best).sum() + 1e-6
 
 
 @pytest.mark.parametrize(("constraint", "scope"), [
-    (Free(), "element"), (Hyperball(), "matrix"), (Sphere(), "row"), (Sphere().along(-2), "matrix")])
+    (Hyperball(), "matrix"), (Sphere(), "row"), (Sphere().along(-2), "matrix")])
 def test_a_rank_owns_whole_vectors(constraint, scope):
     assert constraint.scope == scope
 

@@ -4,13 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.groups import Group, Optim
-from optim.constraints import Radial
-from optim.groups import build_groups
-from optim.rules import RULES, build_rule
-from optim.shape import Shape, length
-from optim.step import Step
-from tests.optim.rules.oracle import gaussian, hyper
+from configs.optim import RULES, Adam, Extra, Optim
+from optim.constraint import length
+from optim.groups import build_groups, build_rule
+from optim.rule import Step
+from optim.zoo.radial import Radial, Shape
+from tests.optim.oracle import gaussian, hyper
 
 HOSTILE = (0.0, 1e-30, 1e30)
 
@@ -64,7 +63,7 @@ def test_the_floor_lifts_short_rows_alone_and_turns_none():
 @pytest.mark.parametrize("direction", HOSTILE)
 def test_hostile_tensors_give_finite_steps(weights, direction):
     W, D = gaussian(1, 4, 6) * weights, gaussian(1, 4, 6, seed=1) * direction
-    for constraint in (Step().constraint, Radial()):
+    for constraint in (None, Radial()):
         now = W.clone()
         Step(constraint=constraint, shape=Shape(0.5, 0.3825)).apply(now, D, {}, hyper(0.01))
         assert now.isfinite().all()
@@ -98,17 +97,17 @@ def test_a_tangential_step_keeps_the_radius_and_a_matrix_that_is_zero_moves():
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_takes_them(rule):
     """The step is W - lr shape(W, D) for whatever D the rule finds; also where it has a faster way."""
-    group = Group(rule=rule, lr=0.1, radial_brake=0.5, row_floor=0.4, distance_start=1.0)
+    start = {"distance_start": 1.0} if rule == "prodigy" else {}
+    config = RULES[rule](lr=0.1, extra=Extra(radial_brake=0.5, row_floor=0.4), **start)
     W = gaussian(1, 6, 9)
     steps = {}
-    for shape in (Shape(), Step.build(group).shape):
-        built, now = build_rule(group), W.clone()
+    for shape in (None, Step.build(config).shape):
+        built, now = build_rule(config), W.clone()
         state, shared = built.init_state(now), built.init_shared()
         for t in range(2):  # SOAP's first moves nothing
-            numbers = hyper(0.1, count=t + 1)._replace(shared=shared)
-            sums = built.sums(now, gaussian(1, 6, 9, seed=3), state, numbers)
-            if sums is not None:
-                built.absorb(sums, numbers)
+            numbers = hyper(0.1, count=t + 1, shared=shared)
+            if shared:
+                built.absorb(built.sums(now, gaussian(1, 6, 9, seed=3), state, numbers), numbers)
             before = now.clone()
             built.update(now, gaussian(1, 6, 9, seed=3), state, numbers, step=Step(shape=shape))
             if not torch.equal(now, before):
@@ -118,23 +117,14 @@ def test_every_rule_takes_them(rule):
     torch.testing.assert_close(shaped.double(), twin(before, plain, 0.5, 0.4), rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize(("changes", "scope"), [
-    ({}, "element"), ({"row_floor": 0.3}, "row"), ({"radial_brake": 0.5}, "matrix"), ({"constraint": "radial"}, "matrix")])
-def test_ranks_cut_no_finer_than_they_need(changes, scope):
-    params = {"w": torch.nn.Parameter(gaussian(4, 6))}
-    groups = build_groups(params, {"w": "matrix"}, Optim(matrix=Group(rule="adam", **changes)))
-    assert groups[0].scope == scope
+@pytest.mark.parametrize(("config", "scope"), [
+    (Adam(), "element"), (Adam(extra=Extra(row_floor=0.3)), "row"), (Adam(extra=Extra(radial_brake=0.5)), "matrix"),
+    (Adam(constraint="radial"), "matrix")])
+def test_ranks_cut_no_finer_than_they_need(config, scope):
+    group, = build_groups({"w": gaussian(4, 6)}, {"w": "matrix"}, Optim(matrix=config))
+    assert group.scope == scope
 
 
 def test_off_a_direction_is_passed_on_untouched():
     W, D = outward_and_inward()
-    assert Shape()(W, D) is D and Step().is_plain and not Step(shape=Shape(row_floor=0.1)).is_plain
-
-
-@pytest.mark.parametrize(("wrong", "says"), [
-    ({"radial_brake": 1.5}, r"radial_brake must lie in \[0, 1\], got 1.5"),
-    ({"row_floor": -0.1}, "row_floor must be at least 0, got -0.1"),
-    ({"radial_brake": 0.5, "constraint": "hyperball"}, "radial_brake has no effect under constraint hyperball")])
-def test_impossible_settings_are_refused(wrong, says):
-    with pytest.raises(ValueError, match=says):
-        Group(**wrong)
+    assert Shape()(W, D) is D and Step.build(Adam()).shape is None

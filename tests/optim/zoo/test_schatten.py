@@ -1,4 +1,7 @@
-"""The l_p norms of vectors against closed forms: simplex by sorting, scaling, clipping, and the multiplier's equation."""
+"""Schatten norms between their limits; and the l_p norms of vectors against closed forms.
+
+Those are the simplex by sorting, scaling, clipping, and the multiplier's equation.
+"""
 
 import math
 
@@ -8,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from optim.zoo.schatten import lp_dual, lp_project, lp_size
+from optim.norms import Frobenius, Spectral
+from optim.zoo.schatten import Schatten, lp_dual, lp_project, lp_size
+from tests.optim.oracle import gaussian
 
 vectors = st.lists(st.floats(0, 5), min_size=1, max_size=6).map(lambda xs: torch.tensor([xs], dtype=torch.float64))
 quick = settings(max_examples=12, deadline=None, derandomize=True)
@@ -59,3 +64,44 @@ def test_size_survives_extreme_scales(p):
 def test_dual_shares_among_equals_and_leaves_zeros(p, wanted):
     s = torch.tensor([[4.0, 4.0, 2.0, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(lp_dual(s, p), torch.tensor([wanted], dtype=torch.float64))
+
+
+# ---- Of matrices --------------------------------------------------------------------------------------------------------
+
+
+def gaussian64(shape: tuple[int, ...], seed: int) -> Tensor:
+    return gaussian(*shape, seed=seed).double()
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7), (2, 7, 5), (2, 6, 6)])
+def test_schatten_runs_from_normalised_sgd_to_muon(shape):
+    G = gaussian64(shape, 4)
+    torch.testing.assert_close(Schatten(2).dual(G), Frobenius().dual(G), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(Schatten(math.inf).dual(G), Spectral("spectral", "svd").dual(G), rtol=1e-9, atol=1e-12)
+    rms = Schatten(math.inf, "rms").dual(G)
+    torch.testing.assert_close(rms, Spectral("rms_operator", "svd").dual(G), rtol=1e-9, atol=1e-12)
+    far = (Schatten(1e4, "rms").dual(G) - rms).norm() / rms.norm()
+    assert 0 < far < 1e-3
+
+
+def test_the_larger_p_the_flatter_the_step():
+    G = gaussian64((1, 6, 9), 4)
+    spread = []
+    for p in (1.2, 2, 4, 16, math.inf):
+        values = torch.linalg.svdvals(Schatten(p).dual(G))[0]
+        spread.append((values[-1] / values[0]).item())
+    assert spread == sorted(spread) and spread[-1] == pytest.approx(1) and spread[0] < 0.01
+
+
+def test_nuclear_steps_have_rank_one():
+    U, S, Vh = torch.linalg.svd(gaussian64((2, 6, 4), 4), full_matrices=False)
+    torch.testing.assert_close(Schatten(1).dual((U * S[:, None]) @ Vh), U[..., :1] @ Vh[:, :1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("p", [1, 1.5, 2, 7, math.inf])
+@pytest.mark.parametrize("shape", [(2, 5, 7), (2, 7, 5)])
+def test_flat_spectra_are_as_large_for_every_p(p, shape):
+    """In unit rms."""
+    flat = Spectral("rms_operator", "svd").dual(gaussian64(shape, 4))
+    torch.testing.assert_close(Schatten(p, "rms").size(flat), torch.ones(2, dtype=torch.float64), rtol=1e-9, atol=0)
+    torch.testing.assert_close(Schatten(p, "rms").project(flat), flat, rtol=1e-9, atol=1e-12)

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from configs.groups import Group
-from optim.rules.muown import ZERO_ROW_GAIN
-from tests.optim.rules.oracle import SHAPES, assert_moved_alike, gaussian, gradients, polar, train
+from configs.optim import Muown
+from optim.zoo.muown import ZERO_ROW_GAIN
+from tests.optim.oracle import SHAPES, assert_moved_alike, gaussian, gradients, polar, train
 
 
-def muown(**changes: object) -> Group:
-    base = dict(rule="muown", lr=0.02, norm="spectral", unit="match_adam", ns="svd", beta1=0.9, beta2=0.95, momentum=0.8,
+def muown(**changes: object) -> Muown:
+    base = dict(lr=0.02, unit="match_adam", ns="svd", beta1=0.9, beta2=0.95, momentum=0.8,
                 averaging="heavy_ball")
-    return Group(**base | changes)
+    return Muown(**base | changes)
 
 
 def twin(start, grads, *, lr, mu, betas=(0.9, 0.95), eps=1e-10):

@@ -8,21 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from configs.groups import Group, Optim
-from optim.comm import Comm
-from optim.groups import build_groups
-from optim.rules import RULES
-from optim.schedule import Values
+from configs.optim import AGD
+from optim.groups import build_rule
 from optim.sharded import ShardedOptimizer
-from tests.optim.rules.oracle import gaussian, hyper
+from tests.optim.oracle import FULL, gaussian, hyper, one_role, parameters
 
 SHAPES = {"in": (12, 5), "hidden": (12, 12), "same": (12, 12), "out": (3, 12)}
 
 
 def make(lr: float = 1.0) -> tuple[dict[str, nn.Parameter], ShardedOptimizer]:
-    params = {name: nn.Parameter(gaussian(*shape, seed=i)) for i, (name, shape) in enumerate(SHAPES.items())}
-    groups = build_groups(params, dict.fromkeys(params, "matrix"), Optim(matrix=Group(rule="agd", lr=lr)))
-    return params, ShardedOptimizer(groups, Comm())
+    params = parameters(SHAPES)
+    return params, one_role(AGD(lr=lr), params)
 
 
 def gradient(name: str, W: Tensor, step: int) -> Tensor:
@@ -47,7 +43,7 @@ def test_agd_is_its_formula(gain):
     for step in range(20):
         for name, param in params.items():
             param.grad.copy_(gradient(name, param.detach(), step))
-        optimizer.step(Values(1, 1, None, 1, 1, None), step + 1)
+        optimizer.step(FULL, step + 1)
     for name, wanted in twin(20, gain).items():
         moved = (wanted - make()[0][name]).norm()
         assert (params[name] - wanted).norm() <= 2e-6 * moved, name
@@ -56,7 +52,7 @@ def test_agd_is_its_formula(gain):
 @given(st.floats(-20, 4))
 def test_the_length_solves_the_papers_equation(power):
     """e^eta (e^eta - 1) = S: where the majorization's derivative is zero."""
-    rule, total = RULES["agd"].build(Group(rule="agd")), 10.0**power
+    rule, total = build_rule(AGD()), 10.0**power
     numbers = hyper(1.0)._replace(shared=rule.init_shared())
     rule.absorb(torch.tensor([total * 4, 4.0]), numbers)
     eta = 4 * numbers.shared["length"].double()
@@ -68,7 +64,7 @@ def test_layers_without_gradient_stay_and_count():
     before = params["hidden"].detach().clone()
     for name, param in params.items():
         param.grad.copy_(gradient(name, param.detach(), 0) * (name == "out"))
-    optimizer.step(Values(1, 1, None, 1, 1, None), 1)
+    optimizer.step(FULL, 1)
     assert torch.equal(params["hidden"], before)
     size = gradient("out", make()[0]["out"].detach(), 0).norm().item() * 0.5
     eta = math.log((1 + math.sqrt(1 + 4 * size / 4)) / 2)
@@ -83,15 +79,14 @@ def test_a_linear_network_learns_with_nothing_tuned():
     for layer in model[::2]:  # the paper's start: orthogonal, in its layers' unit
         nn.init.orthogonal_(layer.weight, (layer.weight.size(0) / layer.weight.size(1)) ** 0.5)
     params = dict(model.named_parameters())
-    groups = build_groups(params, dict.fromkeys(params, "matrix"), Optim(matrix=Group(rule="agd", lr=1.0)))
-    optimizer = ShardedOptimizer(groups, Comm())
+    optimizer = one_role(AGD(lr=1.0), params)
     x = torch.randn(64, 20)
     y = torch.randn(64, 4)
     losses = []
     for step in range(200):
         loss = (model(x) - y).square().mean()
         loss.backward()
-        optimizer.step(Values(1, 1, None, 1, 1, None), step + 1)
+        optimizer.step(FULL, step + 1)
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]

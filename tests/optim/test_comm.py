@@ -3,11 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from configs.groups import Group, Optim
 from optim.comm import Comm
-from optim.groups import build_groups
 
 
 class _Now:
@@ -58,12 +56,3 @@ def test_on_one_rank_it_is_the_bank():
     own, work = Comm().reduce_scatter_rows(bank)
     work.wait()
     assert torch.equal(own, bank)
-
-
-def test_tables_are_cut_by_rows_and_matrices_are_refused():
-    params = {"table": nn.Parameter(torch.zeros(8, 4))}
-    roles = {"table": "bigram_embed"}
-    groups = build_groups(params, roles, Optim(bigram_embed=Group(sparse_rows=True)))
-    assert groups[0].scope == "row" and build_groups(params, roles, Optim())[0].scope == "element"
-    with pytest.raises(ValueError, match=r"optim.bigram_embed.sparse_rows: rule steepest.*whole matrices"):
-        build_groups(params, roles, Optim(bigram_embed=Group(rule="steepest", sparse_rows=True)))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from configs.groups import Group
-from tests.optim.rules.oracle import (
+from configs.optim import NorMuon
+from tests.optim.oracle import (
     SHAPES,
     assert_moved_alike,
     directions,
@@ -16,9 +16,9 @@ from tests.optim.rules.oracle import (
 )
 
 
-def normuon(**changes: object) -> Group:
-    base = dict(rule="normuon", lr=0.02, norm="spectral", ns="svd", beta2=0.9, momentum=0.8)
-    return Group(**base | changes)
+def normuon(**changes: object) -> NorMuon:
+    base = dict(lr=0.02, unit="spectral", ns="svd", beta2=0.9, momentum=0.8)
+    return NorMuon(**base | changes)
 
 
 def twin(start, grads, *, lr, mu, beta2, wd=0.0, dim=-1):
@@ -56,8 +56,8 @@ def test_normuon_is_pytorch_optimizers(shape, unit, scale):
     for grad in grads:
         param.grad = grad.clone()
         optimizer.step()
-    group = normuon(ns="convergent", ns_steps=12, unit=unit)
-    found = train(group, start[None], [g[None] for g in grads])[0]
+    config = normuon(ns="convergent", ns_steps=12, unit=unit)
+    found = train(config, start[None], [g[None] for g in grads])[0]
     assert_moved_alike(found, param.detach(), start, tolerance=0.02)
 
 

@@ -4,15 +4,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from configs.groups import Group, Optim
-from optim.comm import Comm
-from optim.groups import build_groups
+from configs.optim import Prodigy
 from optim.schedule import Values
 from optim.sharded import ShardedOptimizer
-from tests.optim.rules.oracle import assert_moved_alike, gaussian
+from tests.optim.oracle import FULL, assert_moved_alike, gaussian, one_role, parameters
 
 SHAPES = {"a": (6, 10), "b": (10, 6), "c": (6, 10), "d": (13,)}
-GROUP = dict(rule="prodigy", lr=1.0, beta1=0.9, beta2=0.99, eps=1e-8)
+CONFIG = dict(lr=1.0, beta1=0.9, beta2=0.99, eps=1e-8)
 
 
 def target(name: str) -> Tensor:
@@ -20,9 +18,8 @@ def target(name: str) -> Tensor:
 
 
 def make(**changes: object) -> tuple[dict[str, nn.Parameter], ShardedOptimizer]:
-    params = {name: nn.Parameter(gaussian(*shape, seed=i, scale=0.1)) for i, (name, shape) in enumerate(SHAPES.items())}
-    optim = Optim(matrix=Group(**GROUP | changes))
-    return params, ShardedOptimizer(build_groups(params, dict.fromkeys(params, "matrix"), optim), Comm())
+    params = parameters(SHAPES, scale=0.1)
+    return params, one_role(Prodigy(**CONFIG | changes), params)
 
 
 def gradient(name: str, W: Tensor, step: int) -> Tensor:
@@ -117,7 +114,7 @@ def test_the_estimate_never_shrinks_nor_exceeds_the_distance():
     for step in range(100):
         for name, param in params.items():
             param.grad.copy_(param.detach() - target(name))
-        optimizer.step(Values(1, 1, None, 1, 1, None), step + 1)
+        optimizer.step(FULL, step + 1)
         found.append(optimizer.shared["matrix"]["d"].item())
     assert found == sorted(found) and 1e-3 < found[-1] < farthest
 
@@ -139,7 +136,7 @@ def test_resuming_continues_bit_for_bit():
     straight, _ = ours(12)
     _, half = ours(6)
     params, optimizer = make()
-    optimizer.load_state_tensors(half.state_tensors())
+    optimizer.state.load(half.state.tensors())
     for step in range(6, 12):
         for name, param in params.items():
             param.grad.copy_(gradient(name, param.detach(), step))

@@ -4,16 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.groups import Group, Optim
-from optim.comm import Comm
-from optim.constraints import Stiefel as Manifold
-from optim.constraints import build_constraint
-from optim.groups import build_groups
+from configs.optim import Stiefel
+from optim.groups import build_rule
 from optim.newton_schulz import orthogonalize_svd
-from optim.rules import Hyper, build_rule
-from optim.rules.stiefel import residual, solve
-from optim.schedule import Values
-from optim.sharded import ShardedOptimizer
+from optim.rule import Hyper, Step
+from optim.zoo.stiefel import StiefelSet, residual, solve
+from tests.optim.oracle import FULL, one_role
 
 SHAPES = [(6, 6), (24, 6), (6, 24), (12, 8)]
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -25,7 +21,7 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
 
 
 def step_at(W: Tensor, G: Tensor, **config: object) -> Tensor:
-    rule = build_rule(Group(rule="stiefel", constraint="stiefel", averaging="none", **({"dual_steps": 60} | config)))
+    rule = build_rule(Stiefel(averaging="none", **({"dual_steps": 60} | config)))
     return rule.direction(W, G, rule.init_state(W), HYPER)
 
 
@@ -86,7 +82,7 @@ def test_a_gradient_of_rank_one_gives_a_finite_step(shape):
 
 def test_the_last_dual_is_a_better_start():
     W, G = orthogonalize_svd(gaussian(1, 24, 12)), gaussian(1, 24, 12, seed=1)
-    rule = build_rule(Group(rule="stiefel", constraint="stiefel", averaging="none", dual_steps=3))
+    rule = build_rule(Stiefel(averaging="none", dual_steps=3))
     state = rule.init_state(W)
     found = [residual(W, rule.direction(W, G, state, HYPER)).item() for _ in range(6)]
     assert found[-1] < 0.3 * found[0]
@@ -100,30 +96,26 @@ def test_the_last_dual_is_a_better_start():
 def test_a_tangent_step_and_its_retraction_end_on_the_manifold(shape, lr):
     W, G = orthogonalize_svd(gaussian(2, *shape)).float(), gaussian(2, *shape, seed=1).float()
     before = W.clone()
-    Manifold().move(W, step_at(W, G), torch.tensor(lr), {})
+    StiefelSet().move(W, step_at(W, G), torch.tensor(lr), {})
     assert (torch.linalg.svdvals(W) - 1).abs().max() < (1e-5 if lr < 1 else 0.02)
     assert lr > 0 or torch.allclose(W, before, atol=1e-6)
 
 
 def test_singular_values_stay_one_while_it_trains():
     params = {"tall": torch.nn.Parameter(gaussian(24, 6).float()), "wide": torch.nn.Parameter(gaussian(6, 24).float())}
-    config = Group(rule="stiefel", constraint="stiefel", lr=0.1)
-    optimizer = ShardedOptimizer(build_groups(params, dict.fromkeys(params, "matrix"), Optim(matrix=config)),
-                                 Comm(torch.device("cpu")))
+    optimizer = one_role(Stiefel(lr=0.1), params)
     for step in range(30):
         for seed, weight in enumerate(params.values()):
             weight.grad.copy_(weight.detach() * 0.3 + gaussian(*weight.shape, seed=100 * step + seed))
-        optimizer.step(Values(1, 1, None, 1, 1, None), step + 1)
+        optimizer.step(FULL, step + 1)
         optimizer.zero_grad()
         assert all((torch.linalg.svdvals(w.detach()) - 1).abs().max() < 1e-4 for w in params.values())
 
 
 def test_zero_weights_are_refused():
     with pytest.raises(ValueError, match="full rank.*--model.no_zero_init_projections"):
-        Manifold().enter(torch.zeros(1, 4, 3))
+        StiefelSet().project_start(torch.zeros(1, 4, 3))
 
 
-def test_the_rule_brings_its_constraint_and_takes_no_other():
-    assert build_constraint(Group(rule="stiefel")) == Manifold()
-    with pytest.raises(ValueError, match="rule stiefel brings the constraint stiefel, got constraint sphere"):
-        Group(rule="stiefel", constraint="sphere")
+def test_the_rule_brings_its_constraint():
+    assert Step.build(Stiefel()).constraint == StiefelSet()

@@ -5,13 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs.groups import Group
-from optim.rules import RULES
-from tests.optim.rules.oracle import SHAPES, assert_moved_alike, directions, gaussian, gradients, hyper, train
+from configs.optim import SM3
+from optim.groups import build_rule
+from tests.optim.oracle import SHAPES, assert_moved_alike, directions, gaussian, gradients, hyper, train
 
 
-def sm3(**changes: object) -> Group:
-    return Group(**dict(rule="sm3", lr=0.05, averaging="none") | changes)
+def sm3(**changes: object) -> SM3:
+    return SM3(**dict(lr=0.05, averaging="none") | changes)
 
 
 def twin(start, grads, *, lr, mu=0.0):
@@ -69,14 +69,14 @@ def test_steps_are_at_most_adagrads(m, n, seed):
 def test_the_first_step_is_the_sign_and_memory_is_rows_and_columns():
     grad = gaussian(2, 5, 7)
     assert torch.equal(directions(sm3(), [grad])[0], grad.sign())
-    state = RULES["sm3"].build(sm3()).init_state(grad.bfloat16())
+    state = build_rule(sm3()).init_state(grad.bfloat16())
     assert {key: (tuple(t.shape), t.dtype) for key, t in state.items()} == {
         "row": ((2, 5, 1), torch.float32), "column": ((2, 1, 7), torch.float32)}
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_the_scale_of_the_gradients_does_not_matter(scale):
-    rule, grads = RULES["sm3"].build(sm3()), gradients(2, 5, 7, steps=6)
+    rule, grads = build_rule(sm3()), gradients(2, 5, 7, steps=6)
     plain, scaled = rule.init_state(grads[0]), rule.init_state(grads[0])
     for t, grad in enumerate(grads):
         wanted = rule.direction(grad, grad, plain, hyper(1.0, count=t + 1))

@@ -1,0 +1,90 @@
+"""What the optimizers' tests share: gradients, a training loop, and slow exact duals in float64."""
+
+import torch
+from torch import Tensor, nn
+
+from configs.optim import Optim, RuleConfig
+from optim.comm import Comm
+from optim.groups import build_groups, build_rule
+from optim.rule import Hyper, Step
+from optim.schedule import Values
+from optim.sharded import ShardedOptimizer
+
+SHAPES = [(2, 12, 20), (2, 20, 12), (2, 16, 16)]
+FULL = Values(1, 1, None, 1, 1, None)
+
+
+def gaussian(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def gradients(*shape: int, steps: int) -> list[Tensor]:
+    """Of several magnitudes."""
+    return [gaussian(*shape, seed=i, scale=10.0 ** (i % 3 - 1)) for i in range(steps)]
+
+
+def hyper(lr: float, *, wd: float = 0.0, momentum: float = 0.95, count: int = 1, shared: dict | None = None) -> Hyper:
+    return Hyper(*(torch.tensor(float(x)) for x in (lr, wd, momentum, count)), shared or {})
+
+
+def parameters(shapes: dict[str, tuple[int, ...]], *, scale: float = 1.0, seed: int = 0) -> dict[str, nn.Parameter]:
+    """Gaussian ones, the first by `seed`, the next by the next."""
+    return {name: nn.Parameter(gaussian(*shape, seed=seed + i, scale=scale))
+            for i, (name, shape) in enumerate(shapes.items())}
+
+
+def one_role(config: RuleConfig, params: dict[str, nn.Parameter], **options: object) -> ShardedOptimizer:
+    """The optimizer of parameters that all have the role `matrix`."""
+    groups = build_groups(params, dict.fromkeys(params, "matrix"), Optim(matrix=config))
+    return ShardedOptimizer(groups, Comm(), **options)
+
+
+def train(config: RuleConfig, start: Tensor, grads: list[Tensor], *, lr=None, momentum=None) -> Tensor:
+    """The weights after all gradients, lr and momentum functions of the step where given; neither start nor gradients may
+    change, nor state tensors be replaced."""
+    rule, step, W = build_rule(config), Step.build(config), start.clone()
+    state = step.init_state(W) | rule.init_state(W)
+    kept = dict(state)
+    for t, grad in enumerate(grads):
+        before = grad.clone()
+        now = hyper(lr(t) if lr else config.lr, wd=config.weight_decay, count=t + 1,
+                    momentum=momentum(t) if momentum else getattr(config, "momentum", 0.0))
+        rule.update(W, grad, state, now, step=step)
+        assert torch.equal(grad, before)
+    assert state.keys() == kept.keys() and all(state[key] is kept[key] for key in kept)
+    return W
+
+
+def directions(config: RuleConfig, grads: list[Tensor], *, mu: float | None = None,
+               start: Tensor | None = None) -> list[Tensor]:
+    """What the rule alone makes of the gradients, at weights that stay what they are."""
+    rule = build_rule(config)
+    W = gaussian(*grads[0].shape, seed=77) if start is None else start
+    state, kept = rule.init_state(W), W.clone()
+    mu = getattr(config, "momentum", 0.0) if mu is None else mu
+    found = [rule.direction(W, grad, state, hyper(config.lr, momentum=mu, count=t + 1)).clone()
+             for t, grad in enumerate(grads)]
+    assert torch.equal(W, kept)
+    return found
+
+
+def assert_moved_alike(found: Tensor, wanted: Tensor, start: Tensor, *, tolerance: float) -> None:
+    """Equal within a share of the distance moved."""
+    moved = (wanted.double() - start.double()).norm()
+    assert moved > 0
+    assert (found.double() - wanted.double()).norm() / moved <= tolerance
+
+
+def polar(G: Tensor) -> Tensor:
+    """U V^T over the singular values that are not zero, matrix by matrix, in float64."""
+    U, S, Vh = torch.linalg.svd(G.double(), full_matrices=False)
+    return (U * (S > 1e-10 * S.amax(-1, keepdim=True)).unsqueeze(-2)) @ Vh
+
+
+def nesterov_means(grads: list[Tensor], mu: float) -> list[Tensor]:
+    """mu m + (1 - mu) g after each gradient, in float64."""
+    memory, found = torch.zeros_like(grads[0], dtype=torch.float64), []
+    for grad in grads:
+        memory = mu * memory + (1 - mu) * grad.double()
+        found.append(mu * memory + (1 - mu) * grad.double())
+    return found

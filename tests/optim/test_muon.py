@@ -1,0 +1,156 @@
+"""Muon against its formula and PyTorch's; averages of the gradient, one or several; equilibrated rows."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from configs.optim import Muon, Muon2, NorMuon, Steepest
+from optim.muon import average_gradient, init_average
+from tests.optim.oracle import SHAPES, assert_moved_alike, directions, gaussian, gradients, nesterov_means, polar, train
+
+QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+def muon_twin(start: Tensor, grads: list[Tensor], *, lr: float, wd: float, mu: float = 0.95) -> Tensor:
+    """Jordan's Muon in float64: lerped momentum, Nesterov, five quintic steps, max(1, m/n)^.5."""
+    W, memory = start.double()[0], torch.zeros(start.shape[1:], dtype=torch.float64)
+    a, b, c = QUINTIC
+    for grad in grads:
+        memory = mu * memory + (1 - mu) * grad.double()[0]
+        X = (1 - mu) * grad.double()[0] + mu * memory
+        X = X / X.norm()
+        for _ in range(5):
+            X = a * X + b * X @ X.T @ X + c * X @ X.T @ X @ X.T @ X
+        W = (1 - lr * wd) * W - lr * max(1, X.size(0) / X.size(1)) ** 0.5 * X
+    return W[None]
+
+
+def muon(**changes: object) -> Muon:
+    return Muon(**dict(lr=0.02, weight_decay=0.1, unit="at_least_one", ns="quintic") | changes)
+
+
+@pytest.mark.parametrize("shape", [(1, 24, 40), (1, 40, 24), (1, 32, 32)])
+def test_muon_is_its_formula(shape):
+    start, grads = gaussian(*shape, seed=99, scale=0.1), gradients(*shape, steps=20)
+    wanted = muon_twin(start, grads, lr=0.02, wd=0.1)
+    assert_moved_alike(train(muon(), start, grads), wanted, start, tolerance=2e-6)
+
+
+@pytest.mark.parametrize(("unit", "name"), [("at_least_one", "original"), ("match_adam", "match_rms_adamw")])
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("shape", [(1, 24, 40), (1, 40, 24)])
+def test_muon_is_pytorchs_muon(unit, name, nesterov, shape):
+    """PyTorch orthogonalises in bfloat16: equal within a few percent."""
+    start, grads = gaussian(*shape, seed=99), gradients(*shape, steps=20)
+    param = torch.nn.Parameter(start[0].clone())
+    optimizer = torch.optim.Muon([param], lr=0.02, weight_decay=0.1, nesterov=nesterov, adjust_lr_fn=name)
+    for grad in grads:
+        param.grad = grad[0].clone()
+        optimizer.step()
+    found = train(muon(unit=unit, nesterov=nesterov), start, grads)
+    assert_moved_alike(found[0], param.detach(), start[0], tolerance=0.03)
+
+
+# ---- One average --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_both_averages_step_alike_at_constant_momentum(nesterov):
+    start, grads = gaussian(1, 12, 16, seed=99), gradients(1, 12, 16, steps=20)
+    ema, ball = (train(muon(averaging=kind, nesterov=nesterov), start, grads) for kind in ("ema", "heavy_ball"))
+    assert_moved_alike(ema, ball, start, tolerance=1e-5)
+
+
+def test_averages_differ_where_momentum_is_scheduled():
+    start, grads = gaussian(1, 12, 16, seed=99), gradients(1, 12, 16, steps=20)
+    ema, ball = (train(muon(averaging=kind), start, grads, momentum=lambda step: 0.5 + 0.02 * step)
+                 for kind in ("ema", "heavy_ball"))
+    assert (ema - ball).norm() > 1e-2 * (ball - start).norm()
+
+
+def test_nesterov_matters():
+    start, grads = gaussian(1, 12, 16, seed=99), gradients(1, 12, 16, steps=5)
+    with_it, without = (train(muon(nesterov=kind, momentum=0.8), start, grads) for kind in (True, False))
+    assert (with_it - without).norm() > 0.05 * (with_it - start).norm()
+
+
+# ---- Several averages ---------------------------------------------------------------------------------------------------
+
+
+def coefficients(count: int, fast: float, slow: float) -> list[float]:
+    """Ages 1 / (1 - mu) in a geometric sequence, the slowest first."""
+    ages = [(1 / (1 - slow)) ** (1 - k / (count - 1)) * (1 / (1 - fast)) ** (k / (count - 1)) for k in range(count)]
+    return [1 - 1 / age for age in ages]
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_several_averages_are_the_mean_of_each(count, nesterov):
+    """Unrolled: sum over s of w(t - s) g_s, with w(a) = mean over k of (1 - mu_k) mu_k^a; looking ahead mu_k^(a + 1), and
+    the present gradient once more."""
+    mus = coefficients(count, 0.3, 0.95)
+    start, grads = gaussian(1, 5, 8, seed=9, scale=0.1), gradients(1, 5, 8, steps=20)
+    wanted = start.double()
+    for t in range(20):
+        D = sum(sum((1 - mu) * mu ** (t - s + nesterov) for mu in mus) / count * grads[s].double() for s in range(t + 1))
+        if nesterov:
+            D = D + sum(1 - mu for mu in mus) / count * grads[t].double()
+        wanted = wanted - 0.02 * D / D.norm()
+    config = Steepest(lr=0.02, norm="frobenius", averages=count, momentum=0.95, momentum_fast=0.3, nesterov=nesterov)
+    assert_moved_alike(train(config, start, grads), wanted, start, tolerance=3e-6)
+
+
+def test_equal_ends_are_one_average():
+    start, grads = gaussian(1, 5, 8, seed=9), gradients(1, 5, 8, steps=10)
+    several, one = (Steepest(lr=0.02, norm="frobenius", averages=n, momentum=0.8, momentum_fast=0.8) for n in (4, 1))
+    assert_moved_alike(train(several, start, grads), train(one, start, grads), start, tolerance=1e-6)
+
+
+def test_the_kernel_has_a_heavier_tail_than_its_mean_age():
+    """An impulse is remembered longer than by one average of the same mean age."""
+    config, impulse = Muon(nesterov=False, averages=6, momentum_fast=0.5), torch.ones(1, 1, 1)
+    state, response = init_average(impulse, config), []
+    for t in range(1000):
+        response.append(average_gradient(impulse * (t == 0), state, config, torch.tensor(0.99)).item())
+    assert sum(response) == pytest.approx(1, abs=1e-3)
+    age = sum(t * r for t, r in enumerate(response))
+    mu = age / (1 + age)
+    assert response[300] > 10 * (1 - mu) * mu**300
+    assert all(math.isfinite(r) and r >= 0 for r in response)
+
+
+# ---- Equilibration -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("config", [Muon(ns="svd"), NorMuon(ns="svd"), Muon2(ns="svd", eps=1e6)],
+                         ids=lambda config: config.rule)
+def test_equilibrated_rules_do_not_see_the_length_of_rows(config, shape):
+    """Rows scaled by any positive numbers give the same step (without the elementwise second moment of muon2)."""
+    equilibrated = replace(config, equilibrate=True)
+    grads = gradients(*shape, steps=6)
+    scales = gaussian(shape[0], shape[1], 1, seed=5).exp()
+    scaled = [grad * scales for grad in grads]
+    for a, b in zip(directions(equilibrated, grads), directions(equilibrated, scaled), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+    assert (directions(config, scaled)[-1] - b).norm() > 0.05 * b.norm()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equilibration_is_its_formula(shape):
+    start, grads = gaussian(*shape, seed=99, scale=0.1), gradients(*shape, steps=20)
+    wanted = start.double()
+    for average in nesterov_means(grads, 0.8):
+        wanted = wanted - 0.02 * polar(average / average.norm(dim=-1, keepdim=True))
+    config = Muon(lr=0.02, unit="spectral", ns="svd", momentum=0.8, equilibrate=True)
+    assert_moved_alike(train(config, start, grads), wanted, start, tolerance=1e-5)
+
+
+def test_equilibration_leaves_empty_rows_empty():
+    G = gaussian(1, 6, 9)
+    G[:, 2] = 0
+    D = directions(Muon(equilibrate=True, ns="quintic"), [G])[0]
+    assert D.isfinite().all() and not D[:, 2].any() and D[:, 1].any()

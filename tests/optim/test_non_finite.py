@@ -1,0 +1,65 @@
+"""Gradients that are not finite are refused by name: at once, or later where raising would wait for the device."""
+
+import pytest
+import torch
+
+from configs.optim import AGD, Adam, Muon, Prodigy
+from optim import sharded
+from optim.sharded import NonFiniteError, ShardedOptimizer
+from tests.optim.oracle import FULL, gaussian, one_role, parameters
+
+SHAPES = {"wide": (5, 8), "other": (5, 8), "tall": (9, 4), "vector": (7,)}
+
+
+def step_all(params: dict, optimizer: ShardedOptimizer, bad: dict[str, int], steps: int = 5) -> None:
+    """Steps of which `bad` says where a tensor's gradients begin to be infinite."""
+    for step in range(steps):
+        for name, param in params.items():
+            param.grad.copy_(gaussian(*SHAPES[name], seed=step) / (step < bad.get(name, steps)))
+        optimizer.step(FULL, step + 1)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_bad_number_is_enough(bad):
+    params = parameters(SHAPES)
+    optimizer = one_role(Adam(), params)
+    params["other"].grad[3, 5] = bad
+    with pytest.raises(NonFiniteError, match="gradient of other is not finite at step 3; no weight has seen it"):
+        optimizer.step(FULL, 3)
+
+
+@pytest.mark.parametrize("config", [Adam(), Prodigy(), AGD(), Muon()], ids=lambda config: config.rule)
+def test_refused_later_no_weight_sees_it(config, monkeypatch):
+    """As on CUDA."""
+    monkeypatch.setattr(sharded, "AT_ONCE", ())
+    params = parameters(SHAPES)
+    optimizer = one_role(config, params)
+    step_all(params, optimizer, {"tall": 2})
+    with pytest.raises(NonFiniteError, match="gradient of tall is not finite at step 3"):
+        optimizer.refuse_non_finite()
+    assert not any(tensor.isnan().any() for tensor in optimizer.state.tensors().values())
+
+
+def test_the_first_of_several_is_named_and_forgotten_on_restore(monkeypatch):
+    monkeypatch.setattr(sharded, "AT_ONCE", ())
+    params = parameters(SHAPES)
+    optimizer = one_role(Adam(), params)
+    snapshot = optimizer.state.snapshot()
+    step_all(params, optimizer, {"vector": 2, "wide": 3})
+    with pytest.raises(NonFiniteError, match="vector is not finite at step 3"):
+        optimizer.refuse_non_finite()
+    optimizer.state.restore(snapshot)
+    optimizer.refuse_non_finite()
+
+
+def test_the_parameter_is_found_in_a_banks_slice():
+    """Three matrices, of which this rank owns the last two."""
+    params = parameters(dict.fromkeys("abc", (2, 3)))
+    optimizer = one_role(Muon(), params)
+    bank, = optimizer.banks
+    bank.own, bank.gradient = slice(1, 3), torch.ones(2, 2, 3)
+    bank.gradient[1, 0, 2] = float("inf")
+    optimizer._receive(bank, 7)
+    assert not bank.gradient.any()
+    with pytest.raises(NonFiniteError, match="gradient of c is not finite at step 7"):
+        optimizer.refuse_non_finite()

@@ -1,0 +1,126 @@
+"""From a direction to a step: decay, constraint, rounding; and what rules share."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from configs.optim import Adam, Steepest
+from optim.rule import Step, absorb_square
+from tests.optim.oracle import gaussian, hyper, train
+
+
+def walk(step: Step, start: Tensor, steps: int, *, lr: float = 0.01) -> Tensor:
+    W = start.clone()
+    state = step.init_state(W)
+    for i in range(steps):
+        step.apply(W, gaussian(*W.shape, seed=i), state, hyper(lr, count=i + 1))
+    return W
+
+
+def test_with_the_remainder_nothing_is_lost():
+    """bfloat16 weights that keep their remainder walk exactly as float32 weights do, and are those rounded."""
+    start, step = gaussian(2, 9, 11).bfloat16(), Step(rounding="remainder")
+    W, exact = start.clone(), start.float()
+    state = step.init_state(W)
+    for i in range(100):
+        D = gaussian(2, 9, 11, seed=i)
+        step.apply(W, D, state, hyper(1e-4))
+        Step().apply(exact, D, {}, hyper(1e-4))
+    assert torch.equal(step.exact(W, state), exact)
+    assert ((W.float() - exact).abs() <= (exact.bfloat16().float() - exact).abs()).all()
+    assert not torch.equal(walk(Step(), start, 100, lr=1e-4), W)
+
+
+@pytest.mark.parametrize("value", [1.0, -1.0, 3.1415927, -2.7182817e-20, 1.17e-38, 6.5e37, 0.0])
+def test_the_remainder_is_exact_for_every_value(value):
+    step, W = Step(rounding="remainder"), torch.zeros(1, 1, 1, dtype=torch.bfloat16)
+    state = step.init_state(W)
+    step.apply(W, torch.full((1, 1, 1), -value), state, hyper(1.0))
+    assert step.exact(W, state).item() == torch.tensor(value).item()
+
+
+def test_stochastic_rounding_is_right_in_the_mean():
+    """A weight of 1 that should become 1 + d, d a tenth of a bfloat16 unit, in 20,000 copies that differ in nothing but
+    their tiny offsets: the mean moves by d; rounding to nearest never moves."""
+    offsets = torch.linspace(0, 1e-4, 20_000).view(1, 1, -1)
+    wanted = 1 + 2**-7 / 10 + offsets
+
+    def rounded(kind: str) -> Tensor:
+        W = torch.ones_like(wanted, dtype=torch.bfloat16)
+        Step(rounding=kind).apply(W, 1 - wanted, {}, hyper(1.0))
+        return W.float()
+
+    assert torch.equal(rounded("nearest"), torch.ones_like(wanted))
+    assert (rounded("stochastic") - wanted).mean().abs() < 1e-4
+    assert set(rounded("stochastic").unique().tolist()) == {1.0, 1 + 2**-7}
+
+
+def test_stochastic_rounding_does_not_depend_on_the_stack():
+    W, D = gaussian(4, 6, 8).bfloat16(), gaussian(4, 6, 8, seed=1)
+    whole, parts = W.clone(), W.clone()
+    step = Step(rounding="stochastic")
+    step.apply(whole, D, {}, hyper(0.01))
+    for part, direction in zip(parts.split(1), D.split(1), strict=True):
+        step.apply(part, direction, {}, hyper(0.01))
+    assert torch.equal(whole, parts)
+
+
+def test_squares_beyond_float32_are_finite_and_fade():
+    average = torch.zeros(3)
+    absorb_square(average, torch.tensor([1e30, 2.0, 0.0]), 0.5)
+    assert average.isfinite().all() and average[1] == 2 and average[2] == 0
+    for _ in range(200):
+        absorb_square(average, torch.tensor([1.0, 2.0, 0.0]), 0.5)
+    torch.testing.assert_close(average, torch.tensor([1.0, 4.0, 0.0]))
+
+
+# ---- Decay --------------------------------------------------------------------------------------------------------------
+
+DECAYS = ["none", "decoupled", "independent", "corrected", "cautious"]
+
+
+def decayed(kind: str, W: Tensor, D: Tensor, lr: float, wd: float, peak: float) -> Tensor:
+    """One element after another."""
+    found = []
+    for w, d in zip(W.flatten().tolist(), D.flatten().tolist(), strict=True):
+        shrink = {"none": 0, "decoupled": lr * wd, "independent": wd * lr / peak,
+                  "corrected": wd * lr * lr / peak, "cautious": lr * wd * (w * d >= 0)}[kind]
+        found.append(w - shrink * w - lr * d)
+    return torch.tensor(found, dtype=torch.float64).view_as(W)
+
+
+@pytest.mark.parametrize("kind", DECAYS)
+def test_decay_is_its_formula(kind):
+    W, D = gaussian(1, 6, 9), gaussian(1, 6, 9, seed=1)
+    D[0, 0], W[0, 1] = 0, 0
+    wanted = decayed(kind, W, D, 0.03, 0.4, 0.1)
+    Step(kind, 0.1).apply(W, D, {}, hyper(0.03, wd=0.4))
+    torch.testing.assert_close(W.double(), wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", DECAYS)
+@pytest.mark.parametrize("rule", [Adam, partial(Steepest, norm="sign")])
+def test_rules_apply_every_decay(kind, rule):
+    """Decay takes the weights before the step; its direction is that of the sign in the first step of both rules."""
+    W, G = gaussian(1, 6, 9), gaussian(1, 6, 9, seed=1)
+    config = rule(decay=kind, weight_decay=0.4, lr=0.1)
+    wanted = decayed(kind, W, G.sign(), 0.03, 0.4, 0.1)
+    torch.testing.assert_close(train(config, W, [G], lr=lambda step: 0.03).double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", DECAYS)
+def test_bfloat16_weights_are_rounded_once(kind):
+    """Decay and step are computed in float32 and rounded at the end."""
+    W, D = gaussian(1, 64, 64).bfloat16(), gaussian(1, 64, 64, seed=1).bfloat16()
+    wanted = decayed(kind, W, D, 0.013, 0.4, 0.1).float().bfloat16()
+    Step(kind, 0.1).apply(W, D, {}, hyper(0.013, wd=0.4))
+    assert (W != wanted).float().mean() < 0.002
+
+
+@pytest.mark.parametrize("kind", DECAYS[1:])
+def test_a_frozen_group_stays_finite(kind):
+    """lr 0 is allowed, and moves nothing."""
+    W, config = gaussian(1, 6, 9), Steepest(norm="sign", decay=kind, weight_decay=0.1, lr=0.0)
+    assert torch.equal(train(config, W, [gaussian(1, 6, 9, seed=1)]), W)
