@@ -1,19 +1,18 @@
 """Every number that a user may change, its default, unit, meaning and source. Standard library only.
 
 A `Run` is complete and frozen; impossible combinations are refused when it is built. Fields typed `Curve` hold a
-schedule in the notation of configs/curve.py. Everything that is not here is derived from what is here by a formula.
+schedule in the notation of configs/notation.py. Everything that is not here is derived from what is here by a formula.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from configs.curve import parse_curve
 from configs.model import Model
-from configs.notation import refuse, refuse_below, technique
+from configs.notation import parse_curve, refuse, refuse_below, technique
 from configs.optim import Optim
 
-Curve = str  # the notation of configs/curve.py
+Curve = str  # the notation of configs/notation.py
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +88,7 @@ class Data:
         refuse(self.source in ("corpus", "random") and bool(self.train_files or self.val_files),
                f"--data.source {self.source} reads no files; did you mean --data.source text or shards?")
         refuse(self.corpus != "code" and self.source != "corpus",
-               f"--data.corpus {self.corpus} has no effect on --data.source {self.source}")
+               f"--data.sources {self.corpus} has no effect on --data.source {self.source}")
         refuse(self.source == "shards" and self.tokenizer != "gpt2",
                f"shards hold GPT-2 tokens: --data.tokenizer must be gpt2, got {self.tokenizer}")
         refuse(self.order == "documents" and self.source in ("corpus", "random"),
@@ -98,7 +97,7 @@ class Data:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """What changes over the steps, each as a curve (notation: configs/curve.py).
+    """What changes over the steps, each as a curve (notation: configs/notation.py).
 
     Every curve but momentum multiplies a configured value.
     """

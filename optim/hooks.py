@@ -1,7 +1,7 @@
-"""What hangs on the optimizer's step: averages of the weights, look-ahead. A hook acts at two moments of a step.
+"""What hangs on the optimizer's step: averages of the weights, look-ahead, sums over a role.
 
-`before` any bank is updated, and `after_update` of each bank, ahead of its all-gather, also where the bank was not due.
-Sums over a whole role (optim/zoo/role_sums.py) are a hook too.
+A hook acts at two moments of a step: `before` any bank is updated, and `after_update` of each bank, ahead of its all-gather,
+also where the bank was not due.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -112,6 +112,31 @@ class Lookahead(Hook):
     def evaluation_weights(self, banks: Sequence[Bank], comm: Comm) -> AbstractContextManager[None]:
         """Within, the parameters are x."""
         return replaced_weights(banks, comm, lambda bank: bank.state[BASE])
+
+
+class RoleSums(Hook):
+    """Adds up `Rule.sums` over the banks and ranks of every role whose rule shares numbers; then the rule absorbs them."""
+
+    def __init__(self, comm: Comm, receive: Callable[[Bank, int], None]) -> None:
+        """`receive` waits for a bank's gradient."""
+        self._comm, self._receive = comm, receive
+
+    def before(self, banks: Sequence[Bank], due: Sequence[Bank], hypers: Mapping[str, Hyper], count: int) -> None:
+        """Wait for the role's gradients, sum, and let its rule update the shared numbers."""
+        for role, hyper in hypers.items():
+            if hyper.shared:
+                members = [bank for bank in due if bank.group.role == role]
+                for bank in members:
+                    self._receive(bank, count)
+                total = torch.stack([self._part(bank, hyper) for bank in members]).sum(0)
+                self._comm.all_reduce(total).wait()
+                members[0].group.rule.absorb(total, hyper)
+
+    def _part(self, bank: Bank, hyper: Hyper) -> Tensor:
+        """One bank's sums on this rank; a bank that every rank updates whole counts once."""
+        hyper = hyper._replace(lr=hyper.lr * bank.spec.lr_factor) if bank.spec.lr_factor != 1 else hyper
+        part = bank.group.rule.sums(bank.matrices, bank.rule_gradient(), bank.state, hyper)
+        return part if bank.sharded or self._comm.rank == 0 else torch.zeros_like(part)
 
 
 def build_hooks(run: Run) -> list[Hook]:

@@ -5,17 +5,33 @@ State tensors start with K; where a rule's `scope` is row, with (1, rows); where
 """
 
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from configs.optim import RuleConfig
-from optim.constraint import CONSTRAINTS, Constraint, Scope, coarsest, load
+from optim.constraint import Constraint, Scope
 from optim.schedule import Values
 
 if TYPE_CHECKING:
     from optim.norms import Norm
+
+# Where each constraint set is; its module is imported when a role names it.
+CONSTRAINTS = {"hyperball": "optim.zoo.hyperball:Hyperball", "radial": "optim.zoo.radial:Radial",
+               "sphere": "optim.zoo.sphere:Sphere", "stiefel": "optim.zoo.stiefel:StiefelSet"}
+
+
+def load(place: str) -> type:
+    """The class at `module:Class`, its module imported only now."""
+    module, name = place.split(":")
+    return getattr(import_module(module), name)
+
+
+def coarsest(*scopes: Scope) -> Scope:
+    """The coarsest of several scopes."""
+    return next(scope for scope in ("matrix", "row", "element") if scope in scopes)
 
 
 class Hyper(NamedTuple):

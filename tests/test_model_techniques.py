@@ -11,8 +11,7 @@ from configs.notation import techniques_of
 from configs.presets import PRESETS
 from configs.schema import Model
 from kernels.cross_entropy import softcap
-from kernels.mlp import relu2
-from model import GPT, MLP, Block, LayerInputs, NgramEmbedding, Norm, Rotary, Smear
+from model import GPT, MLP, Block, LayerInputs, NgramEmbedding, Norm, Rotary, Smear, relu2
 
 VOCAB, START = 40, 0
 PLAIN = Model(layers=2, dim=32, head_dim=16, position="learned", qk_norm=False, activation="gelu",

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from configs.entries import ENTRIES, REFERENCE, Entry, entry_named
+from configs.ablations import ENTRIES, REFERENCE, Entry, entry_named
 from configs.notation import nearest
 from configs.presets import PRESETS
 from configs.schema import Run

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from configs.curve import evaluate_curve, parse_curve
 from configs.groups import Group, Optim
+from configs.notation import evaluate_curve, parse_curve
 from configs.presets import PRESETS, every_group
 from configs.schema import Run
 from optim.schedule import Schedule

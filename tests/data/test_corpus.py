@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.corpus import clip_text, corpus_bytes, corpus_files, prose_bytes, split_text
+from data.sources import clip_text, corpus_bytes, corpus_files, prose_bytes, split_text
 
 
 def test_the_corpus_is_this_pythons_own():
@@ -28,7 +28,7 @@ def test_the_prose_is_english():
 
 def test_python_without_its_topics_is_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    with pytest.raises(ValueError, match="--data.corpus code"):
+    with pytest.raises(ValueError, match="--data.sources code"):
         prose_bytes()
 
 
