@@ -145,7 +145,7 @@ PRESETS: dict[str, Callable[[], Run]] = {
         "data.val_bytes": 131_072, "train.val_every_steps": 60,
         "log.wandb": "disabled", "log.diagnostics": False, "log.sample_tokens": 0}),
     "bench_cpu_prose": Variant("bench_cpu", "`bench_cpu` on another text: English.", {
-        "data.sources": "prose", "data.val_bytes": 46_000}),
+        "data.corpus": "prose", "data.val_bytes": 46_000}),
     "bench_gpu": bench_gpu,
     "track3": track3,
     "track3_adamw": track3_adamw,

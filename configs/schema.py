@@ -88,7 +88,7 @@ class Data:
         refuse(self.source in ("corpus", "random") and bool(self.train_files or self.val_files),
                f"--data.source {self.source} reads no files; did you mean --data.source text or shards?")
         refuse(self.corpus != "code" and self.source != "corpus",
-               f"--data.sources {self.corpus} has no effect on --data.source {self.source}")
+               f"--data.corpus {self.corpus} has no effect on --data.source {self.source}")
         refuse(self.source == "shards" and self.tokenizer != "gpt2",
                f"shards hold GPT-2 tokens: --data.tokenizer must be gpt2, got {self.tokenizer}")
         refuse(self.order == "documents" and self.source in ("corpus", "random"),

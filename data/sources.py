@@ -53,7 +53,7 @@ def open_source(data: Data, *, cache_dir: Path, seed: int) -> Source:
     if data.source == "shards":
         return _open_shards(data, cache_dir)
     if data.source == "corpus":
-        train, validation = split_text(CORPORA[data.sources]())
+        train, validation = split_text(CORPORA[data.corpus]())
         return _open_texts(data, [train], [validation], cache_dir)
     train_texts, val_texts = (read_texts(paths) for paths in _find_both(data))
     return _open_texts(data, *((train_texts, val_texts) if data.val_files else split_documents(train_texts)), cache_dir)
@@ -98,7 +98,7 @@ def prose_bytes() -> bytes:
     try:
         topics = import_module("pydoc_data.topics").topics
     except ImportError:
-        raise ValueError("this Python ships no pydoc_data/topics.py; use another Python, or --data.sources code") from None
+        raise ValueError("this Python ships no pydoc_data/topics.py; use another Python, or --data.corpus code") from None
     return "".join(topics[name] for name in sorted(topics)).encode()
 
 

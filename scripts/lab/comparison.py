@@ -22,7 +22,7 @@ NEVER = math.inf  # the loss of a run that broke down, the steps of one that nev
 # windows (data_hash covers the files, wherever they lie); bits per byte, under different tokenizers, the same text.
 # An embedded text is that of the Python version.
 SAME_TOKENS = ("data_hash", "data.val_bytes", "data.val_tokens", "data.val_sequence_tokens")
-SAME_TEXT = ("data.source", "data.sources", "data.train_files", "data.val_files", "data.val_bytes", "data.val_tokens",
+SAME_TEXT = ("data.source", "data.corpus", "data.train_files", "data.val_files", "data.val_bytes", "data.val_tokens",
              "env.python")
 SAME_MACHINE = ("device", "world_size", "env.cpu", "env.gpus", "env.torch_threads")
 

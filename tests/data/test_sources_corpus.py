@@ -28,7 +28,7 @@ def test_the_prose_is_english():
 
 def test_python_without_its_topics_is_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    with pytest.raises(ValueError, match="--data.sources code"):
+    with pytest.raises(ValueError, match="--data.corpus code"):
         prose_bytes()
 
 
