@@ -93,7 +93,6 @@ ROWS = (
     Row("bigram_signs", "bytes", "--model.bigram_buckets 16384 --model.bigram_signs 256"),
     Row("trigrams", "bytes", "--model.bigram_buckets 16384 --model.ngram_orders 3"),
     Row("residual_growth", "bytes", "--model.residual_growth 1.1"),
-    Row("unet", "bytes", "--model.skips unet"),
     Row("skip", "bytes", "--model.skips 0>2"),
     Row("backout", "bytes", "--model.backout 2"),
     Row("denseformer", "bytes", "--model.dense denseformer"),
@@ -184,10 +183,8 @@ def find_row(name: str) -> Row:
 
 def row_named(name: str) -> Run:
     """The complete run of a row. Raises ValueError for an unknown name or a row that does not parse."""
-    rows = {row.name: row for row in ROWS}
-    if name not in rows:
-        raise ValueError(f"unknown ablation {name!r}; rows: {', '.join(rows)}")
-    return parse_row(rows[name].base, rows[name].flags.split())
+    row = find_row(name)
+    return parse_row(row.base, row.flags.split())
 
 
 # ---- The leaderboard of the optimization benchmark ------------------------------------------------------------------------

@@ -13,11 +13,18 @@ def refuse(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def refuse_below(owner: object, least: float, *names: str) -> None:
-    """Refuse attributes of `owner` that are set and not finite numbers of at least `least`."""
-    for name in names:
-        value = getattr(owner, name)
-        refuse(value is not None and not least <= value < math.inf, f"{name} must be at least {least}, got {value}")
+def refuse_outside(config: object, ranges: Mapping[str, Sequence[str]]) -> None:
+    """Raise ValueError for a number of `config` outside its range; None is no number.
+
+    `ranges` maps an interval, as it is written, to names: {"[0, 1)": ["momentum"]}; ( and ) leave their end out.
+    """
+    for interval, names in ranges.items():
+        low, high = (float(end) for end in interval.strip("[]()").split(","))
+        for name in names:
+            value = getattr(config, name, None)
+            inside = value is None or (low <= value <= high and (value > low or interval[0] == "[")
+                                       and (value < high or interval[-1] == "]"))
+            refuse(not inside, f"{name} must lie in {interval}, got {value}")
 
 
 def refuse_unknown(wanted: Iterable[str], given: Iterable[str], what: str) -> None:
@@ -186,18 +193,15 @@ def unmatched_keys(numbers: Mapping[str, float], names: Iterable[str]) -> list[s
     return [key for key in numbers if not any(is_named(key, name) for name in every)]
 
 
-# ---- SOURCE>TARGET: a skip from what one layer wrote to what a later one reads; `unet` pairs the first with the last ------
+# ---- SOURCE>TARGET: a skip from what one layer wrote to what a later one reads --------------------------------------------
 
 
 def parse_skips(words: tuple[str, ...], layers: int) -> tuple[tuple[int, int], ...]:
     """(source, target) of every skip. Raises ValueError, quoting the offending word."""
     pairs: list[tuple[int, int]] = []
     for word in words:
-        if word == "unet":  # the first half's outputs, taken back in reverse order by the second half (speedrun, Nov 2024)
-            pairs += [(i, layers - 1 - i) for i in range(layers // 2)]
-            continue
         source, _, target = word.partition(">")
-        refuse(not (source.isdigit() and target.isdigit()), f"a skip is SOURCE>TARGET, say 3>6, or unet; got {word!r}")
+        refuse(not (source.isdigit() and target.isdigit()), f"a skip is SOURCE>TARGET, say 3>6; got {word!r}")
         refuse(not int(source) < int(target) < layers,
                f"a skip goes from a layer to a later one of {layers} (numbered from 0), got {word!r}")
         pairs.append((int(source), int(target)))

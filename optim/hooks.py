@@ -49,10 +49,8 @@ class WeightAverage(Hook):
     blend: float = 1.0
 
     @classmethod
-    def build(cls, train: Train) -> "WeightAverage | None":
-        """What a run's configuration describes; None where it averages nothing."""
-        if not train.weight_average:
-            return None
+    def build(cls, train: Train) -> "WeightAverage":
+        """What a run's configuration describes."""
         return cls(train.weight_average, round(train.weight_average_start * train.steps), train.weight_average_blend)
 
     def init(self, bank: Bank) -> None:
@@ -85,11 +83,9 @@ class Lookahead(Hook):
     """b of each step of the run."""
 
     @classmethod
-    def build(cls, run: Run) -> "Lookahead | None":
-        """What a run's configuration describes; None where nothing looks ahead."""
+    def build(cls, run: Run) -> "Lookahead":
+        """What a run's configuration describes."""
         train, schedule = run.train, Schedule(run)
-        if not train.lookahead:
-            return None
         first, last = (round(share * train.steps) for share in (train.lookahead_start, train.lookahead_end))
         return cls(train.lookahead_gamma, tuple(train.lookahead * schedule.values(step).lr if first <= step < last else 0.0
                                                 for step in range(train.steps)))
@@ -141,7 +137,12 @@ class RoleSums(Hook):
 
 def build_hooks(run: Run) -> list[Hook]:
     """The hooks of a run's configuration, in the order in which they act: the average does not see what lies ahead."""
-    return [hook for hook in (WeightAverage.build(run.train), Lookahead.build(run)) if hook is not None]
+    hooks: list[Hook] = []
+    if run.train.weight_average:
+        hooks.append(WeightAverage.build(run.train))
+    if run.train.lookahead:
+        hooks.append(Lookahead.build(run))
+    return hooks
 
 
 @contextmanager
