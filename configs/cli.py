@@ -94,6 +94,7 @@ def refuse_unknown_flags(run: Run, flags: Sequence[str]) -> None:
         own = [key.removeprefix(f"optim.{role}.") for key in known if key.startswith(f"optim.{role}.")]
         given, rule = flag.removeprefix(f"optim.{role}."), getattr(run.optim, role).rule
         part = any(key.startswith(f"{given}.") for key in own)  # of a flag's name: graft, extra
-        having = [] if part else [other for other, config in RULES.items() if given in config.__dataclass_fields__]
+        names = {given, given.removeprefix("no_")}
+        having = [] if part else [other for other, config in RULES.items() if names & set(config.__dataclass_fields__)]
         elsewhere = f"; rules that have it: {', '.join(having)}" if having else nearest(given, own)
         raise ValueError(f"--{flag}: rule {rule} has no {given}{elsewhere}; it has {', '.join(own)}")

@@ -100,14 +100,14 @@ def test_mistakes_are_named(capsys, argv, said):
 
 
 @pytest.mark.parametrize(("flag", "having"), [
-    ("norm=row", "steepest"), ("ns-steps=3", "muon, normuon, steepest"), ("no_nesterov", ""), ("nesterov", "muon"),
+    ("norm=row", "steepest"), ("ns-steps=3", "muon, normuon, steepest"), ("no_nesterov", "muon"), ("nesterov", "muon"),
     ("momentum=0.95", "muon"), ("unit=plain", "muon"), ("ns=svd", "muon"), ("rank_frac=0.5", "dion, dion2")])
 def test_a_flag_of_another_rule_is_unknown_and_its_rules_are_named(capsys, flag, having):
     """Also where it repeats that rule's default, and in every spelling."""
     said = refused(capsys, "tiny", f"--optim.embed.{flag}")
     name = flag.split("=")[0].replace("-", "_")
     assert f"--optim.embed.{name}: rule adam has no {name}" in said and "beta1, beta2, eps" in said
-    assert f"; rules that have it: {having}" in said if having else "did you mean" in said
+    assert f"; rules that have it: {having}" in said
 
 
 @pytest.mark.parametrize("flag", ["beta1", "beta2", "eps"])
