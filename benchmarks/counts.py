@@ -3,16 +3,17 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.groups import Group
-from optim.rules import Hyper, build_rule
+from configs.optim import RuleConfig
+from optim.groups import build_rule
+from optim.rule import Hyper
 
 MATRIX = (768, 3072)
 
 
-def floats_per_parameter(group: Group, shape: tuple[int, int] = MATRIX) -> float:
+def floats_per_parameter(config: RuleConfig, shape: tuple[int, int] = MATRIX) -> float:
     """Numbers that the rule remembers of a matrix, over its own."""
     W = torch.empty(1, *shape, device="meta")
-    return sum(tensor.numel() for tensor in build_rule(group).init_state(W).values()) / W.numel()
+    return sum(tensor.numel() for tensor in build_rule(config).init_state(W).values()) / W.numel()
 
 
 def eigh_flops(shape: tuple[int, ...], *_: object, **__: object) -> int:
@@ -46,9 +47,9 @@ DECOMPOSITIONS = {torch.ops.aten._linalg_eigh: eigh_flops, torch.ops.aten.linalg
 PRODUCTS = {torch.ops.aten.baddbmm_: product_flops}
 
 
-def flops(group: Group, shape: tuple[int, int] = MATRIX) -> int:
+def flops(config: RuleConfig, shape: tuple[int, int] = MATRIX) -> int:
     """Operations of matrix products and decompositions in the second step on one matrix; elementwise work is not counted."""
-    rule = build_rule(group)
+    rule = build_rule(config)
     W, grad = (torch.zeros(1, *shape, device="meta") for _ in range(2))
     state = rule.init_state(W)
     shared = {key: tensor.to("meta") for key, tensor in rule.init_shared().items()}

@@ -18,7 +18,7 @@ import tyro
 from torch import Tensor
 from torch.optim import _muon
 
-from configs.groups import Group, Optim
+from configs.optim import Muon, Optim
 from configs.schema import Run
 from data.environment import describe_environment
 from data.runs import write_json
@@ -49,7 +49,7 @@ def matrices() -> dict[str, Tensor]:
 
 def ours() -> Callable[[], None]:
     """The step of our sharded optimizer."""
-    config = Group(rule="steepest", norm="spectral", unit="at_least_one", ns="quintic", lr=0.025, weight_decay=0.05)
+    config = Muon(unit="at_least_one", ns="quintic", lr=0.025, weight_decay=0.05)
     params = matrices()
     grads = {name: weight.grad for name, weight in params.items()}
     optimizer = ShardedOptimizer(build_groups(params, dict.fromkeys(params, "matrix"), Optim(matrix=config)), Comm())

@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 
 from configs.cli import fail
-from configs.newton_schulz import Triple
+from configs.notation import Triple
 from data.files import replacing
 from optim.newton_schulz import TABLES
 from scripts.lab.polynomials import as_inline, band, compose, optimal_sequence, radii_sequence

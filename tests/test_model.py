@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.groups import Optim
+from configs.optim import Optim
 from configs.presets import track3
 from configs.schema import Model
 from layers.kernels import choose_kernel, use_flash

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from configs.newton_schulz import Triple
+from configs.notation import Triple
 
 NEARLY_ONE_POINT = 1 - 5e-6  # lower / upper from which float64 cannot tell the minimax quintic from its limit
 

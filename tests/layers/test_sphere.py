@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.groups import Group, Optim
+from configs.optim import Group, Optim
 from configs.presets import SPHERE_ROLES
 from configs.schema import Model
 from layers.attention import Attention

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.newton_schulz import parse_table
+from configs.notation import parse_table
 from optim.newton_schulz import TABLES
 from scripts.design_newton_schulz import Optimal, Radii, draw, main
 

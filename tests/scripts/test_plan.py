@@ -8,8 +8,8 @@ from configs.presets import PRESETS
 from model import GPT
 from optim.comm import Comm
 from optim.groups import build_groups
+from optim.hooks import WeightAverage
 from optim.sharded import ShardedOptimizer
-from optim.weight_average import WeightAverage
 from scripts.lab.costs import measure_sizes, newton_schulz_flops, predict, seconds_of
 from scripts.lab.machines import LOGS, MACHINES, Efficiency
 from scripts.plan import Arguments, plan, tables
