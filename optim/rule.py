@@ -48,7 +48,8 @@ class Hyper(NamedTuple):
     @classmethod
     def at(cls, config: RuleConfig, values: Values, count: int, shared: dict[str, Tensor] | None = None) -> "Hyper":
         """A rule's numbers at the schedule's `values`; `count` steps so far, this one included."""
-        momentum = getattr(config, "momentum", 0.0) if values.momentum is None else values.momentum
+        own = getattr(config, "momentum", getattr(config.graft, "momentum", 0.0))  # one for both rules of a graft
+        momentum = own if values.momentum is None else values.momentum
         numbers = (config.lr * values.lr, config.weight_decay * values.weight_decay, momentum, count // config.update_every)
         return cls(*(torch.tensor(x, dtype=torch.float32) for x in numbers), shared or {})
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from configs.notation import Triple
 from data.files import replacing
-from optim.newton_schulz import TABLES
+from optim.newton_schulz import TABLES, Table
 from scripts import command
 
 NEARLY_ONE_POINT = 1 - 5e-6  # lower / upper from which float64 cannot tell the minimax quintic from its limit
@@ -173,7 +173,7 @@ class Optimal(Design):
 def describe(triples: Sequence[Triple], safety: float, design: Radii | Optimal) -> str:
     """The table, how to use it, and its band beside those of the named tables after as many steps."""
     rows = {"this table": (triples, safety)}
-    rows |= {name: (table.steps(design.steps), table.safety) for name, table in TABLES.items()}
+    rows |= {name: (first_triples(table, design.steps), table.safety) for name, table in TABLES.items()}
     lines = [f'--optim.matrix.ns "{as_inline(triples, safety)}" --optim.matrix.ns_steps {design.steps}', "",
              f"{'':>14}  least  greatest  slope at 0   (singular values in [{design.lower:g}, 1], {design.steps} steps)"]
     for name, (row, scale) in rows.items():
@@ -193,7 +193,7 @@ def draw(triples: Sequence[Triple], safety: float, design: Radii | Optimal) -> N
 
     x = np.geomspace(LEAST_DRAWN, 1, 4001)
     figure = make_subplots(1, 2, subplot_titles=("composed map", "band over [s, 1]"))
-    quintic = TABLES["quintic"].steps(design.steps)
+    quintic = first_triples(TABLES["quintic"], design.steps)
     for name, row, scale, colour in [("quintic", quintic, 1.0, "#999"), ("this table", triples, safety, "#06c")]:
         y = compose(row, x / scale)
         figure.add_scatter(x=x, y=y, name=name, line_color=colour, row=1, col=1)
@@ -220,6 +220,11 @@ def _write(figure: object, path: Path) -> None:
                 figure.write_image(aside, format=kind, scale=2)
     except (RuntimeError, ImportError) as error:
         raise ValueError(f"cannot draw {path} ({str(error).strip().splitlines()[0]}); .html needs no browser") from None
+
+
+def first_triples(table: Table, count: int) -> list[Triple]:
+    """The coefficients of the first `count` iterations; the last triple repeats."""
+    return [table.triples[min(i, len(table.triples) - 1)] for i in range(count)]
 
 
 def main(design: Radii | Optimal) -> None:
