@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from layers.head import Terms
 
 from configs.cli import parse
 from configs.optim import RULES, Extra
@@ -30,14 +29,14 @@ def steps_without_values(run: Run, count: int = 2) -> ShardedOptimizer:
     with torch.device("meta"):
         model = GPT(replace(run.model, attention="sdpa"), vocab_size=300, max_tokens=TOKENS, document_start=5,
                     prefix_of=[-1] * 300)
-        tokens, terms = torch.zeros(2, TOKENS, dtype=torch.long), Terms(torch.ones(()), torch.ones(()))
+        tokens, weights = torch.zeros(2, TOKENS, dtype=torch.long), AuxLossWeights(torch.ones(()), torch.ones(()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Step, "project_start", lambda *_: None)  # which looks at the first weights, once
         groups = build_groups(dict(model.named_parameters()), model.roles(), run.optim, model.axes())
         optimizer = ShardedOptimizer(groups, Comm("meta"))
     values = Schedule(run).values(0)
     for step in range(count):
-        model(tokens, tokens, terms=terms, **values.windows).backward()
+        model(tokens, tokens, aux_weights=weights, **values.windows).backward()
         optimizer.step(values, step + 1)
         optimizer.zero_grad()
     return optimizer

@@ -34,7 +34,7 @@ from configs.optim import (
 from configs.schema import Run, with_settings
 from configs.serialize import config_from_dict, config_to_dict
 from optim import adam, groups, muon
-from optim.constraint import load
+from optim.rule import load
 
 OWN = {name: {f.name for f in dataclasses.fields(config)} - {f.name for f in dataclasses.fields(RuleConfig)}
        for name, config in RULES.items()}

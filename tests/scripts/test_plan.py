@@ -10,8 +10,7 @@ from optim.comm import Comm
 from optim.groups import build_groups
 from optim.hooks import build_hooks
 from optim.sharded import ShardedOptimizer
-from scripts.lab.costs import measure_sizes, newton_schulz_flops, predict, seconds_of
-from scripts.lab.machines import LOGS, MACHINES, Efficiency
+from scripts.lab.costs import LOGS, MACHINES, Efficiency, measure_sizes, newton_schulz_flops, predict, seconds_of
 from scripts.plan import Arguments, plan, tables
 
 
