@@ -76,8 +76,10 @@ def config_hash(run: Run) -> str:
     classes = {f.name: type(getattr(run.optim, f.name)) for f in fields(run.optim)}
     plain = Run(optim=type(run.optim)(**{role: rule() for role, rule in classes.items()}))
     flat, defaults = flatten(config_to_dict(run)), flatten(config_to_dict(plain))
-    return hash_settings({name: value for name, value in flat.items()
-                          if value != defaults.get(name) or name.endswith(".rule") and name.count(".") == 2})
+    # 1 and 1.0 in a field of floats are the same number, but not the same text.
+    return hash_settings({name: int(value) if isinstance(value, float) and value.is_integer() else value
+                          for name, value in flat.items()
+                          if value != defaults.get(name) or (name.endswith(".rule") and name.count(".") == 2)})
 
 
 def record_hash(flat: Mapping[str, Any]) -> str:
