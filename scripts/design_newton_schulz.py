@@ -13,7 +13,7 @@ import tyro
 from configs.cli import fail
 from configs.notation import Triple
 from data.files import replacing
-from optim.newton_schulz import TABLES
+from optim.newton_schulz import TABLES, Table
 from scripts.lab.polynomials import as_inline, band, compose, optimal_sequence, radii_sequence
 
 LEAST_DRAWN = 1e-5
@@ -59,10 +59,15 @@ class Optimal(Design):
         return optimal_sequence(self.lower, self.steps, cushion=self.cushion, safety=self.safety), self.safety
 
 
+def first_steps(table: Table, count: int) -> list[Triple]:
+    """The triples of so many steps: the last repeats."""
+    return [table.triples[min(i, len(table.triples) - 1)] for i in range(count)]
+
+
 def describe(triples: Sequence[Triple], safety: float, design: Radii | Optimal) -> str:
     """The table, how to use it, and its band beside those of the named tables after as many steps."""
     rows = {"this table": (triples, safety)}
-    rows |= {name: (table.steps(design.steps), table.safety) for name, table in TABLES.items()}
+    rows |= {name: (first_steps(table, design.steps), table.safety) for name, table in TABLES.items()}
     lines = [f'--optim.matrix.ns "{as_inline(triples, safety)}" --optim.matrix.ns_steps {design.steps}', "",
              f"{'':>14}  least  greatest  slope at 0   (singular values in [{design.lower:g}, 1], {design.steps} steps)"]
     for name, (row, scale) in rows.items():
@@ -82,7 +87,7 @@ def draw(triples: Sequence[Triple], safety: float, design: Radii | Optimal) -> N
 
     x = np.geomspace(LEAST_DRAWN, 1, 4001)
     figure = make_subplots(1, 2, subplot_titles=("composed map", "band over [s, 1]"))
-    quintic = TABLES["quintic"].steps(design.steps)
+    quintic = first_steps(TABLES["quintic"], design.steps)
     for name, row, scale, colour in [("quintic", quintic, 1.0, "#999"), ("this table", triples, safety, "#06c")]:
         y = compose(row, x / scale)
         figure.add_scatter(x=x, y=y, name=name, line_color=colour, row=1, col=1)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from typing import Any, Literal, get_args
 
@@ -87,8 +87,9 @@ def _named(text: str, form: str) -> tuple[str, str]:
 @cache
 def every_setting() -> dict[str, Any]:
     """Defaults by dotted name, whichever rule has them."""
-    runs = (Run(optim=Optim(**{role.name: rule() for role in fields(Optim)})) for rule in RULES.values())
-    return {name: value for run in runs for name, value in flatten(config_to_dict(run)).items()}
+    own = [flatten(asdict(rule())) for rule in RULES.values()]
+    return flatten(config_to_dict(Run())) | {f"optim.{role.name}.{name}": value for role in fields(Optim)
+                                             for settings in own for name, value in settings.items()}
 
 
 def draw(ranges: Sequence[Range], count: int, *, seed: int, quasi: bool) -> list[dict[str, float]]:
