@@ -129,7 +129,7 @@ def optimizer_parts(run: "Run", model: "GPT", comm: "Comm") -> Iterator[Part]:
     for bank in optimizer.banks:
         bank.grads.normal_()
     owned = [(bank, ranks if bank.sharded else 1) for bank in optimizer.banks]
-    flops = sum(bank_flops(bank) * len(bank.names) * bank.kind.blocks / divided for bank, divided in owned)
+    flops = sum(bank_flops(bank) * len(bank.names) * bank.spec.blocks / divided for bank, divided in owned)
     traffic = sum((2 * bank.weights.nbytes + bank.grads.nbytes) / divided + 2 * sum(t.nbytes for t in bank.state.values())
                   for bank, divided in owned)
     yield Part("update", lambda: optimizer.step(values, optimizer.period), flops, traffic)

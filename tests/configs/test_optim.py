@@ -116,7 +116,7 @@ def test_every_field_of_a_rule_is_read_by_it(rule):
     (Prodigy, dict(graft=Adam()), "rule prodigy sets its own length: it cannot be grafted"),
     (AGD, dict(graft=Adam()), "cannot be grafted"), (Muown, dict(graft=Adam()), "cannot be grafted"),
     (Muon, dict(graft=PSGD()), "rule psgd gives no length to graft"), (Muon, dict(graft=Stiefel()), "gives no length"),
-    (Muon, dict(graft=Adam(lr=0.5)), r"graft.\['lr'\] has no effect"),
+    (Muon, dict(graft=Adam(lr=0.5)), "graft.lr has no effect"),
     (Muon, dict(graft=Adam(graft=Shampoo())), "graft.*has no effect"),
 ], ids=lambda x: str(x)[:60])
 def test_impossible_values_are_refused(cls, fields, message):
