@@ -23,6 +23,7 @@ def refuse_outside(config: object, ranges: Mapping[str, Sequence[str]]) -> None:
         wanted = f"lie in {interval}" if high < math.inf else f"be at least {low:g}" if interval[0] == "[" else "be positive"
         for name in names:
             value = getattr(config, name, None)
+            wanted = f"lie in {interval}" if value == math.inf else wanted
             inside = value is None or (low <= value <= high and (value > low or interval[0] == "[")
                                        and (value < high or interval[-1] == "]"))
             refuse(not inside, f"{name} must {wanted}, got {value}")

@@ -29,7 +29,7 @@ def has_kernel(X_Kmn: Tensor) -> bool:
 
 def gram_polynomial(X_Kmn: Tensor, b: float, c: float) -> Tensor:
     """b A + c A^2 of the Gram matrix A = X X^T: (K, m, n) -> (K, m, m)."""
-    if X_Kmn.dtype == torch.bfloat16 and has_kernel(X_Kmn):
+    if X_Kmn.is_cuda and has_kernel(X_Kmn):
         A_Kmm = symmetric_product(X_Kmn, None, 1.0, 0.0)
         return symmetric_product(A_Kmm, A_Kmm, c, b)
     A_Kmm = X_Kmn @ X_Kmn.mT
