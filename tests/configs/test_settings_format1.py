@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from configs import format1
-from configs.ablations import each_off, entry_named, row_named
+from configs.ablations import each_off, row_named
 from configs.cli import parse_row
+from configs.entries import entry_named
 from configs.presets import PRESETS
 from configs.schema import with_settings
 from configs.serialize import config_from_dict, config_to_dict, record_hash, unflatten
