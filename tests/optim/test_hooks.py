@@ -121,7 +121,7 @@ def test_the_configuration_counts_in_shares_and_follows_the_lr_curve():
     built = Lookahead.build(run_)
     assert built.gamma == 0.9
     assert built.reach == pytest.approx((0, 0, 0.6, 0.6, 0.6, 0.45, 0.3, 0, 0, 0))
-    assert Lookahead.build(replace(run_, train=Train(steps=10))) is None
+    assert build_hooks(run_) == [built] and build_hooks(replace(run_, train=Train(steps=10))) == []
 
 
 # ---- Averaged weights ---------------------------------------------------------------------------------------------------
