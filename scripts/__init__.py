@@ -22,6 +22,13 @@ def command(main: Callable[..., int | None], arguments: Any, description: str, *
         fail(str(error))
 
 
+def print_table(table: Any) -> None:
+    """Print a rich table, as wide as the terminal; 140 columns into a file or a pipe."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 140, markup=False).print(table)
+
+
 def split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """A script's own arguments, and the flags after `--`."""
     cut = words.index("--") if "--" in words else len(words)

@@ -12,7 +12,6 @@ is given again.
 import itertools
 import re
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +24,11 @@ from configs.cli import parse_row
 from configs.notation import nearest
 from configs.presets import PRESETS
 from data.run.folder import write_json
-from scripts import command
-from scripts.lab.comparison import UNITS, Metric
-from scripts.lab.folders import RunFolder
+from scripts import command, print_table
+from scripts.lab.folders import UNITS, Metric
 from scripts.lab.statistics import Difference, holm, summarize, welch
 from scripts.lab.sweep import Outcome, Trial, run_sweep
 from scripts.lab.tuning import draw, flags_of, parse_grid, parse_range
-
-WIDTH = 140  # of a table that goes into a file or a pipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,8 +138,6 @@ def default_dir(args: Ablate) -> Path:
 
 def main(args: Ablate, common: Sequence[str]) -> None:
     """Run the sweep, print its table and write ablation.json. Raises ValueError for what cannot be run."""
-    from rich.console import Console
-
     found, dir = experiments(args, common), args.dir or default_dir(args)
     outcomes = run_sweep(trials(found, first_seed=args.first_seed, seeds=args.seeds), dir=dir, jobs=args.jobs,
                          nproc=args.nproc, retry_failed=args.retry_failed)
@@ -152,7 +146,7 @@ def main(args: Ablate, common: Sequence[str]) -> None:
     bases = {one.name: one.base for one in found if one.base or one.settings}
     rows = effects(outcomes, bases, metric)
     table = settings_table(rows, settings, metric) if settings else effects_table(rows, metric)
-    Console(width=None if sys.stdout.isatty() else WIDTH, markup=False).print(table)
+    print_table(table)
     base = ", ".join(dict.fromkeys(one.preset for one in found))
     write_json(dir / "ablation.json", {"base": base, "metric": metric, "rows": [row._asdict() for row in rows]})
     print(f"numbers: {dir / 'ablation.json'}")
@@ -212,7 +206,7 @@ def _effect(name: str, base: str | None, outcomes: Sequence[Outcome], metric: Me
 
 def _sample(outcomes: Sequence[Outcome], experiment: str | None, key: str) -> list[float]:
     """What the experiment's finished runs say of `key`, where they know it."""
-    runs: list[RunFolder] = [one.run for one in outcomes if one.trial.experiment == experiment and one.run]
+    runs = [one.run for one in outcomes if one.trial.experiment == experiment and one.run]
     return [run.summary[key] for run in runs if run.summary.get(key) is not None]
 
 

@@ -8,11 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from configs.notation import nearest
 from configs.serialize import HASH_IGNORES, flatten
 from data.run.metrics import read_metrics
+
+Metric = Literal["val_loss_nats", "val_bits_per_byte"]
+UNITS: dict[Metric, str] = {"val_loss_nats": "nats", "val_bits_per_byte": "bits per byte"}
+"""The final loss in a summary, in the two units."""
 
 
 @dataclass(frozen=True)
