@@ -36,7 +36,8 @@ class Verify:
     write: bool = False
     """Write the tables anew."""
     target: float | None = None
-    """Test each file's mean loss against this one, in nats: t-test and track 3's rule."""
+    """Test each file's mean loss against this one, in nats, by t-test and track 3's rule; None: the target that all the runs
+    of the file were given."""
     add: Path | None = None
     """First add the runs of --runs to this file, and write its table."""
     runs: tuple[str, ...] = ()
@@ -99,6 +100,12 @@ def verify_profile(folder: Path, *, write: bool) -> list[str]:
     return check_page(folder / PROFILE, text, write=write) if text else []
 
 
+def target_of_runs(file: Path) -> float | None:
+    """The target loss that all runs of a file were given; None where they had none, or different ones."""
+    targets = {record["summary"].get("target_loss_nats") for record in read_records(file)}
+    return targets.pop() if len(targets) == 1 else None
+
+
 def target_line(file: Path, target: float) -> str:
     """The speedrun's t-test and track 3's rule, on all final losses of a file."""
     losses = [record["summary"]["val_loss_nats"] for record in read_records(file)]
@@ -122,8 +129,9 @@ def main(args: Verify) -> int:
         found = verify(file, write=args.write or file == args.add)
         print(f"{file}: {len(read_records(file))} runs, {'all in order' if not found else f'{len(found)} faults'}")
         count += print_faults(found)
-        if args.target is not None:
-            print(target_line(file, args.target))
+        target = target_of_runs(file) if args.target is None else args.target
+        if target is not None and not found:
+            print(target_line(file, target))
     for folder in dict.fromkeys(file.parent for file in files):
         count += print_faults(verify_profile(folder, write=args.write or args.add is not None))
     return min(count, 1)
