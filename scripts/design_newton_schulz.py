@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from configs.notation import Triple
-from data.files import replacing
 from optim.newton_schulz import TABLES
 from scripts import command
 
@@ -141,7 +140,7 @@ class Design:
     safety: float = 1.02
     """Each step's input is divided by this, so that rounding cannot carry it beyond the map's range."""
     figure: Path | None = None
-    """Draw the composed map to this file: .html, or .png, .svg or .pdf (with the package kaleido and a Chromium)."""
+    """Draw the composed map to this file: .html, or .png (with a Chromium)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,10 +185,12 @@ def describe(triples: Sequence[Triple], safety: float, design: Radii | Optimal) 
 def draw(triples: Sequence[Triple], safety: float, design: Radii | Optimal) -> None:
     """The composed map beside Jordan's quintic, and the band over [s, 1] against s, in design.figure.
 
-    Raises ValueError for an ending that is no figure's, or where kaleido or its browser is missing.
+    Raises ValueError for an ending that is no figure's, or where the browser is missing.
     """
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
+
+    from scripts.report import save_figure
 
     x = np.geomspace(LEAST_DRAWN, 1, 4001)
     figure = make_subplots(1, 2, subplot_titles=("composed map", "band over [s, 1]"))
@@ -205,21 +206,7 @@ def draw(triples: Sequence[Triple], safety: float, design: Radii | Optimal) -> N
     figure.update_yaxes(range=[0, 1.3])
     figure.add_hline(y=1, line_dash="dot", line_width=1)
     figure.update_layout(template="plotly_white", width=1000, height=420, margin_t=40, legend_x=0.02, legend_y=0.98)
-    _write(figure, design.figure)
-
-
-def _write(figure: object, path: Path) -> None:
-    kind = path.suffix.lstrip(".").lower()
-    if kind not in ("html", "png", "svg", "pdf"):
-        raise ValueError(f"cannot draw {path}: its name must end with .html, .png, .svg or .pdf")
-    try:
-        with replacing(path) as aside:
-            if kind == "html":
-                figure.write_html(aside, include_plotlyjs="cdn")
-            else:
-                figure.write_image(aside, format=kind, scale=2)
-    except (RuntimeError, ImportError) as error:
-        raise ValueError(f"cannot draw {path} ({str(error).strip().splitlines()[0]}); .html needs no browser") from None
+    save_figure(figure, design.figure)
 
 
 def main(design: Radii | Optimal) -> None:

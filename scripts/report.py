@@ -265,7 +265,7 @@ def find_browser() -> str:
     """The first of BROWSERS on the PATH. Raises ValueError where there is none."""
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
-        raise ValueError("--png needs Chromium or Chrome to draw with, and none is on the PATH: apt-get install chromium")
+        raise ValueError("a .png needs Chromium or Chrome to draw with, and none is on the PATH: apt-get install chromium")
     return found
 
 
@@ -286,6 +286,19 @@ def screenshot(page: Path, figure: str, path: Path, *, width: int, height: int) 
         if not drawn.is_file():
             raise ValueError(f"{command[0]} drew no {figure}: {told[-1] if told else 'it said nothing'}")
         shutil.copyfile(drawn, aside)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a plotly figure of known width and height as .html, or by the browser as .png. Raises ValueError for others."""
+    if path.suffix == ".html":
+        write_text(path, figure.to_html(include_plotlyjs="cdn"))
+    elif path.suffix == ".png":
+        with tempfile.TemporaryDirectory() as place:
+            page = Path(place) / "figure.html"
+            figure.write_html(page)
+            screenshot(page, "figure", path, width=figure.layout.width + 20, height=figure.layout.height + 20)
+    else:
+        raise ValueError(f"cannot draw {path}: its name must end with .html or .png")
 
 
 def main(args: Report) -> None:

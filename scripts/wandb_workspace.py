@@ -10,18 +10,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from data.run.metrics import (
-    EQUILIBRIUM,
-    LAYER_MEASURES,
-    MEASURES,
-    MFU,
-    STEP_MS,
-    TOKENS_PER_SECOND,
-    TRAIN_LOSS,
-    VAL_BITS,
-    VAL_LOSS,
-    measure_name,
-)
+from data.run import metrics as keys
+from data.run.metrics import VAL_BITS, VAL_LOSS, measure_name
 from data.run.wandb import SAMPLES, has_key
 from scripts import command
 
@@ -55,26 +45,27 @@ def loss_panels(wr: ModuleType) -> list[Any]:
     curves = [wr.LinePlot(title=f"Validation loss by {words}", x=axis, y=[VAL_LOSS], title_y="nats per token")
               for axis, words in axes.items()]
     return [*curves, wr.LinePlot(title="Validation bits per byte", y=[VAL_BITS]),
-            wr.LinePlot(title="Training loss", y=[TRAIN_LOSS], title_y="nats per token", smoothing_type="exponential",
+            wr.LinePlot(title="Training loss", y=[keys.TRAIN_LOSS], title_y="nats per token", smoothing_type="exponential",
                         smoothing_factor=SMOOTHING, smoothing_show_original=True)]
 
 
 def speed_panels(wr: ModuleType) -> list[Any]:
     """Tokens a second, milliseconds a step, and the fraction of the device's peak."""
-    titles = {TOKENS_PER_SECOND: "Tokens per second", STEP_MS: "Milliseconds per step", MFU: "Model FLOPs utilisation"}
-    return [wr.LinePlot(title=title, y=[metric]) for metric, title in titles.items()]
+    return [wr.LinePlot(title="Tokens per second", y=[keys.TOKENS_PER_SECOND]),
+            wr.LinePlot(title="Milliseconds per step", y=[keys.STEP_MS]),
+            wr.LinePlot(title="Model FLOPs utilisation", y=[keys.MFU])]
 
 
 def optimizer_panels(wr: ModuleType) -> list[Any]:
     """A plot for each measure, with a line for each group; beside its angle that of equilibrium, where it is known."""
-    beside = {"angle": f"(angle|{EQUILIBRIUM})"}
+    beside = {"angle": f"(angle|{keys.EQUILIBRIUM})"}
     return [wr.LinePlot(title=measure, metric_regex=f"^{measure_name('[^/]+', beside.get(measure, measure))}$",
-                        log_y=measure in LOG_SCALED or None) for measure in MEASURES]
+                        log_y=measure in LOG_SCALED or None) for measure in keys.MEASURES]
 
 
 def layer_panels(wr: ModuleType) -> list[Any]:
     """A plot for each measure of layers and matrices, with a line for each of them."""
-    return [wr.LinePlot(title=measure, metric_regex=f"^diag/.+/{measure}$", log_y=True) for measure in LAYER_MEASURES]
+    return [wr.LinePlot(title=measure, metric_regex=f"^diag/.+/{measure}$", log_y=True) for measure in keys.LAYER_MEASURES]
 
 
 def ablation_panels(wr: ModuleType) -> list[Any]:

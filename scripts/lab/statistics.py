@@ -76,15 +76,11 @@ def welch(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> D
     difference = one.mean - two.mean
     if one.sd is None or two.sd is None:
         return Difference(difference, None, None, None)
-    va, vb = one.sd**2 / one.n, two.sd**2 / two.n
-    if va + vb == 0:
+    if one.sd == two.sd == 0:
         return Difference(difference, difference, difference, float(difference == 0))
-    share = va / (va + vb)
-    freedom = 1 / (share**2 / (one.n - 1) + (1 - share) ** 2 / (two.n - 1))
-    error = math.sqrt(va + vb)
-    reach = float(stats.t.ppf((1 + confidence) / 2, freedom)) * error
-    p = 2 * float(stats.t.sf(abs(difference) / error, freedom))
-    return Difference(difference, difference - reach, difference + reach, p)
+    test = stats.ttest_ind(a, b, equal_var=False)
+    low, high = test.confidence_interval(confidence)
+    return Difference(difference, float(low), float(high), float(test.pvalue))
 
 
 def rank_p(a: Sequence[float], b: Sequence[float]) -> float:
@@ -99,12 +95,12 @@ def one_sided_p(values: Sequence[float], target: float) -> float | None:
 
     The speedrun's rule: a record needs p < .01 at 3.28.
     """
-    n, mean, sd, *_ = summarize(values)
-    if sd is None:
+    found = summarize(values)
+    if found.sd is None:
         return None
-    if sd == 0:
-        return 0.0 if mean < target else 1.0
-    return float(stats.t.cdf((mean - target) * math.sqrt(n) / sd, n - 1))
+    if found.sd == 0:
+        return float(found.mean >= target)
+    return float(stats.ttest_1samp(values, target, alternative="less").pvalue)
 
 
 def z_margin(values: Sequence[float], target: float) -> float:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -238,17 +239,8 @@ class Board:
 
     @property
     def left(self) -> str:
-        """Time that the trials still to come should take, at the pace of this sweep; `?` before its first."""
+        """Time that the trials still to come should take, at the pace of this sweep: `1:05:00`; `?` before its first."""
         if not self.fresh:
             return "?"
-        return spell((time.monotonic() - self.began) / self.fresh * (self.total - self.known))
-
-
-def spell(seconds: float) -> str:
-    """`42 s`, `3 min 20 s` or `5 h 12 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+        seconds = (time.monotonic() - self.began) / self.fresh * (self.total - self.known)
+        return str(timedelta(seconds=round(seconds)))

@@ -182,7 +182,7 @@ def test_a_figure_is_written_whole_or_not_at_all(tmp_path):
     triples, safety = Radii().table()
     draw(triples, safety, Radii(figure=tmp_path / "map.html"))
     assert "relative singular value" in (tmp_path / "map.html").read_text()
-    with pytest.raises(ValueError, match="must end with .html, .png"):
+    with pytest.raises(ValueError, match="must end with .html or .png"):
         draw(triples, safety, Radii(figure=tmp_path / "map.txt"))
     assert [path.name for path in tmp_path.iterdir()] == ["map.html"]
 
