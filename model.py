@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from configs.model import Model
 from configs.notation import parse_skips
-from kernels import choose_paths
+from kernels import Paths, choose_paths
 from kernels.attention import KERNELS, Mask, choose_kernel, document_index, use_flash
 from kernels.cross_entropy import fused_cross_entropy, softcap
 from kernels.fp8 import Fp8Product
-from kernels.mlp import linear_relu2, relu2
+from kernels.mlp import linear_relu2
 from kernels.norms import rms_norm, unit
 
 # ---- Act one: linear maps and norms -------------------------------------------------------------------------------------
@@ -268,6 +268,12 @@ class Attention(nn.Module):
 
 # ---- Act one: MLP --------------------------------------------------------------------------------------------------------
 
+
+def relu2(x: Tensor) -> Tensor:
+    """max(x, 0)^2; as a product, since .square() differentiates twice as slowly on CPUs."""
+    return F.relu(x) * x
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu2": relu2, "gelu": F.gelu, "swiglu": F.silu}
 
 
@@ -422,7 +428,8 @@ class GPT(nn.Module):
             raise ValueError("prefix_loss needs a tokenizer whose tokens have prefixes; use --model.prefix_loss 0")
         self.config, self.vocab_size, self.document_start, self.dtype = config, vocab_size, document_start, dtype
         self.max_tokens, self.kernel = max_tokens, choose_kernel(config, on_cuda)
-        use_flash(config, on_cuda)
+        if config.flash != "default":
+            use_flash(config, on_cuda)
         on_sphere = config.geometry == "sphere"
         padded = -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
         embed_dtype, table_dtype = getattr(torch, config.embed_dtype), getattr(torch, config.table_dtype)
@@ -457,7 +464,9 @@ class GPT(nn.Module):
         elif not config.tied_head:
             self.head = Linear(config.dim, padded, config=config, zero=True, role="head")
         self.register_buffer("prefix_of", torch.tensor(prefix_of) if config.prefix_loss else None, persistent=False)
-        self.paths = choose_paths(config, torch.device("cuda" if on_cuda else "cpu"), dtype)
+        self.paths = Paths()
+        if on_cuda or config.fp8 != "none":  # fp8 on a CPU is refused here
+            self.paths = choose_paths(config, torch.device("cuda" if on_cuda else "cpu"), dtype)
         if self.paths.relu2 == "triton" or config.fp8 != "none":
             use_fast_products(self)
         self._roles = {name: param.role for name, param in self.named_parameters()}  # a copy of the model keeps it

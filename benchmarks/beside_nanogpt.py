@@ -24,8 +24,7 @@ import tyro
 from benchmarks import HERE, write_result
 from configs.presets import PRESETS
 from configs.schema import Run
-from data.corpus import corpus_bytes, split_text
-from data.sources import open_source
+from data.sources import corpus_bytes, open_source, split_text
 
 ROOT = HERE.parent
 RESULT = HERE / "beside_nanogpt.json"

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import _muon
 
 from benchmarks import write_result
-from configs.groups import Group, Optim
+from configs.optim import Muon, Optim, RuleConfig
 from configs.schema import Run
 from optim.comm import Comm
 from optim.groups import build_groups
@@ -45,14 +45,14 @@ def matrices() -> dict[str, Tensor]:
     return found
 
 
-def optimizer_of(params: dict[str, torch.nn.Parameter], group: Group) -> ShardedOptimizer:
+def optimizer_of(params: dict[str, torch.nn.Parameter], config: RuleConfig) -> ShardedOptimizer:
     """Our optimizer of these matrices, all in one group, on one rank."""
-    return ShardedOptimizer(build_groups(params, dict.fromkeys(params, "matrix"), Optim(matrix=group)), Comm())
+    return ShardedOptimizer(build_groups(params, dict.fromkeys(params, "matrix"), Optim(matrix=config)), Comm())
 
 
 def ours() -> Callable[[], None]:
     """The step of our sharded optimizer."""
-    config = Group(rule="steepest", norm="spectral", unit="at_least_one", ns="quintic", lr=0.025, weight_decay=0.05)
+    config = Muon(unit="at_least_one", ns="quintic", lr=0.025, weight_decay=0.05)
     params = matrices()
     grads = {name: weight.grad for name, weight in params.items()}
     optimizer = optimizer_of(params, config)

@@ -11,7 +11,7 @@ import json
 import os
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import tyro
@@ -21,10 +21,31 @@ from benchmarks import HERE, machine
 from benchmarks.muon_step import SHAPES, optimizer_of
 from benchmarks.oracles import ORACLES, parity
 from configs.cli import fail
-from configs.groups import Group, acting_fields
 from configs.notation import nearest
+from configs.optim import (
+    AGD,
+    PSGD,
+    SM3,
+    SOAP,
+    SWAN,
+    Adam,
+    Averaged,
+    Dion,
+    Dion2,
+    Muon,
+    Muon2,
+    Muown,
+    NorMuon,
+    Prodigy,
+    RuleConfig,
+    Shampoo,
+    SOAPMuon,
+    Steepest,
+    Stiefel,
+)
 from data.run.folder import write_json, write_text
-from optim.rules import Hyper, build_rule
+from optim.groups import build_rule
+from optim.rule import Hyper
 from optim.schedule import Values
 from scripts.lab.records import markdown
 
@@ -34,10 +55,10 @@ from scripts.lab.records import markdown
 MATRIX = (768, 3072)
 
 
-def floats_per_parameter(group: Group, shape: tuple[int, int] = MATRIX) -> float:
+def floats_per_parameter(config: RuleConfig, shape: tuple[int, int] = MATRIX) -> float:
     """Numbers that the rule remembers of a matrix, over its own."""
     W = torch.empty(1, *shape, device="meta")
-    return sum(tensor.numel() for tensor in build_rule(group).init_state(W).values()) / W.numel()
+    return sum(tensor.numel() for tensor in build_rule(config).init_state(W).values()) / W.numel()
 
 
 def eigh_flops(shape: tuple[int, ...], *_: object, **__: object) -> int:
@@ -71,9 +92,9 @@ DECOMPOSITIONS = {torch.ops.aten._linalg_eigh: eigh_flops, torch.ops.aten.linalg
 PRODUCTS = {torch.ops.aten.baddbmm_: product_flops}
 
 
-def flops(group: Group, shape: tuple[int, int] = MATRIX) -> int:
+def flops(config: RuleConfig, shape: tuple[int, int] = MATRIX) -> int:
     """Operations of matrix products and decompositions in the second step on one matrix; elementwise work is not counted."""
-    rule = build_rule(group)
+    rule = build_rule(config)
     W, grad = (torch.zeros(1, *shape, device="meta") for _ in range(2))
     state = rule.init_state(W)
     shared = {key: tensor.to("meta") for key, tensor in rule.init_shared().items()}
@@ -95,7 +116,7 @@ class Entry:
     """A row: an optimizer by its usual name."""
 
     name: str
-    group: Group
+    group: RuleConfig
     norm: str
     learns: str = ""
 
@@ -110,68 +131,63 @@ class Arguments:
     """Measure these optimizers' times alone, by their names in the table."""
 
 
-def steepest(norm: str, **fields: object) -> Group:
-    """Steepest descent under a norm."""
-    return Group(rule="steepest", norm=norm, **fields)
-
-
-MUON = dict(norm="spectral", unit="at_least_one")
+JORDAN = dict(unit="at_least_one")
 ENTRIES = [
-    Entry("AdamW", Group(), "largest entry", "a scale per entry"),
-    Entry("normalised SGD", steepest("frobenius", nesterov=False), "Frobenius"),
-    Entry("Signum", steepest("sign", nesterov=False), "largest entry"),
-    Entry("Scion, head", steepest("sign", unit="fan_in", nesterov=False), "n x largest entry"),
-    Entry("Scion, embedding", steepest("row", nesterov=False), "largest row RMS"),
-    Entry("Scion, first layer", steepest("column", nesterov=False), "largest column RMS"),
-    Entry("Scion, hidden", steepest("rms_operator", nesterov=False), "RMS > RMS"),
-    Entry("Muon", steepest(**MUON, ns="quintic"), "spectral, Jordan's unit"),
-    Entry("Muon, Moonlight's", steepest("spectral", unit="match_adam", averaging="heavy_ball"),
+    Entry("AdamW", Adam(), "largest entry", "a scale per entry"),
+    Entry("normalised SGD", Steepest(norm="frobenius", nesterov=False), "Frobenius"),
+    Entry("Signum", Steepest(norm="sign", nesterov=False), "largest entry"),
+    Entry("Scion, head", Steepest(norm="sign", unit="fan_in", nesterov=False), "n x largest entry"),
+    Entry("Scion, embedding", Steepest(norm="row", nesterov=False), "largest row RMS"),
+    Entry("Scion, first layer", Steepest(norm="column", nesterov=False), "largest column RMS"),
+    Entry("Scion, hidden", Steepest(norm="rms_operator", nesterov=False), "RMS > RMS"),
+    Entry("Muon", Muon(**JORDAN, ns="quintic"), "spectral, Jordan's unit"),
+    Entry("Muon, Moonlight's", Muon(unit="match_adam", averaging="heavy_ball"),
           "spectral, Moonlight's unit"),
-    Entry("Muon, equilibrated", steepest(**MUON, equilibrate=True), "spectral, Jordan's unit"),
-    Entry("steepest, Schatten 4", steepest("schatten"), "Schatten 4"),
-    Entry("NorMuon", Group(rule="normuon", **MUON), "spectral, Jordan's unit", "a scale per row"),
-    Entry("Muon^2", Group(rule="muon2", **MUON), "spectral, Jordan's unit", "a scale per entry"),
-    Entry("Muown", Group(rule="muown", norm="spectral", unit="match_adam"), "spectral, Moonlight's unit",
+    Entry("Muon, equilibrated", Muon(**JORDAN, equilibrate=True), "spectral, Jordan's unit"),
+    Entry("steepest, Schatten 4", Steepest(norm="schatten"), "Schatten 4"),
+    Entry("NorMuon", NorMuon(**JORDAN), "spectral, Jordan's unit", "a scale per row"),
+    Entry("Muon^2", Muon2(**JORDAN), "spectral, Jordan's unit", "a scale per entry"),
+    Entry("Muown", Muown(unit="match_adam"), "spectral, Moonlight's unit",
           "a length per row"),
-    Entry("Dion", Group(rule="dion"), "RMS > RMS", "the leading subspace"),
-    Entry("Dion2", Group(rule="dion2"), "RMS > RMS"),
-    Entry("SM3", Group(rule="sm3"), "largest entry", "a scale per row and per column"),
-    Entry("Prodigy", Group(rule="prodigy", lr=1.0), "largest entry", "a scale per entry, and the step's length"),
-    Entry("AGD", Group(rule="agd", lr=1.0), "Frobenius, by layer", "the step's length"),
-    Entry("SWAN", Group(rule="swan"), "spectral, of standardised rows"),
-    Entry("Shampoo", Group(rule="shampoo"), "spectral", "both Gram matrices"),
-    Entry("Shampoo, one-sided", Group(rule="shampoo", sides="smaller"), "spectral", "the smaller Gram matrix"),
-    Entry("SOAP", Group(rule="soap"), "spectral", "both eigenbases, and a scale per entry there"),
-    Entry("SOAP-Muon", Group(rule="soap_muon", **MUON), "spectral, Jordan's unit", "as SOAP"),
-    Entry("Manifold Muon", Group(rule="stiefel", dual_steps=6), "spectral, tangent", "none: the constraint does it"),
-    Entry("PSGD", Group(rule="psgd", beta1=0.95), "spectral", "a whitening factor on each side"),
-    Entry("Muon#AdamW", steepest(**MUON, graft="adam"), "spectral, AdamW's length", "a scale per entry"),
-    Entry("Shampoo#AdamW, one-sided", Group(rule="shampoo", sides="smaller", graft="adam"), "spectral, AdamW's length",
+    Entry("Dion", Dion(), "RMS > RMS", "the leading subspace"),
+    Entry("Dion2", Dion2(), "RMS > RMS"),
+    Entry("SM3", SM3(), "largest entry", "a scale per row and per column"),
+    Entry("Prodigy", Prodigy(lr=1.0), "largest entry", "a scale per entry, and the step's length"),
+    Entry("AGD", AGD(lr=1.0), "Frobenius, by layer", "the step's length"),
+    Entry("SWAN", SWAN(), "spectral, of standardised rows"),
+    Entry("Shampoo", Shampoo(), "spectral", "both Gram matrices"),
+    Entry("Shampoo, one-sided", Shampoo(sides="smaller"), "spectral", "the smaller Gram matrix"),
+    Entry("SOAP", SOAP(), "spectral", "both eigenbases, and a scale per entry there"),
+    Entry("SOAP-Muon", SOAPMuon(**JORDAN), "spectral, Jordan's unit", "as SOAP"),
+    Entry("Manifold Muon", Stiefel(dual_steps=6), "spectral, tangent", "none: the constraint does it"),
+    Entry("PSGD", PSGD(beta1=0.95), "spectral", "a whitening factor on each side"),
+    Entry("Muon#AdamW", Muon(**JORDAN, graft=Adam()), "spectral, AdamW's length", "a scale per entry"),
+    Entry("Shampoo#AdamW, one-sided", Shampoo(sides="smaller", graft=Adam()), "spectral, AdamW's length",
           "the smaller Gram matrix, a scale per entry"),
 ]
 
 
-def averaging(group: Group) -> str:
-    """What the group steps along."""
-    acting = acting_fields(replace(group, graft=""))
-    if "averaging" in acting:
-        return group.averaging.replace("_", " ") + (", Nesterov" if "nesterov" in acting and group.nesterov else "")
-    if group.rule in ("dion", "dion2"):
+def averaging(config: RuleConfig) -> str:
+    """What the rule steps along."""
+    if isinstance(config, Averaged):
+        ahead = ", Nesterov" if config.nesterov and config.averaging != "none" else ""
+        return config.averaging.replace("_", " ") + ahead
+    if config.rule in ("dion", "dion2"):
         return "what was not stepped along yet"
-    return "ema" if "beta1" in acting else "none"
+    return "ema" if hasattr(config, "beta1") else "none"
 
 
 # ---- Times ---------------------------------------------------------------------------------------
 
 
-def seconds(group: Group) -> tuple[float, bool]:
+def seconds(group: RuleConfig) -> tuple[float, bool]:
     """Of one step on all matrices; or, where that would take longer than the limit, estimated from one matrix of each
     shape: then True comes with it."""
     guess = sum(SHAPES.count(shape) * step_seconds(group, [shape]) for shape in dict.fromkeys(SHAPES))
     return (guess, True) if guess > LIMIT_SECONDS else (step_seconds(group, SHAPES), False)
 
 
-def step_seconds(group: Group, shapes: list[tuple[int, int]]) -> float:
+def step_seconds(group: RuleConfig, shapes: list[tuple[int, int]]) -> float:
     """Median time of the steps after the first, on fresh matrices: up to five, until two seconds are full."""
     torch.manual_seed(0)
     params = {f"w{i}": torch.nn.Parameter(torch.randn(shape) * 0.02) for i, shape in enumerate(shapes)}

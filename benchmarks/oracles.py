@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.muon_step import optimizer_of
-from configs.groups import Group
+from configs.optim import RuleConfig
 from optim.schedule import Values
 
 STEPS = 20
@@ -26,7 +26,7 @@ Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 @dataclass(frozen=True)
 class Oracle:
-    """A public optimizer, and the fields of our group that make it the same."""
+    """A public optimizer, and the fields of our rule that make it the same."""
 
     name: str
     make: Make
@@ -35,13 +35,14 @@ class Oracle:
     shapes: tuple[tuple[int, int], ...] = SHAPES
 
 
-def parity(group: Group, oracle: Oracle) -> float | None:
+def parity(config: RuleConfig, oracle: Oracle) -> float | None:
     """Largest distance between both sides' weights over the matrices, as a share of the distance that the oracle moved
     them; None if its package is not installed."""
     if find_spec(oracle.package) is None:
         return None
+    fields = {name: value for name, value in oracle.ours.items() if name != "momentum" or hasattr(config, "momentum")}
     with in_float32(oracle.package):
-        ours, theirs = _ours(replace(group, **oracle.ours), oracle.shapes), _theirs(oracle)
+        ours, theirs = _ours(replace(config, **fields), oracle.shapes), _theirs(oracle)
     return max(((mine - other).norm() / (other - start).norm()).item()
                for mine, other, start in zip(ours, theirs, _starts(oracle.shapes), strict=True))
 
@@ -71,9 +72,9 @@ def _gaussian(shape: tuple[int, int], *, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _ours(group: Group, shapes: tuple[tuple[int, int], ...]) -> list[Tensor]:
+def _ours(config: RuleConfig, shapes: tuple[tuple[int, int], ...]) -> list[Tensor]:
     params = {f"w{i}": nn.Parameter(start) for i, start in enumerate(_starts(shapes))}
-    optimizer = optimizer_of(params, group)
+    optimizer = optimizer_of(params, config)
     for step in range(STEPS):
         for i, param in enumerate(params.values()):
             param.grad.copy_(_gradient(param.shape, step, i))

@@ -1,6 +1,7 @@
 """The command line: `[PRESET] [--dotted.field VALUE ...]`, parsed into a Run without importing torch."""
 
 import contextlib
+import copy
 import io
 import sys
 from collections.abc import Mapping, Sequence
@@ -70,7 +71,7 @@ def choose_rules(run: Run, flags: Sequence[str]) -> tuple[Run, list[str]]:
 
     First of all flags, because the rule decides which others there are. Raises ValueError for an unknown role or rule.
     """
-    words, rest = list(flags), []
+    words, rest, optim = list(flags), [], run.optim
     while words:
         flag, equals, value = words.pop(0).partition("=")
         path = flag.removeprefix("--").split(".")
@@ -81,9 +82,11 @@ def choose_rules(run: Run, flags: Sequence[str]) -> tuple[Run, list[str]]:
         if path[1] not in roles:
             raise ValueError(f"{flag}: unknown role {path[1]!r}{nearest(path[1], roles)}")
         name = value if equals else words.pop(0) if words else ""
-        old = getattr(run.optim, path[1])
+        old = getattr(optim, path[1])
         old = old if len(path) == 3 else old.graft
-        run = with_settings(run, {".".join(path[:-1]): switch_rule(old, name)})
+        optim = with_settings(optim, {".".join(path[1:-1]): switch_rule(old, name)})
+    run = copy.copy(run)
+    object.__setattr__(run, "optim", optim)  # unchecked: only with the other flags the run must be possible
     return run, rest
 
 
@@ -102,6 +105,8 @@ def refuse_unknown_flags(run: Run, flags: Sequence[str]) -> None:
             continue
         own = [key.removeprefix(f"optim.{role}.") for key in known if key.startswith(f"optim.{role}.")]
         given, rule = flag.removeprefix(f"optim.{role}."), getattr(run.optim, role).rule
-        having = [other for other, config in RULES.items() if given in config.__dataclass_fields__]
+        part = any(key.startswith(f"{given}.") for key in own)  # of a flag's name: graft, extra
+        names = {given, given.removeprefix("no_")}
+        having = [] if part else [other for other, config in RULES.items() if names & set(config.__dataclass_fields__)]
         elsewhere = f"; rules that have it: {', '.join(having)}" if having else nearest(given, own)
         raise ValueError(f"--{flag}: rule {rule} has no {given}{elsewhere}; it has {', '.join(own)}")

@@ -1,15 +1,25 @@
 """The GPT: sizes, and one flag per technique."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-from configs.notation import parse_skips, refuse, refuse_below, refuse_without_needs, technique
+from configs.notation import parse_skips, refuse, refuse_outside, refuse_without_needs, technique
 
 # The sphere has norms everywhere and gains nowhere, and a zero vector has no direction.
 SPHERE_NEEDS = {"zero_init_projections": False, "norm_gains": False, "biases": False, "tied_head": False, "qk_norm": True,
                 "norm_embedding": True, "inject": False, "residual_growth": 0.0, "skips": (), "backout": None,
                 "dense": "none"}
+
+
+# Where numbers must lie.
+RANGES = {
+    "[1, inf)": ("layers", "dim", "head_dim", "mlp_dim", "vocab_multiple", "window_tokens", "long_window_tokens",
+                 "dynamic_window", "fp8_x_headroom", "fp8_weight_headroom"),
+    "[0, inf)": ("value_embeds", "bigram_buckets", "bigram_signs", "residual_growth", "prefix_loss", "sampled_softmax",
+                 "fp8_grad_max"),
+    "(0, inf)": ("softcap_value", "logit_scale", "fp8_x_max", "fp8_weight_max"),
+    "(0, 1]": ("eigen_lr",),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,9 +142,9 @@ class Model:
     """Learned factors of the stream and of what is added to it, the stream's growing it so much a layer at the start
     (speedrun, 2026: 1.1); 0: none."""
     skips: tuple[str, ...] = technique((), off=(), on=("0>1",))
-    """Skips between layers: `3>6` from what layer 3 wrote to what layer 6 reads; `unet` first to last (speedrun, 2024)."""
+    """Skips between layers: `3>6` from what layer 3 wrote to what layer 6 reads."""
     skip_weight: float = 0.18
-    """Learned weight of each skip at the start (speedrun: 1 for its U-net, .18 for its single skip)."""
+    """Learned weight of each skip at the start (speedrun: .18)."""
     backout: int | None = technique(None, off=None, on=0)
     """A learned share, from 1/2, of what this layer wrote is taken back before the head (speedrun, Oct 2025)."""
     dense: Literal["none", "denseformer", "mudd"] = technique("none", off="none", on="mudd")
@@ -143,9 +153,9 @@ class Model:
 
     # ---- Losses, and the kernels of the head and the MLP ------------------------------------------------------------------
 
-    softcap: Literal["none", "tanh", "rational", "sigmoid", "asymmetric"] = technique("tanh", off="none", on="tanh")
-    """Bounded logits: c tanh(z/c) (Gemma 2, 2024, arXiv 2408.00118), c z / sqrt(z^2 + c^2), the speedrun's
-    2c sigmoid(2z/c) - c, which is tanh's function by another kernel, or its 23 sigmoid((z + 5) / 7.5)."""
+    softcap: Literal["none", "tanh", "rational", "asymmetric"] = technique("tanh", off="none", on="tanh")
+    """Bounded logits: c tanh(z/c) (Gemma 2, 2024, arXiv 2408.00118), c z / sqrt(z^2 + c^2), or the speedrun's
+    23 sigmoid((z + 5) / 7.5)."""
     softcap_value: float = 15.0
     """The bound c."""
     logit_scale: float = 1.0
@@ -179,25 +189,24 @@ class Model:
     """Delayed scales: the same for the weights (speedrun, 2026)."""
 
     def __post_init__(self) -> None:
-        refuse_below(self, 1, "layers", "dim", "head_dim", "mlp_dim", "vocab_multiple", "window_tokens",
-                     "long_window_tokens", "dynamic_window")
-        refuse_below(self, 0, "value_embeds", "bigram_buckets", "bigram_signs", "residual_growth", "prefix_loss",
-                     "sampled_softmax")
+        refuse_outside(self, RANGES)
+        refuse_without_needs(self, "model")
         refuse(self.dim % self.head_dim != 0, f"head_dim must divide dim, got {self.head_dim} and {self.dim}")
         refuse(self.position in ("rotary", "half_rotary") and self.head_dim % 4 != 0,
                f"{self.position} needs head_dim divisible by 4, got {self.head_dim}")
-        refuse(self.softcap != "none" and self.softcap_value <= 0,
-               f"softcap_value must be positive, got {self.softcap_value}")
         refuse(self.attention == "varlen" and not self.document_mask,
                "--model.attention varlen packs documents: it needs --model.document_mask")
         refuse(self.flash != "default" and self.attention not in ("sdpa", "varlen"),
                f"flash {self.flash} serves --model.attention sdpa or varlen, got {self.attention}")
-        refuse_without_needs(self, "model")
+        refuse(self.fp8 == "none" and self.fp8_scales != "dynamic",
+               f"fp8_scales {self.fp8_scales} has no effect without --model.fp8 head or head_mlp")
         self._refuse_layers()
         self._refuse_heads()
         self._refuse_losses()
-        self._refuse_sphere()
-        self._refuse_fp8()
+        if self.geometry == "sphere":
+            self._refuse_sphere()
+        if self.fp8 != "none":
+            self._refuse_fp8()
 
     def _refuse_layers(self) -> None:
         """Numbers of layers that there are not."""
@@ -234,23 +243,13 @@ class Model:
 
     def _refuse_sphere(self) -> None:
         """What has no meaning on the sphere."""
-        refuse(not 0 < self.eigen_lr <= 1, f"eigen_lr must lie in (0, 1], got {self.eigen_lr}")
-        refuse(not 0 < self.logit_scale < math.inf, f"logit_scale must be positive, got {self.logit_scale}")
         for name, wanted in SPHERE_NEEDS.items():
-            refuse(self.geometry == "sphere" and getattr(self, name) != wanted,
+            refuse(getattr(self, name) != wanted,
                    f"geometry sphere needs --model.{name if wanted is not False else 'no_' + name}"
                    f"{'' if isinstance(wanted, bool) else ' ' + str(wanted)}, got {getattr(self, name)}")
 
     def _refuse_fp8(self) -> None:
-        """8-bit products: what they cannot be, and sizes that the hardware's tiles cannot hold."""
-        refuse_below(self, 0, "fp8_grad_max")
-        refuse_below(self, 1, "fp8_x_headroom", "fp8_weight_headroom")
-        for name in ("fp8_x_max", "fp8_weight_max"):
-            refuse(not 0 < getattr(self, name) < math.inf, f"{name} must be positive, got {getattr(self, name)}")
-        refuse(self.fp8 == "none" and self.fp8_scales != "dynamic",
-               f"fp8_scales {self.fp8_scales} has no effect without --model.fp8 head or head_mlp")
-        if self.fp8 == "none":
-            return
+        """Models without 8-bit products, and sizes that the hardware's tiles cannot hold."""
         refuse(self.tied_head, f"fp8 {self.fp8} needs a head of its own: --model.no_tied_head")
         refuse(self.geometry == "sphere", f"fp8 {self.fp8} belongs to geometry euclidean, got {self.geometry}")
         for name in ("dim", "mlp_dim", "vocab_multiple"):

@@ -1,10 +1,10 @@
-"""The small notations of settings (numbers by tensor name, skips, Newton-Schulz tables), techniques, and refusals."""
+"""The small notations of settings: curves, numbers by tensor name, skips, tables; techniques; and how values are refused."""
 
 import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import field, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple
 
 
 def refuse(condition: bool, message: str) -> None:
@@ -13,11 +13,18 @@ def refuse(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def refuse_below(owner: object, least: float, *names: str) -> None:
-    """Refuse attributes of `owner` that are set and not finite numbers of at least `least`."""
-    for name in names:
-        value = getattr(owner, name)
-        refuse(value is not None and not least <= value < math.inf, f"{name} must be at least {least}, got {value}")
+def refuse_outside(config: object, ranges: Mapping[str, Sequence[str]]) -> None:
+    """Raise ValueError for a number of `config` outside its range; None is no number.
+
+    `ranges` maps an interval, as it is written, to names: {"[0, 1)": ["momentum"]}; ( and ) leave their end out.
+    """
+    for interval, names in ranges.items():
+        low, high = (float(end) for end in interval.strip("[]()").split(","))
+        for name in names:
+            value = getattr(config, name, None)
+            inside = value is None or (low <= value <= high and (value > low or interval[0] == "[")
+                                       and (value < high or interval[-1] == "]"))
+            refuse(not inside, f"{name} must lie in {interval}, got {value}")
 
 
 def refuse_unknown(wanted: Iterable[str], given: Iterable[str], what: str) -> None:
@@ -73,6 +80,85 @@ def refuse_without_needs(config: Any, section: str) -> None:
             refuse(on and getattr(config, need) == declared[need].off, f"{name} has no effect without --{section}.{need}")
 
 
+# ---- Curves: a number that changes over a run, written as one short string ------------------------------------------------
+# A curve is a row of knots `POSITION=VALUE`, straight lines between them: `0=1 40%=1 100%=0.1` holds 1 for the first
+# 40 % of the steps and then falls to 0.1. A position is a step (`250`), a share of the run (`40%`) or a distance from its
+# end (`-50`). A word before a knot changes how it is approached: `cos` by half a cosine, `hold` by a jump at the knot.
+# `0=0 250=1 cos 100%=0.1` is the linear warm-up and cosine decay of nanoGPT. A plain number is a constant.
+
+Approach = Literal["line", "cos", "hold"]
+GRAMMAR = "knots are POSITION=VALUE with POSITION a step, a percentage or -steps from the end: '0=1 40%=1 cos 100%=0.1'"
+
+
+@dataclass(frozen=True, slots=True)
+class Knot:
+    """One point of a curve: `percent` of the run plus `steps` (either may be 0), its value, how it is approached."""
+
+    percent: float
+    steps: float
+    value: float
+    approach: Approach
+
+    def step(self, total_steps: int) -> float:
+        """The knot's place in steps for a run of `total_steps`."""
+        return self.percent * total_steps / 100 + self.steps
+
+
+def parse_curve(text: str) -> tuple[Knot, ...]:
+    """The knots of a curve's notation. Raises ValueError, quoting the offending word."""
+    knots: list[Knot] = []
+    approach: Approach = "line"
+    words = text.split()
+    if len(words) == 1 and "=" not in text:
+        words = [f"0={text}"]
+    for word in words:
+        if word in ("cos", "hold"):
+            approach = word
+            continue
+        knots.append(_parse_knot(word, approach, text))
+        approach = "line"
+    if not knots or approach != "line":
+        raise ValueError(f"curve {text!r} must end with a knot; {GRAMMAR}")
+    return tuple(knots)
+
+
+def _parse_knot(word: str, approach: Approach, text: str) -> Knot:
+    position, _, value = word.partition("=")
+    try:
+        if position.endswith("%"):
+            percent, steps = float(position[:-1]), 0.0
+        else:
+            percent, steps = (100.0 if position.startswith("-") else 0.0), float(position)
+        knot = Knot(percent, steps, float(value), approach)
+    except ValueError:
+        raise ValueError(f"cannot read {word!r} in curve {text!r}; {GRAMMAR}") from None
+    if not (0 <= percent <= 100 and math.isfinite(steps) and math.isfinite(knot.value)):
+        raise ValueError(f"knot {word!r} of curve {text!r} must lie within the run and be finite")
+    return knot
+
+
+def evaluate_curve(knots: tuple[Knot, ...], step: float, total_steps: int) -> float:
+    """The curve's value at `step` of `total_steps`; constant before the first and after the last knot.
+
+    Knots that a short run pushes out of order are read from the left: the first segment holding `step` decides.
+    """
+    if step <= knots[0].step(total_steps):
+        return knots[0].value
+    for left, right in zip(knots, knots[1:], strict=False):
+        start, end = left.step(total_steps), right.step(total_steps)
+        if step < end:
+            return _between(left.value, right, (step - start) / (end - start))
+    return knots[-1].value
+
+
+def _between(value: float, right: Knot, share: float) -> float:
+    if right.approach == "hold":
+        return value
+    if right.approach == "cos":
+        share = (1 - math.cos(math.pi * share)) / 2
+    return value + (right.value - value) * share
+
+
 # ---- NAME=NUMBER: a number for the tensors whose dotted name contains NAME as whole words: mlp.down=4 ---------------------
 
 
@@ -107,18 +193,15 @@ def unmatched_keys(numbers: Mapping[str, float], names: Iterable[str]) -> list[s
     return [key for key in numbers if not any(is_named(key, name) for name in every)]
 
 
-# ---- SOURCE>TARGET: a skip from what one layer wrote to what a later one reads; `unet` pairs the first with the last ------
+# ---- SOURCE>TARGET: a skip from what one layer wrote to what a later one reads --------------------------------------------
 
 
 def parse_skips(words: tuple[str, ...], layers: int) -> tuple[tuple[int, int], ...]:
     """(source, target) of every skip. Raises ValueError, quoting the offending word."""
     pairs: list[tuple[int, int]] = []
     for word in words:
-        if word == "unet":  # the first half's outputs, taken back in reverse order by the second half (speedrun, Nov 2024)
-            pairs += [(i, layers - 1 - i) for i in range(layers // 2)]
-            continue
         source, _, target = word.partition(">")
-        refuse(not (source.isdigit() and target.isdigit()), f"a skip is SOURCE>TARGET, say 3>6, or unet; got {word!r}")
+        refuse(not (source.isdigit() and target.isdigit()), f"a skip is SOURCE>TARGET, say 3>6; got {word!r}")
         refuse(not int(source) < int(target) < layers,
                f"a skip goes from a layer to a later one of {layers} (numbered from 0), got {word!r}")
         pairs.append((int(source), int(target)))

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
-from configs.notation import check_table, nearest, parse_by_name, refuse, technique
+from configs.notation import check_table, nearest, parse_by_name, refuse, refuse_outside, technique
 
 NormName = Literal["spectral", "rms_operator", "schatten", "row", "column", "sign", "frobenius"]
 # The norms that have a unit beside their plain one.
@@ -17,7 +17,7 @@ UNIT_NORMS: dict[str, tuple[NormName, ...]] = {
     "at_least_one": ("spectral",), "match_adam": ("spectral",), "fan_in": ("row", "column", "sign"),
     "rms": ("frobenius", "schatten"),
 }
-# (least, greatest, how it reads) of every number; a bracket ( or ) leaves its end out.
+# Where every number must lie.
 RANGES = {
     "[0, inf)": ("lr", "weight_decay", "eps", "clip", "row_floor"),
     "[1, inf)": ("ns_steps", "averages", "whiten_steps", "every_steps", "update_every", "dual_steps", "schatten_p"),
@@ -27,17 +27,6 @@ RANGES = {
     "(0, inf)": ("distance_start", "step_rms"),
     "[-1, 0)": ("exponent",),
 }
-
-
-def refuse_outside_ranges(config: object) -> None:
-    """Raise ValueError for a number of `config` outside its range in RANGES; None is no number."""
-    for text, names in RANGES.items():
-        low, high = (float(part.strip("[]() ")) for part in text.split(","))
-        for name in (name for name in names if getattr(config, name, None) is not None):
-            value = getattr(config, name)
-            above = low <= value if text[0] == "[" else low < value
-            below = value <= high if text[-1] == "]" else value < high
-            refuse(not (above and below), f"{name} must lie in {text}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +58,7 @@ class Extra:
     share. A row costs its length and 8 bytes; where most are touched, sending all is cheaper."""
 
     def __post_init__(self) -> None:
-        refuse_outside_ranges(self)
+        refuse_outside(self, RANGES)
         parse_by_name(self.lr_factors)
         for name, count in parse_by_name(self.blocks).items():
             refuse(count != int(count), f"blocks are whole numbers, got {name}={count:g}")
@@ -121,7 +110,7 @@ class RuleConfig(Graft):
     extra: Extra = Extra()
 
     def __post_init__(self) -> None:
-        refuse_outside_ranges(self)
+        refuse_outside(self, RANGES)
         self._refuse_graft()
         vectors = self.constraint == "sphere"
         refuse(bool(self.extra.blocks) and vectors, "blocks would cut the vectors of constraint sphere")

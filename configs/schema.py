@@ -1,19 +1,28 @@
 """Every number that a user may change, its default, unit, meaning and source. Standard library only.
 
 A `Run` is complete and frozen; impossible combinations are refused when it is built. Fields typed `Curve` hold a
-schedule in the notation of configs/curve.py. Everything that is not here is derived from what is here by a formula.
+schedule in the notation of configs/notation.py. Everything that is not here is derived from what is here by a formula.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from configs.curve import parse_curve
 from configs.model import Model
-from configs.notation import refuse, refuse_below, technique
+from configs.notation import parse_curve, refuse, refuse_outside, technique
 from configs.optim import Optim
 
-Curve = str  # the notation of configs/curve.py
+Curve = str  # the notation of configs/notation.py
+# Where numbers must lie.
+RANGES = {
+    "[0, inf)": ("seed", "checkpoint_every_steps", "val_every_steps", "final_val_every_steps", "warmup_steps", "lookahead",
+                 "sample_tokens", "layers_every_steps"),
+    "[1, inf)": ("sequence_tokens", "val_sequence_tokens", "max_document_tokens", "val_tokens", "val_bytes", "steps",
+                 "batch_tokens", "micro_tokens", "every_steps"),
+    "[256, 65535]": ("bpe_vocab_tokens",),  # at least the bytes, and end-of-text fits uint16
+    "[0, 1)": ("weight_average", "lookahead_gamma"),
+    "[0, 1]": ("weight_average_start", "weight_average_blend", "lookahead_start", "lookahead_end", "tied_until_frac"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +51,7 @@ class Identity:
     """Print the plan and stop."""
 
     def __post_init__(self) -> None:
-        refuse_below(self, 0, "seed", "checkpoint_every_steps")
+        refuse_outside(self, RANGES)
         refuse(self.stop_at_target and self.target_loss_nats is None,
                "stop_at_target needs --run.target_loss_nats, a validation loss in nats per token")
         refuse(self.resume and self.dry_run, "resume and dry_run exclude each other")
@@ -80,9 +89,7 @@ class Data:
     """corpus and text: validation is the first so many bytes of the validation split."""
 
     def __post_init__(self) -> None:
-        refuse_below(self, 1, "sequence_tokens", "val_sequence_tokens", "max_document_tokens", "val_tokens", "val_bytes")
-        refuse(not 256 <= self.bpe_vocab_tokens <= 65_535,
-               f"bpe_vocab_tokens must lie between 256 (the bytes) and 65535 (uint16), got {self.bpe_vocab_tokens}")
+        refuse_outside(self, RANGES)
         refuse(self.source in ("shards", "text") and not self.train_files,
                f"--data.source {self.source} needs --data.train_files")
         refuse(self.source == "shards" and not self.val_files, "--data.source shards needs --data.val_files")
@@ -98,7 +105,7 @@ class Data:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """What changes over the steps, each as a curve (notation: configs/curve.py).
+    """What changes over the steps, each as a curve (notation: configs/notation.py).
 
     Every curve but momentum multiplies a configured value.
     """
@@ -174,14 +181,7 @@ class Train:
     own way, from the same optimizer state (speedrun, 2025: 2/3)."""
 
     def __post_init__(self) -> None:
-        refuse_below(self, 1, "steps", "batch_tokens", "micro_tokens")
-        refuse_below(self, 0, "val_every_steps", "final_val_every_steps", "warmup_steps")
-        refuse_below(self, 0, "lookahead")
-        for name in ("weight_average", "lookahead_gamma"):
-            refuse(not 0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        for name in ("weight_average_start", "weight_average_blend", "lookahead_start", "lookahead_end", "tied_until_frac"):
-            value = getattr(self, name)
-            refuse(not 0 <= value <= 1, f"{name} must lie in [0, 1], got {value}")
+        refuse_outside(self, RANGES)
         refuse(self.lookahead > 0 and self.lookahead_start >= self.lookahead_end,
                f"lookahead_start must be less than lookahead_end ({self.lookahead_end}), got {self.lookahead_start}")
 
@@ -207,8 +207,7 @@ class Log:
     """Length of the continuation sampled at the end; 0: none."""
 
     def __post_init__(self) -> None:
-        refuse_below(self, 1, "every_steps")
-        refuse_below(self, 0, "sample_tokens", "layers_every_steps")
+        refuse_outside(self, RANGES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -73,10 +73,9 @@ def config_hash(run: Run) -> str:
     Left out: HASH_IGNORES, all of `log`, the target loss unless the run ends there, and what is at its default, so that
     the hash outlives fields that later versions add. An optimizer's defaults are those of its class.
     """
-    normal = config_from_dict(config_to_dict(run))  # so that 1 and 1.0 in a float field are the same
     classes = {f.name: type(getattr(run.optim, f.name)) for f in fields(run.optim)}
     plain = Run(optim=type(run.optim)(**{role: rule() for role, rule in classes.items()}))
-    flat, defaults = flatten(config_to_dict(normal)), flatten(config_to_dict(plain))
+    flat, defaults = flatten(config_to_dict(run)), flatten(config_to_dict(plain))
     return hash_settings({name: value for name, value in flat.items()
                           if value != defaults.get(name) or name.endswith(".rule") and name.count(".") == 2})
 

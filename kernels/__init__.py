@@ -14,10 +14,10 @@ KERNEL_DTYPE = torch.bfloat16  # in float32 the kernels are right too, but the v
 class Paths(NamedTuple):
     """Which path each piece takes, `triton` or `plain`, and whether there are 8-bit products."""
 
-    loss: str
-    relu2: str
-    fp8: bool
-    reason: str
+    loss: str = "plain"
+    relu2: str = "plain"
+    fp8: bool = False
+    reason: str = "no CUDA device"
 
     def line(self) -> str:
         """One line to print."""
@@ -28,7 +28,7 @@ class Paths(NamedTuple):
 def device_paths(device: torch.device) -> Paths:
     """The kernels that a device can run: `triton` on CUDA from compute capability 8.0 on, where Triton is installed."""
     if device.type != "cuda" or not torch.cuda.is_available():
-        return Paths("plain", "plain", False, f"device {device.type}")
+        return Paths(reason=f"device {device.type}")
     capability = torch.cuda.get_device_capability(device)
     installed = importlib.util.find_spec("triton") is not None
     path = "triton" if installed and capability >= TRITON_FROM else "plain"

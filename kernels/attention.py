@@ -98,8 +98,6 @@ def choose_kernel(config: Model, on_cuda: bool) -> str:
 def use_flash(config: Model, on_cuda: bool) -> None:
     """Make PyTorch's attention call the asked-for FlashAttention, in the whole process. Raises ValueError where there is
     none."""
-    if config.flash == "default":
-        return
     activate = getattr(torch.nn.attention, "activate_flash_attention_impl", None)
     if not on_cuda or activate is None:
         raise ValueError(f"--model.flash {config.flash} needs {'a newer PyTorch' if on_cuda else 'CUDA'}; use default here")

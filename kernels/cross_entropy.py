@@ -28,7 +28,7 @@ def softcap(z: Tensor, kind: str, c: float) -> Tensor:
     if kind == "asymmetric":
         height, shift, width = ASYMMETRIC
         return height * torch.sigmoid((z + shift) / width)
-    return 2 * c * torch.sigmoid(2 * z / c) - c if kind == "sigmoid" else z
+    return z
 
 
 def softcap_cross_entropy(z_NV: Tensor, targets_N: Tensor, kind: str, c: float) -> Tensor:
@@ -89,7 +89,7 @@ def family(kind: str, c: float) -> tuple[str, tuple[float, float, float, float]]
     """
     if kind == "asymmetric":
         return "sigmoid", (*ASYMMETRIC, 0.0)
-    if kind in ("tanh", "sigmoid"):
+    if kind == "tanh":
         return "sigmoid", (2 * c, 0.0, c / 2, -c)
     return {"none": "identity", "rational": "rational"}[kind], (c, 0.0, 1.0, 0.0)
 

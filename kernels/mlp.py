@@ -14,11 +14,6 @@ from torch import Tensor
 TILE = {"ROWS": 128, "COLUMNS": 128, "INNER": 64}
 
 
-def relu2(x: Tensor) -> Tensor:
-    """max(x, 0)^2; as a product, since .square() differentiates twice as slowly on CPUs."""
-    return F.relu(x) * x
-
-
 def plain_linear_relu2(x: Tensor, weight_MC: Tensor) -> Tensor:
     """In plain lines: (..., C), (M, C) -> (..., M)."""
     return F.relu(F.linear(x, weight_MC.to(x.dtype))).square()

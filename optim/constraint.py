@@ -1,7 +1,6 @@
 """Constraint sets of the weights: how first weights get in, how a step stays in. The sets themselves are in optim/zoo/."""
 
 from dataclasses import dataclass
-from importlib import import_module
 from typing import ClassVar, Literal
 
 import torch
@@ -12,19 +11,6 @@ from configs.optim import RuleConfig
 Scope = Literal["element", "row", "matrix"]
 """How finely a tensor may be cut among ranks, each part updated alone."""
 TINY = 1e-30  # shorter vectors count as this long, so that no quotient overflows
-CONSTRAINTS = {"hyperball": "optim.zoo.hyperball:Hyperball", "radial": "optim.zoo.radial:Radial",
-               "sphere": "optim.zoo.sphere:Sphere", "stiefel": "optim.zoo.stiefel:StiefelSet"}
-
-
-def coarsest(*scopes: Scope) -> Scope:
-    """The coarsest of several scopes."""
-    return next(scope for scope in ("matrix", "row", "element") if scope in scopes)
-
-
-def load(place: str) -> type:
-    """The class at `module:Class`, its module imported only now."""
-    module, name = place.split(":")
-    return getattr(import_module(module), name)
 
 
 def length(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:

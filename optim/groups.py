@@ -8,9 +8,9 @@ from torch import Tensor
 
 from configs.notation import number_of, parse_by_name, refuse, unmatched_keys
 from configs.optim import Graft, Optim, RuleConfig, summary
-from optim.constraint import Scope, coarsest, load
+from optim.constraint import Scope
 from optim.norms import build_norm
-from optim.rule import Rule, Step
+from optim.rule import Rule, Step, coarsest, load
 
 # Where each rule's class is; its module is imported when a role names the rule.
 RULES = {

@@ -1,7 +1,7 @@
-"""What hangs on the optimizer's step: averages of the weights, look-ahead. A hook acts at two moments of a step.
+"""What hangs on the optimizer's step: averages of the weights, look-ahead, sums over a role.
 
-`before` any bank is updated, and `after_update` of each bank, ahead of its all-gather, also where the bank was not due.
-Sums over a whole role (optim/zoo/role_sums.py) are a hook too.
+A hook acts at two moments of a step: `before` any bank is updated, and `after_update` of each bank, ahead of its all-gather,
+also where the bank was not due.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,10 +49,8 @@ class WeightAverage(Hook):
     blend: float = 1.0
 
     @classmethod
-    def build(cls, train: Train) -> "WeightAverage | None":
-        """What a run's configuration describes; None where it averages nothing."""
-        if not train.weight_average:
-            return None
+    def build(cls, train: Train) -> "WeightAverage":
+        """What a run's configuration describes."""
         return cls(train.weight_average, round(train.weight_average_start * train.steps), train.weight_average_blend)
 
     def init(self, bank: Bank) -> None:
@@ -85,11 +83,9 @@ class Lookahead(Hook):
     """b of each step of the run."""
 
     @classmethod
-    def build(cls, run: Run) -> "Lookahead | None":
-        """What a run's configuration describes; None where nothing looks ahead."""
+    def build(cls, run: Run) -> "Lookahead":
+        """What a run's configuration describes."""
         train, schedule = run.train, Schedule(run)
-        if not train.lookahead:
-            return None
         first, last = (round(share * train.steps) for share in (train.lookahead_start, train.lookahead_end))
         return cls(train.lookahead_gamma, tuple(train.lookahead * schedule.values(step).lr if first <= step < last else 0.0
                                                 for step in range(train.steps)))
@@ -114,9 +110,39 @@ class Lookahead(Hook):
         return replaced_weights(banks, comm, lambda bank: bank.state[BASE])
 
 
+class RoleSums(Hook):
+    """Adds up `Rule.sums` over the banks and ranks of every role whose rule shares numbers; then the rule absorbs them."""
+
+    def __init__(self, comm: Comm, receive: Callable[[Bank, int], None]) -> None:
+        """`receive` waits for a bank's gradient."""
+        self._comm, self._receive = comm, receive
+
+    def before(self, banks: Sequence[Bank], due: Sequence[Bank], hypers: Mapping[str, Hyper], count: int) -> None:
+        """Wait for the role's gradients, sum, and let its rule update the shared numbers."""
+        for role, hyper in hypers.items():
+            if hyper.shared:
+                members = [bank for bank in due if bank.group.role == role]
+                for bank in members:
+                    self._receive(bank, count)
+                total = torch.stack([self._part(bank, hyper) for bank in members]).sum(0)
+                self._comm.all_reduce(total).wait()
+                members[0].group.rule.absorb(total, hyper)
+
+    def _part(self, bank: Bank, hyper: Hyper) -> Tensor:
+        """One bank's sums on this rank; a bank that every rank updates whole counts once."""
+        hyper = hyper._replace(lr=hyper.lr * bank.spec.lr_factor) if bank.spec.lr_factor != 1 else hyper
+        part = bank.group.rule.sums(bank.matrices, bank.rule_gradient(), bank.state, hyper)
+        return part if bank.sharded or self._comm.rank == 0 else torch.zeros_like(part)
+
+
 def build_hooks(run: Run) -> list[Hook]:
     """The hooks of a run's configuration, in the order in which they act: the average does not see what lies ahead."""
-    return [hook for hook in (WeightAverage.build(run.train), Lookahead.build(run)) if hook is not None]
+    hooks: list[Hook] = []
+    if run.train.weight_average:
+        hooks.append(WeightAverage.build(run.train))
+    if run.train.lookahead:
+        hooks.append(Lookahead.build(run))
+    return hooks
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from optim.constraint import Scope, load
+from optim.constraint import Scope
 from optim.newton_schulz import orthogonalize, unit_length
 
 TINY = torch.finfo(torch.float32).tiny
@@ -198,7 +198,8 @@ def build_norm(name: str, unit: str = "plain", *, table: str = "polar_express", 
     if name in ("spectral", "rms_operator"):
         return Spectral(name if unit == "plain" else unit, table, steps)
     if name == "schatten":
-        return load("optim.zoo.schatten:Schatten")(p, unit)
+        from optim.zoo.schatten import Schatten  # only where a role names it
+        return Schatten(p, unit)
     if name == "frobenius":
         return Frobenius(unit)
     norm = {"row": Row, "column": Column, "sign": Sign}[name]()

@@ -5,17 +5,33 @@ State tensors start with K; where a rule's `scope` is row, with (1, rows); where
 """
 
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from configs.optim import RuleConfig
-from optim.constraint import CONSTRAINTS, Constraint, Scope, coarsest, load
+from optim.constraint import Constraint, Scope
 from optim.schedule import Values
 
 if TYPE_CHECKING:
     from optim.norms import Norm
+
+# Where each constraint set is; its module is imported when a role names it.
+CONSTRAINTS = {"hyperball": "optim.zoo.hyperball:Hyperball", "radial": "optim.zoo.radial:Radial",
+               "sphere": "optim.zoo.sphere:Sphere", "stiefel": "optim.zoo.stiefel:StiefelSet"}
+
+
+def load(place: str) -> type:
+    """The class at `module:Class`, its module imported only now."""
+    module, name = place.split(":")
+    return getattr(import_module(module), name)
+
+
+def coarsest(*scopes: Scope) -> Scope:
+    """The coarsest of several scopes."""
+    return next(scope for scope in ("matrix", "row", "element") if scope in scopes)
 
 
 class Hyper(NamedTuple):
@@ -32,7 +48,8 @@ class Hyper(NamedTuple):
     @classmethod
     def at(cls, config: RuleConfig, values: Values, count: int, shared: dict[str, Tensor] | None = None) -> "Hyper":
         """A rule's numbers at the schedule's `values`; `count` steps so far, this one included."""
-        momentum = getattr(config, "momentum", 0.0) if values.momentum is None else values.momentum
+        own = getattr(config, "momentum", getattr(config.graft, "momentum", 0.0))  # one for both rules of a graft
+        momentum = own if values.momentum is None else values.momentum
         numbers = (config.lr * values.lr, config.weight_decay * values.weight_decay, momentum, count // config.update_every)
         return cls(*(torch.tensor(x, dtype=torch.float32) for x in numbers), shared or {})
 

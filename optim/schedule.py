@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from configs.curve import evaluate_curve, parse_curve
+from configs.notation import evaluate_curve, parse_curve
 from configs.schema import Run
 
 

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from optim.bank import Bank, group_by_shape, make_bank
 from optim.comm import Comm
-from optim.constraint import load
 from optim.groups import ParamGroup
-from optim.hooks import Hook
+from optim.hooks import Hook, RoleSums
 from optim.rule import Hyper, Rule, Step
 from optim.schedule import Values
 from optim.state import OptimizerState
@@ -45,7 +44,7 @@ class ShardedOptimizer:
             for bank in self.banks:
                 hook.init(bank)
         if any(self.shared.values()):
-            self.hooks.insert(0, load("optim.zoo.role_sums:RoleSums")(comm, self._receive))
+            self.hooks.insert(0, RoleSums(comm, self._receive))
         # On the device, so that noting a bad gradient waits for nothing: the step of each bank's first, and where it was.
         self._bad_step = torch.full((len(self.banks),), NEVER, device=comm.device)
         self._bad_entry = torch.zeros(len(self.banks), dtype=torch.int64, device=comm.device)

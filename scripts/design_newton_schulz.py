@@ -23,6 +23,11 @@ def compose(triples: Sequence[Triple], x: np.ndarray) -> np.ndarray:
     return x
 
 
+def first_triples(triples: Sequence[Triple], steps: int) -> list[Triple]:
+    """One triple a step; the last repeats."""
+    return [triples[min(step, len(triples) - 1)] for step in range(steps)]
+
+
 def band(triples: Sequence[Triple], lower: float, *, safety: float = 1.0, points: int = 20_001) -> tuple[float, float]:
     """Least and greatest composed value over relative singular values in [lower, 1], sampled log-evenly."""
     y = compose(triples, np.geomspace(lower, 1, points) / safety)
@@ -74,7 +79,7 @@ def radii_sequence(inners: Sequence[float], outer: float, steps: int, *, safety:
     """
     if not inners or steps < 1 or not 1 <= safety < np.inf:
         raise ValueError(f"radii needs an inner radius, a step and safety >= 1, got {len(inners)}, {steps} and {safety:g}")
-    found = [radii_quintic(inners[min(step, len(inners) - 1)], outer) for step in range(steps)]
+    found = first_triples([radii_quintic(inner, outer) for inner in inners], steps)
     return [(a / safety, b / safety**3, c / safety**5) for a, b, c in found]
 
 
@@ -172,7 +177,7 @@ class Optimal(Design):
 def describe(triples: Sequence[Triple], safety: float, design: Radii | Optimal) -> str:
     """The table, how to use it, and its band beside those of the named tables after as many steps."""
     rows = {"this table": (triples, safety)}
-    rows |= {name: (table.steps(design.steps), table.safety) for name, table in TABLES.items()}
+    rows |= {name: (first_triples(table.triples, design.steps), table.safety) for name, table in TABLES.items()}
     lines = [f'--optim.matrix.ns "{as_inline(triples, safety)}" --optim.matrix.ns_steps {design.steps}', "",
              f"{'':>14}  least  greatest  slope at 0   (singular values in [{design.lower:g}, 1], {design.steps} steps)"]
     for name, (row, scale) in rows.items():
@@ -194,7 +199,7 @@ def draw(triples: Sequence[Triple], safety: float, design: Radii | Optimal) -> N
 
     x = np.geomspace(LEAST_DRAWN, 1, 4001)
     figure = make_subplots(1, 2, subplot_titles=("composed map", "band over [s, 1]"))
-    quintic = TABLES["quintic"].steps(design.steps)
+    quintic = first_triples(TABLES["quintic"].triples, design.steps)
     for name, row, scale, colour in [("quintic", quintic, 1.0, "#999"), ("this table", triples, safety, "#06c")]:
         y = compose(row, x / scale)
         figure.add_scatter(x=x, y=y, name=name, line_color=colour, row=1, col=1)

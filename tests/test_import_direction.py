@@ -76,3 +76,27 @@ assert not {{"wandb", "datasets", "rustbpe"}} & set(sys.modules), sorted(sys.mod
     done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("flags", "zoo"), [
+    ([], set()), (["--optim.matrix.rule", "soap"], {"soap", "kronecker"}),
+    (["--optim.matrix.graft.rule", "sm3", "--optim.embed.constraint", "sphere", "--optim.head.extra.row_floor", "0.3"],
+     {"graft", "sm3", "sphere", "radial"}), (["--optim.matrix.rule", "prodigy"], {"prodigy", "role_sums"})])
+def test_the_zoo_is_imported_only_where_a_role_names_it(flags, zoo):
+    """Muon and Adam alone: none of it; of the rest what is named, and what that is built from."""
+    code = f"""
+import sys
+import torch
+import train_gpt
+from configs.cli import parse
+from model import GPT
+from optim.comm import Comm
+from optim.groups import build_groups
+from optim.sharded import ShardedOptimizer
+run = parse(["bytes", "--model.no_zero_init_projections", *{flags!r}])
+model = GPT(run.model, vocab_size=257, max_tokens=64)
+ShardedOptimizer(build_groups(dict(model.named_parameters()), model.roles(), run.optim, model.axes()), Comm())
+print(*sorted(name.removeprefix("optim.zoo.") for name in sys.modules if name.startswith("optim.zoo.")))
+"""
+    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and set(done.stdout.split()) == zoo, done.stdout + done.stderr

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.groups import Optim
+from configs.optim import Optim
 from configs.presets import track3
 from configs.schema import Model
 from kernels.attention import choose_kernel, use_flash

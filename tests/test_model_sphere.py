@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from configs.groups import Group, Optim
+from configs.optim import Adam, Extra, Muon, Optim, RuleConfig, SOAPMuon
 from configs.presets import SPHERE_ROLES
 from configs.schema import Model
 from kernels.attention import attend_sdpa
@@ -20,6 +20,7 @@ from optim.sharded import ShardedOptimizer
 SPHERE = Model(layers=2, dim=32, head_dim=16, geometry="sphere", zero_init_projections=False, softcap="none", eigen_lr=0.3,
                logit_scale=4.0)
 VOCAB, LONGEST = 40, 24
+ON_SPHERE = Adam(lr=0.05, constraint="sphere")
 
 
 def build(config: Model = SPHERE, **options: object) -> GPT:
@@ -37,9 +38,8 @@ def scramble(model: GPT) -> GPT:
     return model
 
 
-def on_the_sphere(model: GPT, **group: object) -> ShardedOptimizer:
-    held = Group(**({"lr": 0.05, "constraint": "sphere"} | group))
-    optim = replace(Optim(), **dict.fromkeys(SPHERE_ROLES, held))
+def on_the_sphere(model: GPT, config: RuleConfig = ON_SPHERE) -> ShardedOptimizer:
+    optim = replace(Optim(), **dict.fromkeys(SPHERE_ROLES, config))
     groups = build_groups(dict(model.named_parameters()), model.roles(), optim, model.axes())
     return ShardedOptimizer(groups, Comm(torch.device("cpu")))
 
@@ -151,17 +151,19 @@ def lengths(model: GPT) -> torch.Tensor:
     return torch.cat([weights[name].float().norm(dim=model.axes()[name]) for name in held])
 
 
+MUON = Muon(lr=0.05, constraint="sphere")
 RULES = {
-    "adam": {}, "muon": {"rule": "steepest"}, "geodesic": {"rule": "steepest", "retraction": "geodesic"},
-    "tangent": {"tangent": "momentum"}, "descent_on_the_sphere": {"rule": "steepest", "tangent": "dual"},
-    "soap_muon": {"rule": "soap_muon"}, "huge_lr": {"lr": 100.0},
+    "adam": ON_SPHERE, "muon": MUON, "geodesic": replace(MUON, extra=Extra(retraction="geodesic")),
+    "tangent": replace(ON_SPHERE, extra=Extra(tangent="momentum")),
+    "descent_on_the_sphere": replace(MUON, extra=Extra(tangent="dual")),
+    "soap_muon": SOAPMuon(lr=0.05, constraint="sphere"), "huge_lr": replace(ON_SPHERE, lr=100.0),
 }
 
 
-@pytest.mark.parametrize("group", RULES.values(), ids=RULES)
-def test_every_vector_keeps_length_one(group):
+@pytest.mark.parametrize("config", RULES.values(), ids=RULES)
+def test_every_vector_keeps_length_one(config):
     model = build(replace(SPHERE, value_embeds=1, x0_skip=True, smear=True))
-    optimizer, tokens = on_the_sphere(model, **group), some_tokens(4, 16)
+    optimizer, tokens = on_the_sphere(model, config), some_tokens(4, 16)
     assert (lengths(model) - 1).abs().max() < 1e-6
     for count in range(1, 9):
         before = {name: p.clone() for name, p in model.named_parameters()}

@@ -9,37 +9,37 @@ import pytest
 import torch
 
 from configs.cli import parse
-from configs.groups import Group
+from configs.optim import RULES, Extra
 from configs.presets import PRESETS
 from configs.schema import Run
-from model import GPT, AuxLossWeights
+from model import GPT
+from optim.adam import Adam
 from optim.comm import Comm
 from optim.groups import build_groups
-from optim.rules import RULES
-from optim.rules.adam import Adam
+from optim.rule import Step
 from optim.schedule import Schedule
 from optim.sharded import ShardedOptimizer
-from optim.step import Step
 from train_gpt import Trainer
 
 TOKENS = 64
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="the runtime's own alarm needs a CUDA GPU")
 
 
-def steps_without_values(run: Run, count: int = 2) -> None:
+def steps_without_values(run: Run, count: int = 2) -> ShardedOptimizer:
     with torch.device("meta"):
         model = GPT(replace(run.model, attention="sdpa"), vocab_size=300, max_tokens=TOKENS, document_start=5,
                     prefix_of=[-1] * 300)
-        tokens, aux_weights = torch.zeros(2, TOKENS, dtype=torch.long), AuxLossWeights(torch.ones(()), torch.ones(()))
+        tokens, weights = torch.zeros(2, TOKENS, dtype=torch.long), AuxLossWeights(torch.ones(()), torch.ones(()))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Step, "enter", lambda *_: None)  # which looks at the first weights, once
+        patch.setattr(Step, "project_start", lambda *_: None)  # which looks at the first weights, once
         groups = build_groups(dict(model.named_parameters()), model.roles(), run.optim, model.axes())
         optimizer = ShardedOptimizer(groups, Comm("meta"))
     values = Schedule(run).values(0)
     for step in range(count):
-        model(tokens, tokens, aux_weights=aux_weights, **values.windows).backward()
+        model(tokens, tokens, aux_weights=weights, **values.windows).backward()
         optimizer.step(values, step + 1)
         optimizer.zero_grad()
+    return optimizer
 
 
 @pytest.mark.parametrize("preset", ["tiny", "bytes", "track3", "speedrun", "speedrun_cpu", "medium", "ngpt", "gpt_paper"])
@@ -50,8 +50,13 @@ def test_no_preset_waits(preset):
 @pytest.mark.parametrize("rule", RULES)
 def test_no_rule_waits(rule):
     run = PRESETS["bytes"]()
-    constraint = {"constraint": "stiefel"} if rule == "stiefel" else {}
-    steps_without_values(replace(run, optim=replace(run.optim, matrix=Group(rule=rule, clip=1.0, **constraint))))
+    steps_without_values(replace(run, optim=replace(run.optim, matrix=RULES[rule](extra=Extra(clip=1.0)))))
+
+
+def test_only_the_refusal_of_gradients_that_are_not_finite_waits():
+    optimizer = steps_without_values(PRESETS["tiny"](), count=1)
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        optimizer.refuse_non_finite()
 
 
 def test_waiting_is_noticed(monkeypatch):

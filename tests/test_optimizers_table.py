@@ -8,8 +8,7 @@ from torch import nn
 
 from benchmarks.optimizers import DECOMPOSITIONS, ENTRIES, RESULT, averaging, floats_per_parameter, flops, page
 from benchmarks.oracles import LR, ORACLES, Oracle, parity
-from configs.groups import Group
-from optim.rules import RULES
+from configs.optim import AGD, RULES, Adam, Dion, Muon, Shampoo, Steepest
 
 TABLE = json.loads(RESULT.read_text())
 ROWS = {row["name"]: row for row in TABLE["optimizers"]}
@@ -55,9 +54,9 @@ def _changed(name: str, **ours: object) -> Oracle:
 def test_distance_is_relative_to_the_way_that_the_oracle_went():
     """Half its steps are half its way."""
     sgd = Oracle("SGD", lambda params: torch.optim.SGD(params, lr=LR), {"lr": LR / 2, "eps": 1e30}, "torch")
-    assert parity(Group(), sgd) == pytest.approx(1.0, rel=1e-6)  # Adam under an infinite eps stays
+    assert parity(Adam(), sgd) == pytest.approx(1.0, rel=1e-6)  # Adam under an infinite eps stays
     halves = Oracle("sign", lambda params: _Half(params), {"lr": LR, "nesterov": False, "averaging": "none"}, "torch")
-    assert parity(Group(rule="steepest", norm="sign"), halves) == pytest.approx(1.0, rel=1e-4)
+    assert parity(Steepest(norm="sign"), halves) == pytest.approx(1.0, rel=1e-4)
 
 
 class _Half(torch.optim.Optimizer):
@@ -78,14 +77,14 @@ class _Half(torch.optim.Optimizer):
 def test_muons_operations_are_those_of_its_products():
     """Each of five iterations: X X^T and B X, 2 m^2 n each, and A A, 2 m^3."""
     m, n = 24, 40
-    muon = Group(rule="steepest", norm="spectral")
+    muon = Muon(unit="spectral")
     assert flops(muon, (m, n)) == flops(muon, (n, m)) == 5 * (4 * m * m * n + 2 * m**3)
 
 
 def test_shampoos_operations_are_products_and_eigenvectors():
     """Per side: the Gram matrix 2 k^2 l, eigh 9 k^3, V diag V^T 2 k^3; then the root's product, 2 k^2 l."""
     m, n = 24, 40
-    assert flops(Group(rule="shampoo"), (m, n)) == sum(4 * k * k * (m * n // k) + 11 * k**3 for k in (m, n))
+    assert flops(Shampoo(), (m, n)) == sum(4 * k * k * (m * n // k) + 11 * k**3 for k in (m, n))
 
 
 def test_decompositions_count_their_stacks():
@@ -95,7 +94,7 @@ def test_decompositions_count_their_stacks():
 
 def test_memories():
     """AdamW two; Dion its residual and a basis of a quarter of the short side; AGD nothing."""
-    assert floats_per_parameter(Group()) == 2
-    assert floats_per_parameter(Group(rule="dion"), (8, 32)) == 1 + 8 * 2 / (8 * 32)
-    assert floats_per_parameter(Group(rule="agd", lr=1.0)) == 0
-    assert floats_per_parameter(Group(rule="steepest", graft="adam")) == 3
+    assert floats_per_parameter(Adam()) == 2
+    assert floats_per_parameter(Dion(), (8, 32)) == 1 + 8 * 2 / (8 * 32)
+    assert floats_per_parameter(AGD(lr=1.0)) == 0
+    assert floats_per_parameter(Muon(graft=Adam())) == 3

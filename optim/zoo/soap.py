@@ -10,7 +10,7 @@ import configs.optim as configs
 from optim.muon import Muon, average_gradient
 from optim.norms import Spectral
 from optim.rule import Hyper, Rule, absorb_square, zeros_like_bank
-from optim.zoo.kronecker import absorb_grams, eigenbasis, init_grams, turn_basis
+from optim.zoo.shampoo import absorb_grams, eigenbasis, init_grams, turn_basis
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
-from configs.groups import acting_fields
+from configs.optim import Graft
 from configs.schema import Run
 from optim.schedule import Schedule, Values
 from scripts.lab.models import meta_model
@@ -169,7 +169,7 @@ def measure_sizes(run: Run) -> tuple[Sizes, list[Stage]]:
     """Sizes of the model and its stages. Model and banks are built on the meta device: exact, and nothing is allocated."""
     import torch
 
-    from optim.bank import alike
+    from optim.bank import group_by_shape
     from optim.groups import build_groups
 
     schedule = Schedule(run)
@@ -177,7 +177,7 @@ def measure_sizes(run: Run) -> tuple[Sizes, list[Stage]]:
     model = meta_model(run, max_tokens=max(v.sequence_tokens for v in values))
     with torch.device("meta"):
         groups = build_groups(dict(model.named_parameters()), model.roles(), run.optim, model.axes())
-        banks = [empty_bank(run, group, names) for group in groups for names in alike(group)]
+        banks = [empty_bank(run, group, names) for group in groups for names in group_by_shape(group)]
     elements = sum(bank.shape.numel() * len(bank.names) for bank in banks)
     matrix_elements = sum(bank.shape.numel() * len(bank.names) for bank in banks if bank_flops(bank))
     stages = [Stage(first, len(part), part[0], part[0].batch_tokens * model.flops_per_token(*part[0][4:7]),
@@ -189,25 +189,23 @@ def empty_bank(run: Run, group: "ParamGroup", names: list[str]) -> "Bank":
     """The bank that an optimizer at world size 1 makes of these parameters: shapes and types, whatever the values."""
     import torch
 
-    from optim.bank import Bank, lead_view
-    from optim.lookahead import Lookahead
-    from optim.weight_average import WeightAverage
+    from optim.bank import Bank, as_matrices, lead_view
+    from optim.hooks import build_hooks
 
-    kind = group.kinds[names[0]]
-    weights = lead_view(torch.stack([group.params[name].detach() for name in names]), group.scope, kind.blocks)
+    spec = group.specs[names[0]]
+    weights = lead_view(torch.stack([group.params[name].detach() for name in names]), group.scope, spec.blocks)
     bank = Bank(group, names, group.params[names[0]].shape, weights, weights, slice(None), False,
-                group.step_for(kind), kind)
-    memory = bank.as_matrices(weights)
-    bank.state = bank.step.init_state(memory)
-    bank.state |= group.rule.init_state(memory.float() if group.config.state_dtype == "float32" else memory)
-    for kept in filter(None, (WeightAverage.build(run.train), Lookahead.build(run))):
-        kept.init(bank)
+                group.step_for(spec), spec, group.config.update_every, as_matrices(weights))
+    bank.state = bank.step.init_state(bank.matrices)
+    bank.state |= group.rule.init_state(bank.matrices.float() if group.config.state_dtype == "float32" else bank.matrices)
+    for hook in build_hooks(run):
+        hook.init(bank)
     return bank
 
 
 def bank_size(bank: "Bank") -> BankSize:
     """Of a bank at world size 1, where nothing is padded yet."""
-    from optim.sharded import SMALL_BANK_ELEMENTS
+    from optim.bank import SMALL_BANK_ELEMENTS
 
     entries = bank.weights.size(0)
     return BankSize(entries, bank.weights.nbytes // entries, sum(t.nbytes for t in bank.state.values()) / entries,
@@ -217,9 +215,15 @@ def bank_size(bank: "Bank") -> BankSize:
 def bank_flops(bank: "Bank") -> float:
     """Operations of orthogonalizing one of a bank's matrices; 0 where they are not."""
     config = bank.group.config
-    if bank.weights.ndim != 3 or len(bank.shape) != 2 or "ns_steps" not in acting_fields(config):
+    if bank.weights.ndim != 3 or len(bank.shape) != 2:
         return 0.0
-    return newton_schulz_flops(*bank.weights.shape[1:], config.ns_steps)
+    return newton_schulz_flops(*bank.weights.shape[1:], newton_schulz_steps(config) + newton_schulz_steps(config.graft))
+
+
+def newton_schulz_steps(config: Graft) -> int:
+    """Iterations that a rule orthogonalises with; 0 where it does not."""
+    iterates = getattr(config, "ns", "svd") != "svd" and getattr(config, "norm", "spectral") in ("spectral", "rms_operator")
+    return config.ns_steps if iterates else 0
 
 
 def newton_schulz_flops(m: int, n: int, steps: int) -> float:

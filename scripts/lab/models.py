@@ -58,14 +58,13 @@ def load_trained(folder: Path, *, max_tokens: int = 0) -> Trained:
 
 def weights_that_count(tensors: Mapping[str, "Tensor"], *, blend: float) -> dict[str, "Tensor"]:
     """Of a checkpoint, by parameter: not ahead where the run looked ahead, and averaged, by `blend`, where it averaged."""
-    from optim.lookahead import BASE
-    from optim.weight_average import KEY
+    from optim.hooks import AVERAGE, BASE
 
     found = {}
     for name in (key.removeprefix("weights/") for key in tensors if key.startswith("weights/")):
         weight = tensors[f"weights/{name}"]
         weight = tensors.get(f"{BASE}/{name}", weight).to(weight.dtype)
-        average = tensors.get(f"{KEY}/{name}")
+        average = tensors.get(f"{AVERAGE}/{name}")
         found[name] = weight if average is None else weight.float().lerp(average, blend).to(weight.dtype)
     return found
 

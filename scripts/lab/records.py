@@ -10,7 +10,7 @@ from typing import Any
 from configs.cli import parse_row
 from configs.presets import PRESETS
 from configs.schema import Run
-from configs.serialize import config_from_dict, config_hash, config_to_dict, flatten
+from configs.serialize import config_from_dict, config_hash, config_to_dict, flatten, record_hash, unflatten
 from data.run.folder import write_text
 from data.run.metrics import SUMMARY_KEYS
 from scripts.lab.folders import RunFolder, is_number
@@ -92,18 +92,6 @@ def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> int:
     return len(known) - held
 
 
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of data.runs.flatten: {"optim.lr": 1} becomes {"optim": {"lr": 1}}."""
-    nested: dict[str, Any] = {}
-    for name, value in flat.items():
-        *groups, field = name.split(".")
-        inner = nested
-        for group in groups:
-            inner = inner.setdefault(group, {})
-        inner[field] = value
-    return nested
-
-
 def configuration(record: Mapping[str, Any]) -> Run:
     """The run that a record describes. Raises ValueError for settings that the schema refuses."""
     return config_from_dict(unflatten(record["config"]))
@@ -116,7 +104,7 @@ def changed_settings(record: Mapping[str, Any]) -> list[str]:
     fixed = flatten(config_to_dict(PRESETS[record["preset"]]()))
     mine = flatten(config_to_dict(configuration(record)))
     return [f"{name} is {mine[name]!r}, fixed at {value!r}" for name, value in fixed.items()
-            if mine[name] != value and not name.startswith(FREE)]
+            if not name.startswith(FREE) and mine[name] != value]
 
 
 def holes(record: Mapping[str, Any]) -> list[str]:
@@ -141,8 +129,8 @@ def faults(record: Mapping[str, Any]) -> list[str]:
     if found := holes(record):
         return found
     found, summary = changed_settings(record), record["summary"]
-    if config_hash(run) != summary["config_hash"]:
-        found.append(f"config_hash is {summary['config_hash']}, its settings give {config_hash(run)}")
+    if (own := record_hash(record["config"])) != summary["config_hash"]:
+        found.append(f"config_hash is {summary['config_hash']}, its settings give {own}")
     if record.get("failed"):
         return found if summary["val_loss_nats"] is None else [*found, "failed, yet has a loss"]
     if run.preset != record["preset"] or run.run.seed != summary["seed"]:

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 from configs.cli import parse_row
 from configs.schema import Run
-from configs.serialize import config_hash
+from configs.serialize import config_from_dict, config_hash, unflatten
 from data.run.folder import write_json
 from scripts.lab.folders import RunFolder, read_json, read_run
 
@@ -118,7 +118,7 @@ class Sweep:
         folder, failed = self.dir / trial.name, self.dir / f"{trial.name}.failed"
         if (folder / "summary.json").is_file():
             run = read_run(folder)
-            if run.summary.get("config_hash") != config_hash(self.runs[trial]):
+            if config_hash(config_from_dict(unflatten(run.config))) != config_hash(self.runs[trial]):
                 raise ValueError(f"{folder} holds another run; choose another --dir")
             return Outcome(trial, "finished", run, "")
         if failed.is_file() and not retry_failed:

@@ -8,13 +8,15 @@ import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from configs.entries import ENTRIES, REFERENCE, Entry, entry_named
+from configs.ablations import ENTRIES, REFERENCE, Entry, entry_named
 from configs.notation import nearest
+from configs.optim import RULES, Optim
 from configs.presets import PRESETS
 from configs.schema import Run
 from configs.serialize import config_to_dict, flatten
@@ -85,9 +87,16 @@ def parse_grid(text: str) -> tuple[str, tuple[str, ...]]:
     return name, words
 
 
+@cache
+def every_setting() -> dict[str, Any]:
+    """Defaults by dotted name, whichever rule has them."""
+    runs = (Run(optim=Optim(**{role.name: rule() for role in fields(Optim)})) for rule in RULES.values())
+    return {name: value for run in runs for name, value in flatten(config_to_dict(run)).items()}
+
+
 def _named(text: str, form: str) -> tuple[str, str]:
     name, equals, values = text.partition("=")
-    known = list(flatten(config_to_dict(PRESETS["tiny"]())))
+    known = list(every_setting())
     if not equals or not values:
         raise ValueError(f"cannot read {text!r}; write {form}")
     if name not in known:
@@ -117,7 +126,7 @@ def flags_of(values: Mapping[str, object]) -> tuple[str, ...]:
 
 def _flag(name: str, value: object) -> tuple[str, ...]:
     text = f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
-    if isinstance(flatten(config_to_dict(Run())).get(name), bool) and text.lower() in ("true", "false"):
+    if isinstance(every_setting().get(name), bool) and text.lower() in ("true", "false"):
         group, _, field = name.rpartition(".")
         return (f"--{name}" if text.lower() == "true" else f"--{group}.no_{field}",)
     return f"--{name}", text

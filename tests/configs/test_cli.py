@@ -10,6 +10,7 @@ import pytest
 
 from configs.cli import parse, parse_row
 from configs.notation import nearest
+from configs.optim import Adam, switch_rule
 from configs.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,6 +58,12 @@ def test_flags_change_their_field_alone():
     (["--schedule.momentum", "0=0.5 50%=0.9"], lambda run: run.schedule.momentum == "0=0.5 50%=0.9"),
     (["--data.source", "text", "--data.train_files", "a", "b"], lambda run: run.data.train_files == ("a", "b")),
     (["--optim.embed.rule", "steepest", "--optim.embed.norm", "row"], lambda run: run.optim.embed.norm == "row"),
+    (["--optim.embed.norm=row", "--optim.embed.rule=steepest"], lambda run: run.optim.embed.norm == "row"),
+    (["--optim.matrix.graft.rule", "adam", "--optim.matrix.graft.eps", "1e-3"],
+     lambda run: run.optim.matrix.graft == Adam(eps=1e-3)),
+    (["--optim.matrix.extra.lr_factors", "mlp.down=4", "mlp.up=2"],
+     lambda run: run.optim.matrix.extra.lr_factors == ("mlp.down=4", "mlp.up=2")),
+    (["--optim.matrix.no-nesterov"], lambda run: run.optim.matrix.nesterov is False),
     (["--optim.matrix.no_nesterov"], lambda run: run.optim.matrix.nesterov is False),
     (["--schedule.lr", "-50=1"], lambda run: run.schedule.lr == "-50=1"),
 ])
@@ -92,24 +99,59 @@ def test_mistakes_are_named(capsys, argv, said):
     assert said in refused(capsys, *argv)
 
 
-@pytest.mark.parametrize("flag", ["norm=row", "ns-steps=3", "ns_steps=3", "no_nesterov", "no-nesterov", "nesterov",
-                                  "momentum=0.5", "unit=plain", "averaging=none", "ns=svd"])
-def test_adam_refuses_the_settings_of_steepest_descent(capsys, flag):
-    """Also where the flag repeats the default, and in every spelling."""
+@pytest.mark.parametrize(("flag", "having"), [
+    ("norm=row", "steepest"), ("ns-steps=3", "muon, normuon, steepest"), ("no_nesterov", "muon"), ("nesterov", "muon"),
+    ("momentum=0.95", "muon"), ("unit=plain", "muon"), ("ns=svd", "muon"), ("rank_frac=0.5", "dion, dion2")])
+def test_a_flag_of_another_rule_is_unknown_and_its_rules_are_named(capsys, flag, having):
+    """Also where it repeats that rule's default, and in every spelling."""
     said = refused(capsys, "tiny", f"--optim.embed.{flag}")
-    assert f"--optim.embed.{flag.split('=')[0].replace('-', '_')} has no effect: rule adam reads beta1, beta2" in said
+    name = flag.split("=")[0].replace("-", "_")
+    assert f"--optim.embed.{name}: rule adam has no {name}" in said and "beta1, beta2, eps" in said
+    assert f"; rules that have it: {having}" in said
 
 
 @pytest.mark.parametrize("flag", ["beta1", "beta2", "eps"])
-def test_steepest_descent_refuses_the_settings_of_adam(capsys, flag):
+def test_flags_follow_the_rule_that_is_chosen(capsys, flag):
     said = refused(capsys, "tiny", f"--optim.matrix.{flag}", "0.5")
-    assert f"--optim.matrix.{flag} has no effect: rule steepest reads" in said and "momentum" in said
-    assert parse(["tiny", "--optim.matrix.rule", "adam", f"--optim.matrix.{flag}", "0.5"]).optim.matrix.rule == "adam"
+    assert f"--optim.matrix.{flag}: rule muon has no {flag}; rules that have it: adam" in said and "momentum" in said
+    assert parse(["tiny", f"--optim.matrix.{flag}", "0.5", "--optim.matrix.rule", "adam"]).optim.matrix.rule == "adam"
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--optim.matrix.rule", "adamm"], "unknown rule 'adamm'; did you mean 'adam'?"),
+    (["--optim.matrix.rule"], "unknown rule ''; choices: muon, adam, normuon"),
+    (["--optim.matrx.rule", "adam"], "--optim.matrx.rule: unknown role 'matrx'; did you mean 'matrix'?"),
+    (["--optim.matrix.lrr", "1"], "--optim.matrix.lrr: rule muon has no lrr; did you mean 'lr'?"),
+    (["--optim.matrix.clip", "1"], "rule muon has no clip; did you mean 'extra.clip'?"),
+    (["--optim.matrix.graft", "adam"], "rule muon has no graft; did you mean 'graft.rule'?"),
+    (["--optim.matrix.graft.eps", "1"], "rule muon has no graft.eps; did you mean 'graft.rule'?"),
+    (["--optim.matrix.graft.rule", "muon"], "graft must be another rule than muon"),
+    (["--optim.matrix.graft.rule", "adam", "--optim.matrix.graft.lr", "1"], "has no effect"),
+])
+def test_mistakes_with_rules_are_named(capsys, flags, said):
+    assert said in refused(capsys, "tiny", *flags)
+
+
+def test_a_switched_rule_keeps_the_presets_values_of_what_both_have():
+    matrix = PRESETS["tiny"]().optim.matrix
+    assert parse(["tiny", "--optim.matrix.rule", "adam"]).optim.matrix == Adam(lr=matrix.lr)
+    run = parse(["track3", "--optim.matrix.rule", "normuon"])
+    assert run.optim.matrix == switch_rule(PRESETS["track3"]().optim.matrix, "normuon")
+    assert dataclasses.replace(run, optim=PRESETS["track3"]().optim) == PRESETS["track3"]()
+
+
+def test_rules_of_several_roles_are_switched_with_the_other_flags():
+    """Embedding and head are tied at the start, and so must be alike; but not before all flags are read."""
+    both = ["--optim.embed.rule", "sm3", "--optim.head.rule", "sm3"]
+    assert parse_row("speedrun_cpu", both).optim.head.rule == "sm3"
+    assert parse_row("speedrun_cpu", [*both[:2], "--train.tied_until_frac", "0"]).optim.embed.rule == "sm3"
+    with pytest.raises(ValueError, match="optim.embed and optim.head to be alike"):
+        parse_row("speedrun_cpu", both[:2])
 
 
 def test_parse_row_raises_what_parse_prints(capsys):
     for flags, said in [(["--train.stepz", "5"], "--train.steps"), (["--train.steps", "0"], "at least 1, got 0"),
-                        (["--optim.embed.norm", "row"], "has no effect")]:
+                        (["--optim.embed.norm", "row"], "rule adam has no norm")]:
         with pytest.raises(ValueError) as caught:
             parse_row("tiny", flags)
         assert said in " ".join(str(caught.value).replace("│", " ").split())

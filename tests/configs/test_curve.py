@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.curve import evaluate_curve, parse_curve
+from configs.notation import evaluate_curve, parse_curve
 
 quick = settings(max_examples=100, deadline=None, derandomize=True)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 import configs.serialize
-from configs.groups import Group, Optim
+from configs.optim import Adam, Muon, Optim
 from configs.presets import PRESETS
 from configs.schema import Data, Identity, Log, Model, Run, Schedule, Train
 from configs.serialize import config_from_dict, config_hash, config_to_dict, flatten
@@ -16,7 +16,7 @@ RICH = Run(
     run=Identity(name="a", target_loss_nats=3.28, stop_at_target=True),
     data=Data(source="shards", tokenizer="gpt2", train_files=("a.bin", "b*.bin"), val_files=("c.bin",)),
     model=Model(mlp_dim=300, window_tokens=64),
-    optim=Optim(matrix=Group(rule="steepest", lr=1, norm="spectral", unit="match_adam")),
+    optim=Optim(matrix=Muon(lr=1, unit="match_adam", graft=Adam(eps=1e-8))),
     schedule=Schedule(momentum="0=0.85 300=0.95"),
     log=Log(wandb_tags=("x", "y")),
 )
@@ -81,7 +81,7 @@ def test_the_hash_ignores_what_the_losses_ignore(other):
 
 
 @pytest.mark.parametrize("other", [
-    Run(run=Identity(seed=2)), Run(model=Model(dim=192)), Run(optim=Optim(head=Group(lr=0.021))),
+    Run(run=Identity(seed=2)), Run(model=Model(dim=192)), Run(optim=Optim(head=Adam(lr=0.021))),
     Run(run=Identity(target_loss_nats=3.0, stop_at_target=True)), Run(train=Train(steps=281)), RICH,
 ])
 def test_the_hash_tells_experiments_apart(other):

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from configs.optim import RULES, Adam, Extra, Muon, NorMuon, RuleConfig
 from optim import groups
-from optim.constraint import load
 from optim.groups import build_rule
-from optim.rule import Step
+from optim.rule import Step, load
 from optim.sharded import NonFiniteError, ShardedOptimizer
 from tests.optim.oracle import FULL, directions, gaussian, hyper, one_role, train
 

@@ -8,8 +8,8 @@ from configs.presets import PRESETS
 from model import GPT
 from optim.comm import Comm
 from optim.groups import build_groups
+from optim.hooks import build_hooks
 from optim.sharded import ShardedOptimizer
-from optim.weight_average import WeightAverage
 from scripts.lab.costs import LOGS, MACHINES, Efficiency, measure_sizes, newton_schulz_flops, predict, seconds_of
 from scripts.plan import Arguments, plan, tables
 
@@ -99,7 +99,7 @@ def test_memory_is_what_the_optimizer_takes(words):
     run = parse_row(preset, flags)
     model = GPT(run.model, vocab_size=257, max_tokens=64)
     groups = build_groups(dict(model.named_parameters()), model.roles(), run.optim, model.axes())
-    banks = ShardedOptimizer(groups, EightRanks(), average=WeightAverage.build(run.train)).banks
+    banks = ShardedOptimizer(groups, EightRanks(), hooks=build_hooks(run)).banks
     sizes, (stage, *_) = measure_sizes(run)
     found = predict(stage, sizes, MACHINES["h100"], gpus=8, share=Efficiency())
     assert found.weight_bytes == sum(bank.weights.nbytes for bank in banks)

@@ -7,7 +7,7 @@ from configs.optim import SOAP, Muon, SOAPMuon
 from optim.groups import build_rule
 from optim.newton_schulz import orthogonalize_svd
 from optim.rule import Step
-from optim.zoo.kronecker import eigenbasis, turn_basis
+from optim.zoo.shampoo import eigenbasis, turn_basis
 from tests.optim.oracle import directions, gaussian, hyper
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.corpus import clip_text, corpus_bytes, corpus_files, prose_bytes, split_text
+from data.sources import clip_text, corpus_bytes, corpus_files, prose_bytes, split_text
 
 
 def test_the_corpus_is_this_pythons_own():

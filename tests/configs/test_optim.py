@@ -1,0 +1,163 @@
+"""The optimizers' configurations: own fields only, documented, frozen; what cannot be is refused; rules are switched."""
+
+import ast
+import dataclasses
+import inspect
+import math
+from pathlib import Path
+
+import pytest
+
+from configs import optim as configs
+from configs.optim import (
+    AGD,
+    PSGD,
+    RULES,
+    SM3,
+    SOAP,
+    Adam,
+    Dion,
+    Extra,
+    Graft,
+    Muon,
+    Muon2,
+    Muown,
+    NorMuon,
+    Prodigy,
+    RuleConfig,
+    Shampoo,
+    Steepest,
+    Stiefel,
+    summary,
+    switch_rule,
+)
+from configs.schema import Run, with_settings
+from configs.serialize import config_from_dict, config_to_dict
+from optim import adam, groups, muon
+from optim.rule import load
+
+OWN = {name: {f.name for f in dataclasses.fields(config)} - {f.name for f in dataclasses.fields(RuleConfig)}
+       for name, config in RULES.items()}
+
+
+# ---- Fields -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [*RULES.values(), Extra, Graft])
+def test_configurations_are_frozen_values(cls):
+    one = cls()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        one.lr = 1.0
+    with pytest.raises(TypeError):
+        cls("by position")
+    assert one == cls() and hash(one) == hash(cls())
+
+
+def test_fields_are_documented():
+    """A string under each field is its help text."""
+    for node in ast.parse(Path(configs.__file__).read_text()).body:
+        if isinstance(node, ast.ClassDef):
+            for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+                if isinstance(field, ast.AnnAssign) and field.target.id not in ("rule", "extra"):
+                    assert isinstance(after, ast.Expr) or "ClassVar" in ast.unparse(field.annotation), field.target.id
+
+
+def test_each_rule_has_its_own_fields_alone():
+    assert OWN["adam"] == {"beta1", "beta2", "eps"} and OWN["agd"] == set() and OWN["swan"] == {"whiten_steps"}
+    assert OWN["muon"] == {"momentum", "averaging", "nesterov", "averages", "momentum_fast", "ns", "ns_steps",
+                           "equilibrate", "unit"}
+    assert OWN["steepest"] - OWN["muon"] == {"norm", "schatten_p"} and not OWN["muon"] - OWN["steepest"]
+    assert not OWN["adam"] & OWN["muon"]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_field_of_a_rule_is_read_by_it(rule):
+    """By its class, those that it is built from, or the averages of optim/muon.py; momentum comes from the schedule."""
+    classes = load(groups.RULES[rule]).__mro__[:-1] + ((adam.Adam,) if rule == "muown" else ())
+    source = "".join(map(inspect.getsource, (*classes, muon.average_gradient, muon.mean_of_averages, muon.init_average)))
+    assert [name for name in OWN[rule] - {"momentum"} if f"config.{name}" not in source] == []
+
+
+# ---- What cannot be -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cls", "fields", "message"), [
+    (Adam, dict(lr=-0.1), r"lr must lie in \[0, inf\), got -0.1"),
+    (Adam, dict(lr=math.nan), "lr must lie .* got nan"),
+    (Adam, dict(lr=math.inf), "lr must lie .* got inf"),
+    (Adam, dict(weight_decay=-1.0), r"weight_decay must lie in \[0, inf\)"),
+    (Adam, dict(eps=-1.0), "eps must lie"), (Adam, dict(beta1=-0.1), "beta1 must lie"),
+    (Adam, dict(beta2=1.0), r"beta2 must lie in \[0, 1\), got 1"), (Adam, dict(update_every=0), "update_every must lie"),
+    (Muon, dict(ns_steps=0), r"ns_steps must lie in \[1, inf\), got 0"), (Muon, dict(momentum=1.0), "momentum must lie"),
+    (Muon, dict(averages=0), "averages must lie"), (Muon, dict(ns="cubic"), "unknown ns 'cubic'"),
+    (Muon, dict(averages=3, averaging="heavy_ball"), "averages 3 belong to averaging ema, got heavy_ball"),
+    (SM3, dict(averages=2, averaging="none"), "belong to averaging ema"),
+    (Dion, dict(rank_frac=0.0), r"rank_frac must lie in \(0, 1\], got 0"), (Dion, dict(rank_frac=1.5), "rank_frac"),
+    (PSGD, dict(factor_lr=1.5), r"factor_lr must lie in \(0, 1\], got 1.5"),
+    (PSGD, dict(step_rms=0.0), r"step_rms must lie in \(0, inf\), got 0"),
+    (Prodigy, dict(distance_start=0.0), "distance_start must lie"),
+    (Shampoo, dict(gram_beta=1.5), r"gram_beta must lie in \[0, 1\]"), (Shampoo, dict(exponent=0.5), "exponent must lie"),
+    (Steepest, dict(norm="row", unit="rms"), "unit rms belongs to norm frobenius or schatten, got norm row"),
+    (Steepest, dict(unit="match_adam"), "unit match_adam belongs to norm spectral, got norm rms_operator"),
+    (Steepest, dict(norm="spectral", unit="fan_in"), "belongs to norm row or column or sign, got norm spectral"),
+    (Steepest, dict(norm="schatten", schatten_p=0.5), "schatten_p must lie"),
+    (Steepest, dict(norm="schatten", schatten_p=math.inf), "schatten_p must .*inf"),
+    (Steepest, dict(norm="sign", equilibrate=True), "equilibrate belongs to norm spectral or rms_operator, got norm sign"),
+    (Stiefel, dict(constraint="sphere"), "rule stiefel brings the constraint stiefel, got constraint sphere"),
+    (Extra, dict(clip=-1.0), "clip must lie"), (Extra, dict(clip=math.inf), "clip must lie"),
+    (Extra, dict(clip_norm="sign"), "clip_norm sign has no effect without clip"),
+    (Extra, dict(radial_brake=1.5), r"radial_brake must lie in \[0, 1\], got 1.5"),
+    (Extra, dict(row_floor=-0.1), "row_floor must lie"),
+    (Extra, dict(blocks=("a=1.5",)), "whole numbers, got a=1.5"), (Extra, dict(lr_factors=("a",)), "got 'a'"),
+    (Adam, dict(constraint="hyperball", extra=Extra(radial_brake=0.5)), "no effect under constraint hyperball"),
+    (Adam, dict(constraint="sphere", extra=Extra(blocks=("a=2",))), "cut the vectors"),
+    (Adam, dict(extra=Extra(tangent="dual")), "belong to constraint sphere, got constraint none"),
+    (Adam, dict(graft=Adam(eps=1e-3)), "graft must be another rule than adam"),
+    (Prodigy, dict(graft=Adam()), "rule prodigy sets its own length: it cannot be grafted"),
+    (AGD, dict(graft=Adam()), "cannot be grafted"), (Muown, dict(graft=Adam()), "cannot be grafted"),
+    (Muon, dict(graft=PSGD()), "rule psgd gives no length to graft"), (Muon, dict(graft=Stiefel()), "gives no length"),
+    (Muon, dict(graft=Adam(lr=0.5)), r"graft.\['lr'\] has no effect"),
+    (Muon, dict(graft=Adam(graft=Shampoo())), "graft.*has no effect"),
+], ids=lambda x: str(x)[:60])
+def test_impossible_values_are_refused(cls, fields, message):
+    with pytest.raises(ValueError, match=message):
+        cls(**fields)
+
+
+@pytest.mark.parametrize("config", [
+    Adam(lr=0.0, beta1=0.0), Muon(momentum=0.0, averages=2), Steepest(norm="spectral", unit="match_adam"),
+    Dion(rank_frac=1.0), Shampoo(gram_beta=1.0, exponent=-1.0), Stiefel(constraint="stiefel"), Muon(graft=Adam(eps=1e-8)),
+    SOAP(graft=NorMuon(beta2=0.5)), Adam(extra=Extra(clip=1.0, clip_norm="spectral", radial_brake=1.0)),
+    Adam(constraint="sphere", extra=Extra(tangent="dual", retraction="geodesic"))], ids=str)
+def test_borders_that_are_possible_survive_json(config):
+    run = with_settings(Run(), {"optim.matrix": config})
+    assert config_from_dict(config_to_dict(run)) == run
+
+
+# ---- Switching ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_switched_rule_keeps_what_both_have():
+    old = Muon(lr=0.5, weight_decay=0.1, momentum=0.8, ns="quintic", extra=Extra(row_floor=0.3))
+    assert switch_rule(old, "muon2") == Muon2(lr=0.5, weight_decay=0.1, momentum=0.8, ns="quintic", extra=old.extra)
+    assert switch_rule(old, "adam") == Adam(lr=0.5, weight_decay=0.1, extra=old.extra)
+    assert switch_rule(switch_rule(old, "adam"), "muon") == Muon(lr=0.5, weight_decay=0.1, extra=old.extra)
+    assert switch_rule(Graft(), "adam") == Adam()
+
+
+def test_a_unit_that_the_other_rule_does_not_know_is_not_kept():
+    assert switch_rule(Muon(unit="spectral"), "steepest").unit == "plain"
+    assert switch_rule(Steepest(norm="sign", unit="fan_in"), "muon").unit == "rms_operator"
+    assert switch_rule(Muon(unit="spectral"), "normuon").unit == "spectral"
+
+
+def test_an_unknown_rule_gets_the_nearest():
+    with pytest.raises(ValueError, match="unknown rule 'normun'; did you mean 'normuon'?"):
+        switch_rule(Muon(), "normun")
+
+
+def test_a_summary_has_the_own_fields_and_what_is_off_its_default():
+    assert summary(Adam(lr=3.0)) == "beta1=0.8 beta2=0.95 eps=1e-10"
+    extra = Extra(row_floor=0.3)
+    assert summary(AGD(update_every=2, constraint="radial", extra=extra)) == "constraint=radial update_every=2 row_floor=0.3"
+    assert summary(Muon(graft=Adam())).endswith("unit=rms_operator graft=adam")
