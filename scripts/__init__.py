@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tyro
+from rich.console import Console
+from rich.table import Table
 
 from configs.cli import fail
 
@@ -22,10 +24,8 @@ def command(main: Callable[..., int | None], arguments: Any, description: str, *
         fail(str(error))
 
 
-def print_table(table: Any) -> None:
-    """Print a rich table, as wide as the terminal; 140 columns into a file or a pipe."""
-    from rich.console import Console
-
+def print_table(table: Table) -> None:
+    """Print a table, as wide as the terminal; 140 columns into a file or a pipe."""
     Console(width=None if sys.stdout.isatty() else 140, markup=False).print(table)
 
 

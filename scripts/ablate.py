@@ -15,9 +15,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import tyro
+from rich import box
+from rich.table import Table
 
 from configs.ablations import each_off, find_row
 from configs.cli import parse_row
@@ -227,11 +229,8 @@ def _judged(row: Effect, outcomes: Sequence[Outcome]) -> Effect:
     return row._replace(verdict="; ".join(filter(None, [word, failed])))
 
 
-def effects_table(rows: Sequence[Effect], metric: Metric) -> Any:
-    """The rich table of differences from the baseline."""
-    from rich import box
-    from rich.table import Table
-
+def effects_table(rows: Sequence[Effect], metric: Metric) -> Table:
+    """The table of differences from the baseline."""
     found = Table("technique", f"Δ {UNITS[metric]}", "95 % interval", "p (Welch)", "p (Holm)", "Δ seconds", "n",
                   "verdict", box=box.SIMPLE)
     for row in rows:
@@ -241,13 +240,9 @@ def effects_table(rows: Sequence[Effect], metric: Metric) -> Any:
     return found
 
 
-def settings_table(rows: Sequence[Effect], settings: Mapping[str, Mapping[str, object]], metric: Metric) -> Any:
-    """The rich table of a space: a column a setting, the lowest mean loss first."""
-    from rich import box
-    from rich.table import Table
-
-    columns = list(next(iter(settings.values())))
-    found = Table(*columns, UNITS[metric], "sd", "n", "", box=box.SIMPLE)
+def settings_table(rows: Sequence[Effect], settings: Mapping[str, Mapping[str, object]], metric: Metric) -> Table:
+    """The table of a space: a column a setting, the lowest mean loss first."""
+    found = Table(*next(iter(settings.values())), UNITS[metric], "sd", "n", "", box=box.SIMPLE)
     for row in sorted(rows, key=lambda row: (row.mean is None, row.mean)):  # what has no mean comes last
         found.add_row(*(str(value) for value in settings[row.name].values()), _spelled(row.mean, ".5f"),
                       _spelled(row.sd, ".5f"), str(row.n), row.verdict)

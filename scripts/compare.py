@@ -17,13 +17,15 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import tyro
+from rich import box
+from rich.table import Table
 from scipy import stats
 
 from configs.serialize import HASH_IGNORES
 from data.run.folder import write_json
 from data.run.metrics import VAL_BITS, VAL_LOSS
 from scripts import command, print_table
-from scripts.lab.folders import UNITS, Metric, RunFolder, by_experiment, differences, find_runs
+from scripts.lab.folders import UNITS, Metric, RunFolder, by_experiment, common_target, differences, find_runs
 from scripts.lab.statistics import (
     SIGMA,
     Difference,
@@ -151,7 +153,7 @@ def examine(args: Compare) -> Report:
     notes = [note for side in sides for note in cautions(side)] + judged_alike(sides, args)
     target = args.target
     if target is None and args.metric == "val_loss_nats":
-        target = common_target(runs)
+        target = common_target(run.summary for run in runs)
     samples = {name: [sample(side, measure) for side in sides]
                for name, measure in measures(args, target, runs, notes).items()}
     notes += [note for pair in samples.items() for note in unreached(*pair)]
@@ -278,12 +280,6 @@ def doubtful_sigma(final: Sample, sigma: float | None) -> list[str]:
 # ---- By which measures ----------------------------------------------------------------------------------------------
 
 
-def common_target(runs: Sequence[RunFolder]) -> float | None:
-    """The target loss that all the runs were given; None where they had none, or different ones."""
-    targets = {run.summary["target_loss_nats"] for run in runs}
-    return targets.pop() if len(targets) == 1 else None
-
-
 def measures(args: Compare, target: float | None, runs: Sequence[RunFolder],
              notes: list[str]) -> dict[str, Callable[[RunFolder], float]]:
     """Name to function of a run; seconds only where all the runs had the same machine, else a note says why."""
@@ -403,11 +399,8 @@ def _passes(passed: bool) -> str:
 # ---- The table ------------------------------------------------------------------------------------------------------
 
 
-def table(report: Report) -> Any:
-    """The report as a rich table: for each measure a row a side, and the difference."""
-    from rich import box
-    from rich.table import Table
-
+def table(report: Report) -> Table:
+    """For each measure a row a side, and the difference."""
     found = Table("measure", "runs", "n", "mean", "sd", "95 % interval", "p (Welch)", "p (ranks)", box=box.SIMPLE)
     for column in found.columns[2:]:
         column.justify = "right"

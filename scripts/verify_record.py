@@ -20,7 +20,7 @@ from configs.ablations import REFERENCE
 from data.run.folder import write_text
 from scripts import command
 from scripts.lab import tuning
-from scripts.lab.folders import find_runs
+from scripts.lab.folders import common_target, find_runs
 from scripts.lab.records import BENCHMARKS, append_records, faults, holes, markdown, read_records, record_of, shared_faults
 from scripts.lab.statistics import MARGIN, one_sided_p, power_of_rule, summarize, z_margin
 
@@ -100,12 +100,6 @@ def verify_profile(folder: Path, *, write: bool) -> list[str]:
     return check_page(folder / PROFILE, text, write=write) if text else []
 
 
-def target_of_runs(file: Path) -> float | None:
-    """The target loss that all runs of a file were given; None where they had none, or different ones."""
-    targets = {record["summary"].get("target_loss_nats") for record in read_records(file)}
-    return targets.pop() if len(targets) == 1 else None
-
-
 def target_line(file: Path, target: float) -> str:
     """The speedrun's t-test and track 3's rule, on all final losses of a file."""
     losses = [record["summary"]["val_loss_nats"] for record in read_records(file)]
@@ -126,10 +120,10 @@ def main(args: Verify) -> int:
         raise ValueError("name the files to verify: records/*.jsonl")
     count = 0
     for file in files:
-        found = verify(file, write=args.write or file == args.add)
-        print(f"{file}: {len(read_records(file))} runs, {'all in order' if not found else f'{len(found)} faults'}")
+        found, records = verify(file, write=args.write or file == args.add), read_records(file)
+        print(f"{file}: {len(records)} runs, {'all in order' if not found else f'{len(found)} faults'}")
         count += print_faults(found)
-        target = target_of_runs(file) if args.target is None else args.target
+        target = common_target(record["summary"] for record in records) if args.target is None else args.target
         if target is not None and not found:
             print(target_line(file, target))
     for folder in dict.fromkeys(file.parent for file in files):

@@ -101,12 +101,10 @@ def _setting(wr: ModuleType, name: str) -> Any:
 
 
 def build_workspace(view: View) -> Any:
-    """The view as a wandb_workspaces Workspace, runs grouped by experiment. Raises ValueError without that package."""
-    try:
-        import wandb_workspaces.reports.v2 as wr
-        import wandb_workspaces.workspaces as ws
-    except ImportError:
-        raise ValueError("wandb-workspaces is not installed: pip install wandb-workspaces") from None
+    """The view as a wandb_workspaces Workspace, runs grouped by experiment."""
+    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.workspaces as ws
+
     sections = [ws.Section(name=name, panels=panels(wr), is_open=True) for name, panels in SECTIONS.items()]
     return ws.Workspace(
         entity=view.entity, project=view.project, name=view.name, sections=sections,

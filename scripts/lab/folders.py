@@ -4,7 +4,7 @@ import glob
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -85,6 +85,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value
+
+
+def common_target(summaries: Iterable[Mapping[str, Any]]) -> float | None:
+    """The target loss that all the runs were given; None where they had none, or different ones."""
+    targets = {summary.get("target_loss_nats") for summary in summaries}
+    return targets.pop() if len(targets) == 1 else None
 
 
 def is_number(value: object) -> bool:
