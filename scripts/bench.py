@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import tyro
@@ -48,8 +48,7 @@ class Arguments:
     tokens: int = 4096
     """Tokens of a pass."""
     repeats: int = 10
-    device: str = "cpu"
-    """cpu or cuda."""
+    device: Literal["cpu", "cuda"] = "cpu"
     json: bool = False
 
 
@@ -119,7 +118,7 @@ def optimizer_parts(run: Run, model: GPT, comm: Comm) -> Iterator[Part]:
     for bank in optimizer.banks:
         bank.grads.normal_()
     owned = [(bank, ranks if bank.sharded else 1) for bank in optimizer.banks]
-    flops = sum(bank_flops(bank) * len(bank.names) * bank.kind.blocks / divided for bank, divided in owned)
+    flops = sum(bank_flops(bank) * len(bank.names) * bank.spec.blocks / divided for bank, divided in owned)
     traffic = sum((2 * bank.weights.nbytes + bank.grads.nbytes) / divided + 2 * sum(t.nbytes for t in bank.state.values())
                   for bank, divided in owned)
     yield Part("update", lambda: optimizer.step(values, optimizer.period), flops, traffic)
@@ -161,8 +160,6 @@ def time_part(part: Part, repeats: int, device: torch.device, line: tuple[float,
 
 def bench(args: Arguments, flags: list[str]) -> dict:
     """Time every part. Raises ValueError for a device that is not there."""
-    if args.device not in ("cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"--device is cpu, or cuda where there is one; got {args.device!r}")
     run, comm = parse_row(args.preset, flags), Comm(choose_device(args.device, local_rank()))
     device, notes = comm.device, []
     context = min(run.data.sequence_tokens, args.tokens)
@@ -179,8 +176,7 @@ def bench(args: Arguments, flags: list[str]) -> dict:
                                             data_parts(run, source, comm))
     parts = [time_part(part, args.repeats, device, line) for part in chain(*timed)]
     comm.close()
-    environment = describe_environment()
-    environment.pop("variables")
+    environment = {name: value for name, value in describe_environment().items() if name != "variables"}
     return {"preset": args.preset, "tokens": tokens.numel(), "context": context, "device": args.device,
             "ranks": comm.world_size, "rank": comm.rank, "flops_per_second": line[0], "bytes_per_second": line[1],
             "environment": environment, "notes": notes, "parts": parts}

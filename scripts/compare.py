@@ -25,18 +25,9 @@ from configs.serialize import HASH_IGNORES
 from data.run.folder import write_json
 from data.run.metrics import VAL_BITS, VAL_LOSS
 from scripts import command, print_table
+from scripts.lab import statistics
 from scripts.lab.folders import UNITS, Metric, RunFolder, by_experiment, common_target, differences, find_runs
-from scripts.lab.statistics import (
-    SIGMA,
-    Difference,
-    Summary,
-    TargetTest,
-    against_target,
-    rank_p,
-    seeds_needed,
-    summarize,
-    welch,
-)
+from scripts.lab.statistics import SIGMA, Difference, Summary, TargetTest
 
 CURVES: dict[Metric, str] = {"val_loss_nats": VAL_LOSS, "val_bits_per_byte": VAL_BITS}
 NEVER = math.inf  # the loss of a run that broke down, the steps of one that never reached the target
@@ -87,11 +78,6 @@ class Compare:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"--{name} must be a number above 0, got {value}")
-
-    @property
-    def known_sigma(self) -> float | None:
-        """The deviation of final losses between seeds; none is known in bits per byte."""
-        return self.sigma if self.metric == "val_loss_nats" else None
 
 
 class Side(NamedTuple):
@@ -160,8 +146,9 @@ def examine(args: Compare) -> Report:
     tests = []
     if target is not None:
         finals = samples["final loss"]
-        tests = [against_target(one.label, one.values, target, sigma=args.known_sigma, margin=args.margin) for one in finals]
-        notes += [note for one in finals for note in doubtful_sigma(one, args.known_sigma)]
+        sigma = args.sigma if args.metric == "val_loss_nats" else None  # none is known in bits per byte
+        tests = [statistics.against_target(one.label, one.values, target, sigma=sigma, margin=args.margin) for one in finals]
+        notes += [note for one in finals for note in doubtful_sigma(one, sigma)]
     sentences, comparisons, rate = [], [], None
     if args.vs:
         comparisons = [compare(name, *pair) for name, pair in samples.items()]
@@ -306,13 +293,13 @@ def sample(side: Side, measure: Callable[[RunFolder], float]) -> Sample:
     """A measure of all runs of a side."""
     values = [float(measure(run)) for run in side.runs]
     finite = [value for value in values if math.isfinite(value)]
-    return Sample(side.label, values, len(values) - len(finite), summarize(finite) if finite else None)
+    return Sample(side.label, values, len(values) - len(finite), statistics.summarize(finite) if finite else None)
 
 
 def compare(name: str, a: Sample, b: Sample) -> Comparison:
     """The two samples held against each other."""
     finite = [[value for value in one.values if math.isfinite(value)] for one in (a, b)]
-    return Comparison(name, a, b, welch(*finite) if all(finite) else None, rank_p(a.values, b.values))
+    return Comparison(name, a, b, statistics.welch(*finite) if all(finite) else None, statistics.rank_p(a.values, b.values))
 
 
 def loss_per_step(runs: Sequence[RunFolder], metric: Metric) -> float | None:
@@ -373,7 +360,7 @@ def more_seeds(loss: Comparison, args: Compare) -> str:
     if a.sd is None or b.sd is None:
         return "How many seeds would show one is unknown with one finite run on a side."
     sd = math.sqrt((a.sd**2 + b.sd**2) / 2)
-    needed = seeds_needed(loss.difference.difference, sd, alpha=args.alpha, power=args.power)
+    needed = statistics.seeds_needed(loss.difference.difference, sd, alpha=args.alpha, power=args.power)
     if needed is None:
         return "No number of seeds within reason would show a difference of this size."
     more = [f"{max(0, needed - len(one.values))} more of {one.label}" for one in (loss.a, loss.b)]

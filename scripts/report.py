@@ -102,8 +102,8 @@ def read_ablation(path: Path) -> dict[str, Any]:
     if not isinstance(found.get("rows"), list) or not all("difference" in row and "name" in row for row in found["rows"]):
         raise ValueError(f"{path} is no ablation: it has no rows with a name and a difference")
     rows = [row for row in found["rows"] if row["difference"] is not None]
-    return {"title": f"{path.parent.name}: against {found.get('base', 'the baseline')}", "unit": UNITS[found.get("metric", "val_loss_nats")],
-            "rows": rows}
+    unit = UNITS[found.get("metric", "val_loss_nats")]
+    return {"title": f"{path.parent.name}: against {found.get('base', 'the baseline')}", "unit": unit, "rows": rows}
 
 
 def page_data(runs: Sequence[RunFolder], ablations: Sequence[Path]) -> dict[str, Any]:
@@ -111,12 +111,12 @@ def page_data(runs: Sequence[RunFolder], ablations: Sequence[Path]) -> dict[str,
     lines = loss_lines(runs, flops_of_runs())
     groups = by_experiment(runs)
     mean_loss = _over_seeds("val_loss_nats", fmean)
+    experiments = [{"name": group[0], "runs": len(group[1]), "loss": mean_loss(group)} for group in groups.items()]
     found, problems = schedules(runs)
     targets = {run.summary.get("target_loss_nats") for run in runs if run.summary} - {None}
     bars = [ablation for path in ablations if (ablation := read_ablation(path))["rows"]]
     return {
-        "experiments": [{"name": name, "runs": len(group), "loss": mean_loss((name, group))} for name, group in groups.items()],
-        "axes": known_axes(lines), "lines": lines, "targets": sorted(targets), "ablations": bars, "tuning": tuning(runs),
+        "experiments": experiments, "axes": known_axes(lines), "lines": lines, "targets": sorted(targets), "ablations": bars, "tuning": tuning(runs),
         "diagnostics": diagnostics(runs), "schedules": found, "problems": problems,
         "tables": {"experiment-table": table(EXPERIMENT_COLUMNS, list(groups.items())),
                    "run-table": table(RUN_COLUMNS, runs), "difference-table": difference_table(runs)},

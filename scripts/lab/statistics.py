@@ -47,7 +47,6 @@ class TargetTest(NamedTuple):
     target: float
     t_p: float | None
     z_margin: float | None
-    z_p: float | None
     margin_needed: float | None
 
 
@@ -108,11 +107,6 @@ def z_margin(values: Sequence[float], target: float) -> float:
     return (target - summarize(values).mean) * math.sqrt(len(values))
 
 
-def z_p(margin: float, sigma: float = SIGMA) -> float:
-    """One-sided p of a `z_margin` under the normal law with deviation `sigma` known."""
-    return float(stats.norm.sf(margin / sigma))
-
-
 def against_target(label: str, values: Sequence[float], target: float, *, sigma: float | None,
                    margin: float | None) -> TargetTest:
     """Both rules on the final losses. A run that broke down fails them; without a sigma the second is left out.
@@ -121,10 +115,9 @@ def against_target(label: str, values: Sequence[float], target: float, *, sigma:
     """
     t_p = one_sided_p(values, target)
     if sigma is None:
-        return TargetTest(label, len(values), target, t_p, None, None, None)
-    reached = z_margin(values, target)
+        return TargetTest(label, len(values), target, t_p, None, None)
     needed = MARGIN / SIGMA * sigma if margin is None else margin
-    return TargetTest(label, len(values), target, t_p, reached, z_p(reached, sigma), needed)
+    return TargetTest(label, len(values), target, t_p, z_margin(values, target), needed)
 
 
 def power_of_rule(delta: float, n: int, *, sigma: float = SIGMA, margin: float = MARGIN) -> float:
@@ -164,9 +157,7 @@ def seeds_needed(difference: float, sd: float, *, alpha: float = 0.05, power: fl
 def holm(ps: Sequence[float]) -> list[float]:
     """Holm's correction (1979) for testing all of these at once: the i-th smallest p times (m - i + 1), made monotone
     and cut at 1, in the given order."""
-    order = sorted(range(len(ps)), key=ps.__getitem__)
-    corrected, largest = [0.0] * len(ps), 0.0
-    for place, index in enumerate(order):
-        largest = max(largest, min(1.0, ps[index] * (len(ps) - place)))
-        corrected[index] = largest
-    return corrected
+    order, corrected = np.argsort(ps), np.empty(len(ps))
+    tested = np.asarray(ps)[order] * np.arange(len(ps), 0, -1)
+    corrected[order] = np.minimum(np.maximum.accumulate(tested), 1.0)
+    return corrected.tolist()

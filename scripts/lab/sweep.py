@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -88,9 +89,8 @@ def run_sweep(trials: Sequence[Trial], *, dir: Path, jobs: int = 1, nproc: int =
 
 def _parse_all(trials: Sequence[Trial], dir: Path) -> dict[Trial, Run]:
     """Each trial's complete configuration. Raises ValueError for the first mistake."""
-    names = [trial.name for trial in trials]
-    for name in names:
-        if names.count(name) > 1:
+    for name, count in Counter(trial.name for trial in trials).items():
+        if count > 1:
             raise ValueError(f"two trials are named {name!r}; names must differ")
     return {trial: parse_row(trial.preset, run_flags(trial, dir)) for trial in trials}
 
@@ -99,6 +99,12 @@ def run_flags(trial: Trial, dir: Path) -> list[str]:
     """The trial's command line, the preset apart; a training run takes the last of repeated flags."""
     return [*trial.flags, "--run.name", trial.name, "--run.dir", str(dir), "--run.seed", str(trial.seed), "--run.resume",
             "--log.experiment", trial.experiment]
+
+
+def launch(script: Path, nproc: int) -> list[str]:
+    """The command that starts a script in so many processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
+    return [sys.executable, *launcher, str(script)]
 
 
 class Sweep:
@@ -152,15 +158,10 @@ class Sweep:
         environment = {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"} | os.environ
         with open(self.dir / f"{trial.name}.log", "ab") as log:
             before = log.tell()
-            process = subprocess.Popen([*self._program(), trial.preset, *run_flags(trial, self.dir)], stdout=log,
+            process = subprocess.Popen([*launch(TRAIN, self.nproc), trial.preset, *run_flags(trial, self.dir)], stdout=log,
                                        stderr=log, stdin=subprocess.DEVNULL, env=environment, pass_fds=[lock],
                                        process_group=0)
         return Child(trial, process, lock, before)
-
-    def _program(self) -> list[str]:
-        if self.nproc == 1:
-            return [sys.executable, str(TRAIN)]
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.nproc}", str(TRAIN)]
 
     def ended(self, child: Child) -> Outcome | None:
         """The child's outcome, written down where it failed; None while it lives, or where it was started anew."""
