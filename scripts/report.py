@@ -116,8 +116,8 @@ def page_data(runs: Sequence[RunFolder], ablations: Sequence[Path]) -> dict[str,
     targets = {run.summary.get("target_loss_nats") for run in runs if run.summary} - {None}
     bars = [ablation for path in ablations if (ablation := read_ablation(path))["rows"]]
     return {
-        "experiments": experiments, "axes": known_axes(lines), "lines": lines, "targets": sorted(targets), "ablations": bars, "tuning": tuning(runs),
-        "diagnostics": diagnostics(runs), "schedules": found, "problems": problems,
+        "experiments": experiments, "axes": known_axes(lines), "lines": lines, "targets": sorted(targets), "ablations": bars,
+        "tuning": tuning(runs), "diagnostics": diagnostics(runs), "schedules": found, "problems": problems,
         "tables": {"experiment-table": table(EXPERIMENT_COLUMNS, list(groups.items())),
                    "run-table": table(RUN_COLUMNS, runs), "difference-table": difference_table(runs)},
     }
