@@ -1,6 +1,7 @@
 """What was measured: scripts that regenerate the files beside them."""
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import train_gpt
 from configs.cli import parse
 from data.run.environment import describe_environment
 from data.run.folder import write_json
-from scripts.report import save_figure
+from scripts.report import screenshot
 
 HERE = Path(__file__).resolve().parent
 QUIET = ("--log.wandb", "disabled", "--log.sample_tokens", "0", "--log.no_diagnostics", "--train.val_every_steps", "0")
@@ -46,4 +47,7 @@ def draw_lines(name: str, lines: Mapping[str, tuple[Sequence[float], Sequence[fl
         figure.add_scatter(x=x, y=y, mode="lines+markers", name=label)
     if level is not None:
         figure.add_hline(y=level, line_dash="dash")
-    save_figure(figure, HERE / f"{name}.png")
+    with tempfile.TemporaryDirectory() as place:
+        page = Path(place) / "figure.html"
+        figure.write_html(page)
+        screenshot(page, name, HERE / f"{name}.png", width=920, height=540)

@@ -1,11 +1,10 @@
 """Coefficient tables for Newton-Schulz iterations: `python -m scripts.design_newton_schulz optimal --lower 1e-3`.
 
-Prints a table as `--optim.matrix.ns` reads it, and the singular values that it gives; --figure draws the composed map.
+Prints a table as `--optim.matrix.ns` reads it, and the singular values that it gives.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -131,9 +130,6 @@ def optimal_sequence(lower: float, steps: int, *, cushion: float = 0.0, safety: 
 # ---- The command line -----------------------------------------------------------------------------------------------
 
 
-LEAST_DRAWN = 1e-5
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Design:
     """What both designs share."""
@@ -144,8 +140,6 @@ class Design:
     """Least singular value, relative to the Frobenius norm, that the table is designed or judged for."""
     safety: float = 1.02
     """Each step's input is divided by this, so that rounding cannot carry it beyond the map's range."""
-    figure: Path | None = None
-    """Draw the composed map to this file: .html, or .png (with a Chromium)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,41 +181,12 @@ def describe(triples: Sequence[Triple], safety: float, design: Radii | Optimal) 
     return "\n".join(lines)
 
 
-def draw(triples: Sequence[Triple], safety: float, design: Radii | Optimal) -> None:
-    """The composed map beside Jordan's quintic, and the band over [s, 1] against s, in design.figure.
-
-    Raises ValueError for an ending that is no figure's, or where the browser is missing.
-    """
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
-
-    from scripts.report import save_figure
-
-    x = np.geomspace(LEAST_DRAWN, 1, 4001)
-    figure = make_subplots(1, 2, subplot_titles=("composed map", "band over [s, 1]"))
-    quintic = first_triples(TABLES["quintic"].triples, design.steps)
-    for name, row, scale, colour in [("quintic", quintic, 1.0, "#999"), ("this table", triples, safety, "#06c")]:
-        y = compose(row, x / scale)
-        figure.add_scatter(x=x, y=y, name=name, line_color=colour, row=1, col=1)
-        for ends in (np.minimum.accumulate(y[::-1])[::-1], np.maximum.accumulate(y[::-1])[::-1]):
-            figure.add_trace(go.Scatter(x=x, y=ends, line_color=colour, showlegend=False), row=1, col=2)
-    figure.update_xaxes(type="log", exponentformat="power", dtick=1)
-    figure.update_xaxes(title_text="relative singular value", col=1)
-    figure.update_xaxes(title_text="s", col=2)
-    figure.update_yaxes(range=[0, 1.3])
-    figure.add_hline(y=1, line_dash="dot", line_width=1)
-    figure.update_layout(template="plotly_white", width=1000, height=420, margin_t=40, legend_x=0.02, legend_y=0.98)
-    save_figure(figure, design.figure)
-
-
 def main(design: Radii | Optimal) -> None:
-    """Design, print and, where asked, draw. Raises ValueError for radii or bounds that allow no table."""
+    """Design and print. Raises ValueError for radii or bounds that allow no table."""
     if not 0 < design.lower <= 1:
         raise ValueError(f"lower must lie in (0, 1], got {design.lower:g}")
     triples, safety = design.table()
     print(describe(triples, safety, design))
-    if design.figure:
-        draw(triples, safety, design)
 
 
 if __name__ == "__main__":

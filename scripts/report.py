@@ -279,19 +279,6 @@ def screenshot(page: Path, figure: str, path: Path, *, width: int, height: int) 
         shutil.copyfile(drawn, aside)
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a plotly figure of known width and height as .html, or by the browser as .png. Raises ValueError for others."""
-    if path.suffix == ".html":
-        write_text(path, figure.to_html(include_plotlyjs="cdn"))
-    elif path.suffix == ".png":
-        with tempfile.TemporaryDirectory() as place:
-            page = Path(place) / "figure.html"
-            figure.write_html(page)
-            screenshot(page, "figure", path, width=figure.layout.width + 20, height=figure.layout.height + 20)
-    else:
-        raise ValueError(f"cannot draw {path}: its name must end with .html or .png")
-
-
 def main(args: Report) -> None:
     """Write the report and name its files."""
     for path in report(args):
