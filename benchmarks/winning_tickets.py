@@ -10,7 +10,6 @@ that are there already are not made again. Writes winning_tickets.json and, with
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import tyro
 
@@ -45,16 +44,9 @@ class Arguments:
     dir: Path = Path("runs") / "winning_tickets"
 
 
-class Ticket(NamedTuple):
-    """One draw of a method, and the loss that it ended with; infinite where it broke down."""
-
-    method: str
-    flags: tuple[str, ...]
-    loss: float
-
-
-def tickets(args: Arguments) -> list[Ticket]:
-    """All draws of all methods, in turn over the methods."""
+def tickets(args: Arguments) -> list[dict]:
+    """All draws of all methods, in turn over the methods, and the losses that they ended with; infinite where one broke
+    down."""
     drawn = {name: draw([parse_range(text) for text in space], args.draws, seed=args.seed, quasi=False)
              for name, (_, space) in METHODS.items()}
     found = []
@@ -63,7 +55,8 @@ def tickets(args: Arguments) -> list[Ticket]:
             own = (*flags.split(), *flags_of(drawn[name][number]), *SHORT)
             folder = args.dir / f"{name.replace('#', '-on-')}-draw{number:02}"
             summary = train_once(folder, "bench_cpu", own, seed=args.seed)
-            found.append(Ticket(name, own, summary["val_loss_nats"] if summary else math.inf))
+            loss = summary["val_loss_nats"] if summary else math.inf
+            found.append({"method": name, "flags": " ".join(own), "val_loss_nats": loss})
     return found
 
 
@@ -83,12 +76,11 @@ def plot(found: dict[str, list[float]], best: float) -> None:
 def main(args: Arguments) -> None:
     """Run the sweep, write down every draw, and draw the picture."""
     drawn = tickets(args)
-    found = {name: sorted(ticket.loss for ticket in drawn if ticket.method == name) for name in METHODS}
+    found = {name: sorted(one["val_loss_nats"] for one in drawn if one["method"] == name) for name in METHODS}
     best = min(map(min, found.values()))
     shares = {name: share_within(values, best) for name, values in found.items()}
-    draws = [{"method": t.method, "flags": " ".join(t.flags), "val_loss_nats": t.loss} for t in drawn]
     write_result("winning_tickets", f"winning_tickets --draws {args.draws} --seed {args.seed}", best_val_loss_nats=best,
-                 share_within_2_percent=shares, draws=draws)
+                 share_within_2_percent=shares, draws=drawn)
     for name, values in sorted(found.items(), key=lambda item: -shares[item[0]]):
         print(f"{name:14} best {values[0]:.4f}  median {values[len(values) // 2]:.4f}  within 2 %: {shares[name]:.0%}")
     plot(found, best)
