@@ -6,8 +6,8 @@ import statistics
 from benchmarks import HERE
 from scripts.lab.records import markdown, read_records
 from scripts.lab.tuning import base_steps, places
+from scripts.leaderboard import RECORDS
 
-RECORDS = HERE.parent / "records"
 
 
 def load(name: str) -> dict:

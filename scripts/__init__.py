@@ -12,7 +12,8 @@ from configs.cli import fail
 
 
 def command(main: Callable[..., int | None], arguments: Any, description: str, *, flags: bool = False) -> None:
-    """Run a script's main on its command line. A user's mistake, a ValueError, is one line and exit status 2.
+    """Run a script's main on its command line. A user's mistake, a ValueError, is one line and exit status 2; so is a package
+    that is missing.
 
     flags: main takes, as a second argument, what stands after `--`: flags of a training run.
     """
@@ -22,6 +23,8 @@ def command(main: Callable[..., int | None], arguments: Any, description: str, *
         raise SystemExit(main(args, more) if flags else main(args))
     except ValueError as error:
         fail(str(error))
+    except ImportError as error:
+        fail(f"{error}: pip install -r requirements.txt")
 
 
 def print_table(table: Table) -> None:

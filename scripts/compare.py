@@ -68,17 +68,6 @@ class Compare:
     json: Path | None = None
     """Write all numbers to this file."""
 
-    def __post_init__(self) -> None:
-        if not self.runs:
-            raise ValueError("name the runs to compare: folders, patterns, or folders of runs such as runs/")
-        for name in ("alpha", "power"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"--{name} must lie between 0 and 1, got {getattr(self, name)}")
-        for name in ("nats_per_step", "sigma", "margin", "target"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"--{name} must be a number above 0, got {value}")
-
 
 class Side(NamedTuple):
     """Runs that stand for one thing: seeds of one experiment, if all is well."""
@@ -134,6 +123,7 @@ class Report(NamedTuple):
 
 def examine(args: Compare) -> Report:
     """Everything about the runs that the arguments name. Raises ValueError for runs that cannot be compared."""
+    refuse_senseless(args)
     sides = make_sides(args)
     runs = [run for side in sides for run in side.runs]
     notes = [note for side in sides for note in cautions(side)] + judged_alike(sides, args)
@@ -159,6 +149,19 @@ def examine(args: Compare) -> Report:
 
 
 # ---- What may be compared -------------------------------------------------------------------------------------------
+
+
+def refuse_senseless(args: Compare) -> None:
+    """Raise ValueError naming an argument out of its range."""
+    if not args.runs:
+        raise ValueError("name the runs to compare: folders, patterns, or folders of runs such as runs/")
+    for name in ("alpha", "power"):
+        if not 0 < getattr(args, name) < 1:
+            raise ValueError(f"--{name} must lie between 0 and 1, got {getattr(args, name)}")
+    for name in ("nats_per_step", "sigma", "margin", "target"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name} must be a number above 0, got {value}")
 
 
 def make_sides(args: Compare) -> list[Side]:

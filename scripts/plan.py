@@ -37,19 +37,13 @@ class Arguments:
     json: bool = False
     """Print JSON instead of tables."""
 
-    def __post_init__(self) -> None:
-        if self.gpus < 1:
-            raise ValueError(f"--gpus must be at least 1, got {self.gpus}")
-        for name in ("efficiency", "memory_efficiency", "network_efficiency"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"--{name} is a share of a peak, above 0 and at most 1, got {getattr(self, name)}")
-
 
 def plan(args: Arguments, flags: list[str]) -> dict:
     """Stages with their predictions, totals, and the same on other machines. Raises ValueError for unknown names."""
     if args.device not in MACHINES:
         raise ValueError(f"unknown device {args.device!r}{nearest(args.device, list(MACHINES))}; "
                          f"devices: {', '.join(MACHINES)}")
+    refuse_numbers(args)
     run, machine = parse_row(args.preset, flags), MACHINES[args.device]
     share = Efficiency(args.efficiency, args.memory_efficiency, args.network_efficiency)
     sizes, stages = measure_sizes(run)
@@ -64,6 +58,15 @@ def plan(args: Arguments, flags: list[str]) -> dict:
             "flops": sum(s.steps * s.flops for s in stages), "stages": rows, "micro_tokens": run.train.micro_tokens,
             "seconds": seconds_of(stages, sizes, machine, gpus=args.gpus, share=share), "elsewhere": elsewhere,
             "logs": [] if flags else logged(args.preset, stages)}
+
+
+def refuse_numbers(args: Arguments) -> None:
+    """Raise ValueError for numbers that are none of accelerators or shares."""
+    if args.gpus < 1:
+        raise ValueError(f"--gpus must be at least 1, got {args.gpus}")
+    for name in ("efficiency", "memory_efficiency", "network_efficiency"):
+        if not 0 < getattr(args, name) <= 1:
+            raise ValueError(f"--{name} is a share of a peak, above 0 and at most 1, got {getattr(args, name)}")
 
 
 def row_of(stage: Stage, found: Prediction, gpus: int) -> dict:

@@ -30,7 +30,6 @@ import train_gpt
 from configs.serialize import config_from_dict
 train_gpt.main(config_from_dict(json.loads(Path(sys.argv[1]).read_text())))
 """
-LOSSES = (TRAIN_LOSS, VAL_LOSS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +83,7 @@ def run_again(run: RunFolder, place: Path) -> Path:
 def losses(folder: Path) -> dict[tuple[int, str], float]:
     """Every loss of a run, by step and name."""
     return {(line["step"], name): line[name] for line in read_metrics(folder / "metrics.jsonl")
-            for name in LOSSES if line.get(name) is not None}
+            for name in (TRAIN_LOSS, VAL_LOSS) if line.get(name) is not None}
 
 
 def difference(first: dict[tuple[int, str], float], again: dict[tuple[int, str], float]) -> str:

@@ -26,7 +26,6 @@ from scripts.lab.folders import RunFolder, read_json, read_run
 
 TRAIN = Path(__file__).resolve().parent.parent.parent / "train_gpt.py"
 POLL_SECONDS = 0.1
-INTERRUPTED = 130  # the shell's status after Ctrl-C
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +82,7 @@ def run_sweep(trials: Sequence[Trial], *, dir: Path, jobs: int = 1, nproc: int =
         sweep.stop()
         print(f"interrupted: {len(found)} of {len(trials)} runs are done, the others are saved. "
               "Give the same command again to continue", flush=True)
-        raise SystemExit(INTERRUPTED) from None
+        raise SystemExit(130) from None  # the shell's status after Ctrl-C
     return [found[trial] for trial in trials]
 
 
