@@ -20,11 +20,13 @@ def refuse_outside(config: object, ranges: Mapping[str, Sequence[str]]) -> None:
     """
     for interval, names in ranges.items():
         low, high = (float(end) for end in interval.strip("[]()").split(","))
+        wanted = f"lie in {interval}" if high < math.inf else f"be at least {low:g}" if interval[0] == "[" else "be positive"
         for name in names:
             value = getattr(config, name, None)
+            wanted = f"lie in {interval}" if value == math.inf else wanted
             inside = value is None or (low <= value <= high and (value > low or interval[0] == "[")
                                        and (value < high or interval[-1] == "]"))
-            refuse(not inside, f"{name} must lie in {interval}, got {value}")
+            refuse(not inside, f"{name} must {wanted}, got {value}")
 
 
 def refuse_unknown(wanted: Iterable[str], given: Iterable[str], what: str) -> None:

@@ -129,7 +129,7 @@ class RuleConfig(Graft):
         refuse(not self.graft.gives_graft, f"rule {self.graft.rule} gives no length to graft")
         refuse(type(self.graft) is type(self), f"graft must be another rule than {self.rule}")
         idle = [f.name for f in fields(RuleConfig) if getattr(self.graft, f.name) != getattr(type(self.graft)(), f.name)]
-        refuse(bool(idle), f"graft.{idle[:1]} has no effect: a graft gives the length of the step alone")
+        refuse(bool(idle), f"graft.{', graft.'.join(idle)} has no effect: a graft gives the length of the step alone")
 
     def check(self) -> None:
         """Raise ValueError for combinations of the rule's own fields that cannot be."""

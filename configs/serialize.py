@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from configs import format1
 from configs.notation import nearest, refuse, refuse_unknown
-from configs.optim import RULES, Graft
+from configs.optim import RULES, Graft, RuleConfig
 from configs.schema import Run
 
 FORMAT = 2
@@ -76,8 +76,10 @@ def config_hash(run: Run) -> str:
     classes = {f.name: type(getattr(run.optim, f.name)) for f in fields(run.optim)}
     plain = Run(optim=type(run.optim)(**{role: rule() for role, rule in classes.items()}))
     flat, defaults = flatten(config_to_dict(run)), flatten(config_to_dict(plain))
-    return hash_settings({name: value for name, value in flat.items()
-                          if value != defaults.get(name) or name.endswith(".rule") and name.count(".") == 2})
+    # 1 and 1.0 in a field of floats are the same number, but not the same text.
+    return hash_settings({name: int(value) if isinstance(value, float) and value.is_integer() else value
+                          for name, value in flat.items()
+                          if value != defaults.get(name) or (name.endswith(".rule") and name.count(".") == 2)})
 
 
 def record_hash(flat: Mapping[str, Any]) -> str:
@@ -110,7 +112,7 @@ def _restore(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise ValueError(f"{where or 'the configuration'} must be an object, got {value!r}")
         if issubclass(hint, Graft):
-            hint, value = _class_of_rule(value, where), {key: inner for key, inner in value.items() if key != "rule"}
+            hint, value = _class_of_rule(hint, value, where), {key: inner for key, inner in value.items() if key != "rule"}
         refuse_unknown(tuple(f.name for f in fields(hint)), value, where or "the configuration")
         hints = get_type_hints(hint)
         return hint(**{key: _restore(hints[key], value[key], f"{where}.{key}".lstrip(".")) for key in value})
@@ -121,11 +123,11 @@ def _restore(hint: Any, value: Any, where: str) -> Any:
     raise ValueError(f"{where} must be {kind}, got {value!r}")
 
 
-def _class_of_rule(value: Mapping[str, Any], where: str) -> type[Graft]:
-    """The class that a rule's name stands for."""
-    name = value.get("rule")
-    refuse(name not in (Graft.rule, *RULES), f"{where}: unknown rule {name!r}{nearest(str(name), list(RULES))}")
-    return RULES.get(name, Graft)
+def _class_of_rule(hint: type[Graft], value: Mapping[str, Any], where: str) -> type[Graft]:
+    """The class that a rule's name stands for; `none` is a graft's alone."""
+    name, classes = value.get("rule"), RULES if issubclass(hint, RuleConfig) else RULES | {Graft.rule: Graft}
+    refuse(name not in classes, f"{where}: unknown rule {name!r}{nearest(str(name), list(RULES))}")
+    return classes[name]
 
 
 def _fits(option: Any, value: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import tyro
 
-from configs.ablations import ENTRIES, Entry, entry_named
+from configs.entries import ENTRIES, Entry, entry_named
 from scripts import command
 from scripts.lab.records import BENCHMARKS, append_records, read_records, record_of, record_of_failure
 from scripts.lab.sweep import Trial, run_sweep

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from configs.ablations import REFERENCE
+from configs.entries import REFERENCE
 from data.run.folder import write_text
 from scripts import command
 from scripts.lab import tuning

@@ -12,7 +12,7 @@ from configs.cli import parse
 from configs.optim import RULES, Extra
 from configs.presets import PRESETS
 from configs.schema import Run
-from model import GPT
+from model import GPT, AuxLossWeights
 from optim.adam import Adam
 from optim.comm import Comm
 from optim.groups import build_groups

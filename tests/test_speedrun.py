@@ -21,7 +21,7 @@ SMALL = ("--data.source text --data.tokenizer bytes --data.train_files my.txt --
          "--data.val_bytes 600 --model.dim 32 --model.head_dim 8 --model.bigram_buckets 2048 --model.window_tokens 4 "
          "--model.long_window_tokens 8 --model.dynamic_window 4 --train.batch_tokens 192 --train.steps 12 "
          "--train.val_every_steps 4 --log.every_steps 1 --log.wandb disabled --log.sample_tokens 0").split()
-SPARSE = ("--optim.bigram_embed.sparse_rows", "--optim.value_embed.sparse_rows")
+SPARSE = ("--optim.bigram_embed.extra.sparse_rows", "--optim.value_embed.extra.sparse_rows")
 
 
 # ---- The plan ------------------------------------------------------------------------------------------------------------

@@ -136,10 +136,10 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(text, capsys):
 
 def test_warm_up_leaves_no_trace(text):
     trainer = train_gpt.Trainer(parse(arguments()))
-    before = {name: tensor.clone() for name, tensor in trainer.optimizer.state_tensors().items()}
+    before = {name: tensor.clone() for name, tensor in trainer.optimizer.state.tensors().items()}
     state = torch.get_rng_state()
     trainer.warm_up()
-    after = trainer.optimizer.state_tensors()
+    after = trainer.optimizer.state.tensors()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(state, torch.get_rng_state())
     assert all(not bank.grads.any() for bank in trainer.optimizer.banks)

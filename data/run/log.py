@@ -16,15 +16,7 @@ from tqdm import tqdm
 from configs.schema import Optim, Run
 from configs.serialize import config_hash, config_to_dict, strict_json
 from data.evaluate import Score
-from data.run.environment import (
-    code_files,
-    code_hash,
-    code_text,
-    describe_environment,
-    device_name,
-    peak_flops,
-    peak_memory_bytes,
-)
+from data.run import environment
 from data.run.folder import write_json, write_text
 from data.run.metrics import (
     METRICS_KEYS,
@@ -79,14 +71,14 @@ class Log:
         self._last = (progress.step, progress.tokens, progress.train_seconds)
         self._alarmed: set[str] = set()
         if self.active:
-            code, environment = code_text(code_files(ROOT), ROOT), describe_environment()
-            self._code_hash = code_hash(code)
+            code, machine = environment.code_text(environment.code_files(ROOT), ROOT), environment.describe_environment()
+            self._code_hash = environment.code_hash(code)
             write_json(folder / "config.json", config_to_dict(run))
-            write_json(folder / "env.json", environment)
+            write_json(folder / "env.json", machine)
             write_text(folder / "code.txt", code)
             self._metrics = open_metrics(folder / "metrics.jsonl", progress.metrics_bytes)
             self._dashboard = None if run.log.wandb == "disabled" else open_dashboard(
-                run, folder=folder, environment=environment, code_hash=self._code_hash, resume=progress.step > 0)
+                run, folder=folder, environment=machine, code_hash=self._code_hash, resume=progress.step > 0)
         self.bar = tqdm(total=run.train.steps, initial=progress.step, unit="step", dynamic_ncols=True,
                         disable=not self.active or not sys.stderr.isatty())
 
@@ -127,7 +119,7 @@ class Log:
         speed = (progress.tokens - tokens) / elapsed
         record = {TRAIN_LOSS: loss_nats, STEP_MS: 1000 * elapsed / (progress.step - step), TOKENS_PER_SECOND: speed}
         text = f"loss {loss_nats:.3f}, {speed:,.0f} tokens/s"
-        if peak := peak_flops(device_name(self._device)):
+        if peak := environment.peak_flops(environment.device_name(self._device)):
             record[MFU] = speed * flops_per_token / (peak * self._world_size)
             text += f", MFU {record[MFU]:.1%}"
         self.write(record)
@@ -160,8 +152,8 @@ class Log:
         summary = {name: getattr(progress, name) for name in achieved} | {
             "steps": progress.step, "target_loss_nats": run.run.target_loss_nats, "seed": run.run.seed,
             "config_hash": config_hash(run), "code_hash": self._code_hash, "wall_seconds": wall_seconds,
-            "peak_memory_bytes": peak_memory_bytes(self._device), "parameters": parameters, "data_hash": data_hash,
-            "device": device_name(self._device), "world_size": self._world_size}
+            "peak_memory_bytes": environment.peak_memory_bytes(self._device), "parameters": parameters,
+            "data_hash": data_hash, "device": environment.device_name(self._device), "world_size": self._world_size}
         assert summary.keys() == set(SUMMARY_KEYS)
         write_json(self.folder / "summary.json", {key: summary[key] for key in SUMMARY_KEYS})
         lines = [f"{name:>20}  {value}" for name, value in summary.items()]

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from configs.ablations import ENTRIES, REFERENCE, Entry, entry_named
+from configs.entries import ENTRIES, REFERENCE, Entry, entry_named
 from configs.notation import nearest
 from configs.optim import RULES, Optim
 from configs.presets import PRESETS

@@ -1,80 +1,98 @@
-"""What presets, rows and entries set is what it was in format 1, where one class had the fields of all optimizers."""
+"""Configurations of format 1: what acted is kept, what did not is left out, what is gone is refused; hashes stay."""
 
 import json
-import shlex
 from pathlib import Path
 
 import pytest
 
 from configs import format1
-from configs.ablations import each_off, entry_named, row_named
-from configs.cli import parse_row
-from configs.presets import PRESETS
-from configs.schema import with_settings
-from configs.serialize import config_from_dict, config_to_dict, record_hash, unflatten
+from configs.optim import SM3, SOAP, Adam, Extra, Muon, Muown, NorMuon, RuleConfig, Shampoo, SOAPMuon, Steepest, Stiefel
+from configs.serialize import config_from_dict, config_to_dict, flatten, record_hash, unflatten
 
-GOLDEN = Path(__file__).parent.parent / "golden"
-SETTINGS = json.loads((GOLDEN / "settings_format1.json").read_text())
-HASHES = json.loads((GOLDEN / "config_hashes_format1.json").read_text())["hashes"]
-GONE = {"row/unet"}  # what runs of format 1 could do and ours cannot
-USED = {f"preset/{name}": settings for name, settings in SETTINGS["presets"].items()} | {
-    name: {key: value for key, value in SETTINGS["presets"][run["preset"]].items() if key not in run["unset"]} | run["set"]
-    for name, run in SETTINGS["runs"].items() if name not in GONE}
-"""By name, the settings that each run of format 1 used, by dotted name: of an optimizer's those that its rule read."""
+RECORDS = sorted((Path(__file__).resolve().parents[2] / "records").glob("*.jsonl"))
 
 
-def run_named(name):
-    """The run of that name as it is today."""
-    kind, *path = name.split("/")
-    if kind == "off":
-        row = next(row for row in each_off(PRESETS[path[0]]()) if row.name == path[1])
-        return parse_row(row.base, shlex.split(row.flags))
-    if kind == "entry":
-        return parse_row("bench_cpu", shlex.split(entry_named(path[0]).flags))
-    return PRESETS[path[0]]() if kind == "preset" else row_named(path[0])
+def matrix(**group: object) -> RuleConfig:
+    """Today's configuration of a group of format 1."""
+    return config_from_dict({"optim": {"matrix": group}}).optim.matrix
 
 
-def acting(run):
-    """The run without settings of an average that is off: they do not act, and USED does not hold them."""
-    if getattr(run.optim.matrix, "averaging", "") == "none":
-        return with_settings(run, {"optim.matrix.momentum": 0.95, "optim.matrix.nesterov": True})
-    return run
+@pytest.mark.parametrize(("group", "config"), [
+    (dict(), Adam()),
+    (dict(rule="steepest", lr=1), Muon(lr=1.0)),
+    (dict(rule="steepest", norm="spectral"), Muon(unit="spectral")),
+    (dict(rule="steepest", norm="spectral", unit="at_least_one", ns="quintic"), Muon(unit="at_least_one", ns="quintic")),
+    (dict(rule="steepest", norm="spectral", unit="match_adam"), Muon(unit="match_adam")),
+    (dict(rule="steepest", norm="sign", unit="fan_in"), Steepest(norm="sign", unit="fan_in")),
+    (dict(rule="steepest", norm="schatten", schatten_p=3, unit="rms"),
+     Steepest(norm="schatten", schatten_p=3.0, unit="rms")),
+    (dict(rule="normuon", normalise="longer", momentum=0.8), NorMuon(normalise="longer", momentum=0.8)),
+    (dict(rule="muown", norm="spectral", unit="match_adam"), Muown(unit="match_adam")),
+    (dict(rule="soap_muon", gram_beta=0.9, beta2=0.8), SOAPMuon(gram_beta=0.9, beta2=0.8)),
+    (dict(rule="stiefel", dual_steps=6, constraint="stiefel"), Stiefel(dual_steps=6, constraint="stiefel")),
+    (dict(clip=1.0, clip_norm="sign", row_floor=0.3, lr_factors=["a=2"]),
+     Adam(extra=Extra(clip=1.0, clip_norm="sign", row_floor=0.3, lr_factors=("a=2",)))),
+    (dict(constraint="sphere", tangent="dual"), Adam(constraint="sphere", extra=Extra(tangent="dual"))),
+], ids=str)
+def test_a_group_becomes_its_rule(group, config):
+    assert matrix(**group) == config
 
 
-@pytest.mark.parametrize("name", USED)
-def test_a_run_uses_the_settings_that_it_used(name):
-    assert acting(config_from_dict(unflatten(USED[name]))) == acting(run_named(name))
+@pytest.mark.parametrize(("group", "config"), [
+    (dict(rule="shampoo", graft="adam", eps=1e-8, momentum=0.9),
+     Shampoo(eps=1e-8, momentum=0.9, graft=Adam(eps=1e-8))),
+    (dict(rule="sm3", graft="steepest", norm="spectral", momentum=0.8),
+     SM3(momentum=0.8, graft=Muon(unit="spectral", momentum=0.8))),
+    (dict(rule="soap", graft="steepest", norm="sign"), SOAP(graft=Steepest(norm="sign"))),
+], ids=str)
+def test_a_graft_reads_the_groups_fields(group, config):
+    assert matrix(**group) == config
 
 
-@pytest.mark.parametrize("name", [name for name in SETTINGS["runs"] if name.startswith("entry/")])
-def test_an_entry_is_tuned_in_the_space_that_it_was(name):
-    assert list(entry_named(name.split("/")[1]).space) == SETTINGS["runs"][name]["space"]
+@pytest.mark.parametrize(("group", "config"), [
+    (dict(norm="sign", momentum=0.5, ns="svd"), Adam()),  # Adam read none of them
+    (dict(rule="steepest", beta1=0.5, unit="plain", schatten_p=9.0), Muon()),
+    (dict(clip_norm="row", tangent="gradient", retraction="geodesic"), Adam()),
+    (dict(rule="steepest", norm="frobenius", schatten_p=9.0), Steepest(norm="frobenius")),
+], ids=str)
+def test_settings_that_did_not_act_are_left_out(group, config):
+    assert matrix(**group) == config
 
 
-# Where a run changed its rule, settings of the old one that no longer acted counted, and USED does not hold them.
-SAME_RULE = [f"preset/{name}" for name in SETTINGS["presets"]] + [
-    name for name, run in SETTINGS["runs"].items()
-    if name in USED and ".rule" not in run["flags"] and "averaging none" not in run["flags"]]
+@pytest.mark.parametrize(("config", "message"), [
+    ({"model": {"full_attention_every": 2}}, "--model.full_attention_every 2 is no longer there; only its default"),
+    ({"model": {"loss_chunk_tokens": 64}}, "--model.loss_chunk_tokens 64 is no longer there"),
+    ({"optim": {"matrix": {"rule": "normuon", "norm": "row"}}}, "rule normuon with norm row is no longer there"),
+    ({"optim": {"matrix": {"rule": "sgd"}}}, "unknown rule 'sgd'"),
+    ({"optim": {"matrix": {"momentun": 0.5}}}, "a group has no field 'momentun'; did you mean 'momentum'"),
+    ({"optim": {"matrices": {}}}, "optim has no field 'matrices'; did you mean 'matrix'"),
+])
+def test_what_is_gone_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_dict(config)
 
 
-@pytest.mark.parametrize("name", SAME_RULE)
-def test_hashes_of_format_1_stay(name):
-    assert record_hash(USED[name]) == HASHES[name]
+def test_what_is_gone_is_read_at_its_default():
+    gone = {name: format1.default(name) for name in format1.REMOVED}
+    assert config_from_dict(unflatten(gone)) == config_from_dict({})
 
 
-def test_a_setting_that_is_no_longer_there_is_refused_off_its_default():
-    nested = unflatten(USED["preset/tiny"])
-    assert "loss_chunk_tokens" not in config_to_dict(config_from_dict(nested))["model"]
-    with pytest.raises(ValueError, match="--model.loss_chunk_tokens 512 is no longer there"):
-        config_from_dict(nested | {"model": nested["model"] | {"loss_chunk_tokens": 512}})
+def test_a_whole_configuration_of_format_1_has_the_hash_of_its_defaults_and_is_read():
+    flat = {name: format1.default(name) for name in format1.known_names()}
+    assert record_hash(flat) == record_hash({}) and record_hash(flat | {"optim.head.lr": 0.5}) != record_hash({})
+    assert record_hash({"optim.matrix.lr": 1}) == record_hash({"optim.matrix.lr": 1.0})
+    run = config_from_dict(unflatten(flat))
+    assert config_from_dict(config_to_dict(run)) == run
 
 
-def test_matrix_rules_of_other_norms_are_refused():
-    group = format1.frozen()["group"] | {"rule": "normuon", "norm": "sign"}
-    with pytest.raises(ValueError, match="rule normuon with norm sign"):
-        format1.migrate_group(group)
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.name)
+def test_records_have_the_hashes_that_they_were_written_with(path):
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        assert record_hash(record["config"]) == record["summary"]["config_hash"], record["name"]
+        assert config_from_dict(unflatten(record["config"])).run.seed == record["summary"]["seed"]
 
 
-def test_an_unknown_format_is_refused():
-    with pytest.raises(ValueError, match="format 7; this code reads 1 and 2"):
-        config_from_dict(config_to_dict(PRESETS["tiny"]()) | {"format": 7})
+def test_a_record_of_today_has_todays_hash():
+    flat = flatten(config_to_dict(config_from_dict({"optim": {"matrix": {"rule": "soap"}}})))
+    assert flat["format"] == 2 and record_hash(flat) != record_hash(flat | {"optim.matrix.gram_beta": 0.5})

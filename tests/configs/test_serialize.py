@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 import configs.serialize
-from configs.optim import Adam, Muon, Optim
+from configs.optim import Adam, Muon, NorMuon, Optim
 from configs.presets import PRESETS
 from configs.schema import Data, Identity, Log, Model, Run, Schedule, Train
-from configs.serialize import config_from_dict, config_hash, config_to_dict, flatten
+from configs.serialize import config_from_dict, config_hash, config_to_dict, flatten, record_hash, unflatten
 
 RICH = Run(
     preset="rich",
@@ -29,6 +29,7 @@ def test_a_configuration_survives_json(run):
     assert config == config_to_dict(run)  # so that a checkpoint's settings compare with a run's
     assert restored == run and config_hash(restored) == config_hash(run)
     assert isinstance(restored.data.train_files, tuple) and isinstance(restored.log.wandb_tags, tuple)
+    assert next(iter(config.items())) == ("format", 2) and config["optim"]["matrix"]["rule"] == "muon"
 
 
 def test_a_field_that_the_file_does_not_know_takes_its_default():
@@ -57,6 +58,11 @@ def test_the_hash_outlives_new_fields(monkeypatch):
     (lambda c: c["run"].update(device="tpu"), "run.device must be .*'cuda'.*, got 'tpu'"),
     (lambda c: c["log"].update(wandb_tags=[1]), r"log.wandb_tags must be .*, got \[1\]"),
     (lambda c: c["train"].update(steps=0), "steps must be at least 1"),
+    (lambda c: c.update(format=3), "has format 3; this code reads 1 and 2"),
+    (lambda c: c["optim"]["matrix"].update(rule="muonn"), "optim.matrix: unknown rule 'muonn'; did you mean 'muon'"),
+    (lambda c: c["optim"]["matrix"].pop("rule"), "optim.matrix: unknown rule None"),
+    (lambda c: c["optim"]["matrix"].update(rule="adam"), "optim.matrix has no field"),
+    (lambda c: c["optim"].update(matrix={"rule": "none"}), "optim.matrix: unknown rule 'none'"),
 ])
 def test_a_foreign_configuration_is_refused(change, message):
     config = config_to_dict(Run())
@@ -67,7 +73,8 @@ def test_a_foreign_configuration_is_refused(change, message):
 
 def test_flatten():
     assert flatten({"a": 1, "b": {"c": {"d": (2,)}, "e": None}}) == {"a": 1, "b.c.d": (2,), "b.e": None}
-    assert flatten(config_to_dict(Run()))["optim.matrix.lr"] == Run().optim.matrix.lr
+    nested = config_to_dict(RICH)
+    assert flatten(nested)["optim.matrix.graft.eps"] == 1e-8 and unflatten(flatten(nested)) == nested
 
 
 @pytest.mark.parametrize("other", [
@@ -81,11 +88,13 @@ def test_the_hash_ignores_what_the_losses_ignore(other):
 
 
 @pytest.mark.parametrize("other", [
-    Run(run=Identity(seed=2)), Run(model=Model(dim=192)), Run(optim=Optim(head=Adam(lr=0.021))),
+    Run(run=Identity(seed=2)), Run(model=Model(dim=192)), Run(optim=Optim(matrix=NorMuon(lr=0.03))),
+    Run(optim=Optim(matrix=Muon(lr=0.03, graft=Adam()))), Run(optim=Optim(head=Adam(lr=0.021))),
     Run(run=Identity(target_loss_nats=3.0, stop_at_target=True)), Run(train=Train(steps=281)), RICH,
 ])
 def test_the_hash_tells_experiments_apart(other):
     assert config_hash(other) != config_hash(Run()) and len(config_hash(other)) == 16
+    assert config_hash(other) == record_hash(flatten(config_to_dict(other)))
 
 
 def test_the_hash_tells_targets_apart_where_they_end_the_run():

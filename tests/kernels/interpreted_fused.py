@@ -121,7 +121,7 @@ def test_linear_relu2(shape, dtype):
 
 def build(config: Model) -> GPT:
     torch.manual_seed(0)
-    return GPT(config, vocab_size=50, max_tokens=16)
+    return GPT(config, vocab_size=50, max_tokens=16, on_cuda=True)  # asks for the kernels; the tensors are on the CPU
 
 
 @pytest.mark.parametrize("changes", [{}, {"tied_head": True}, {"biases": True}], ids=str)

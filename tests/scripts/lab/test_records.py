@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from configs.cli import parse_row
 from configs.presets import PRESETS
 from configs.serialize import config_from_dict, config_hash, config_to_dict, flatten, unflatten
 from data.run.metrics import SUMMARY_KEYS
@@ -110,11 +111,16 @@ def test_tampering_is_named(record, path, value, fault):
 
 
 @pytest.mark.parametrize(("name", "value"), [
-    ("optim.matrix.lr", 0.04), ("optim.matrix.rule", "adam"), ("schedule.lr", "1"), ("schedule.momentum", "0.9"),
+    ("optim.matrix.lr", 0.04), ("schedule.lr", "1"), ("schedule.momentum", "0.9"),
     ("train.steps", 100), ("train.micro_tokens", 768), ("log.every_steps", 1), ("optim.head.beta1", 0.9),
 ])
 def test_an_entry_may_choose_its_optimizer_and_schedule(record, name, value):
     assert changed_settings(tampered(record, "config", name, value=value)) == []
+
+
+def test_an_entry_may_choose_another_rule(record):
+    run = parse_row(record["preset"], ["--optim.matrix.rule", "adam", "--optim.embed.rule", "sm3"])
+    assert changed_settings(record | {"config": flatten(config_to_dict(run))}) == []
 
 
 def test_a_schedule_that_was_cut_short_is_no_result(record):

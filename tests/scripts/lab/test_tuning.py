@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs.ablations import ENTRIES, REFERENCE, entry_named
 from configs.cli import parse_row
+from configs.entries import ENTRIES, REFERENCE, entry_named
 from configs.presets import PRESETS
 from configs.serialize import config_to_dict, flatten
 from scripts.lab.tuning import (

@@ -1,0 +1,81 @@
+"""What presets, rows and entries set is what it was in format 1, where one class had the fields of all optimizers."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from configs import format1
+from configs.ablations import each_off, row_named
+from configs.cli import parse_row
+from configs.entries import entry_named
+from configs.presets import PRESETS
+from configs.schema import with_settings
+from configs.serialize import config_from_dict, config_to_dict, record_hash, unflatten
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+SETTINGS = json.loads((GOLDEN / "settings_format1.json").read_text())
+HASHES = json.loads((GOLDEN / "config_hashes_format1.json").read_text())["hashes"]
+GONE = {"row/unet"}  # what runs of format 1 could do and ours cannot
+USED = {f"preset/{name}": settings for name, settings in SETTINGS["presets"].items()} | {
+    name: {key: value for key, value in SETTINGS["presets"][run["preset"]].items() if key not in run["unset"]} | run["set"]
+    for name, run in SETTINGS["runs"].items() if name not in GONE}
+"""By name, the settings that each run of format 1 used, by dotted name: of an optimizer's those that its rule read."""
+
+
+def run_named(name):
+    """The run of that name as it is today."""
+    kind, *path = name.split("/")
+    if kind == "off":
+        row = next(row for row in each_off(PRESETS[path[0]]()) if row.name == path[1])
+        return parse_row(row.base, shlex.split(row.flags))
+    if kind == "entry":
+        return parse_row("bench_cpu", shlex.split(entry_named(path[0]).flags))
+    return PRESETS[path[0]]() if kind == "preset" else row_named(path[0])
+
+
+def acting(run):
+    """The run without settings of an average that is off: they do not act, and USED does not hold them."""
+    if getattr(run.optim.matrix, "averaging", "") == "none":
+        return with_settings(run, {"optim.matrix.momentum": 0.95, "optim.matrix.nesterov": True})
+    return run
+
+
+@pytest.mark.parametrize("name", USED)
+def test_a_run_uses_the_settings_that_it_used(name):
+    assert acting(config_from_dict(unflatten(USED[name]))) == acting(run_named(name))
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS["runs"] if name.startswith("entry/")])
+def test_an_entry_is_tuned_in_the_space_that_it_was(name):
+    assert list(entry_named(name.split("/")[1]).space) == SETTINGS["runs"][name]["space"]
+
+
+# Where a run changed its rule, settings of the old one that no longer acted counted, and USED does not hold them.
+SAME_RULE = [f"preset/{name}" for name in SETTINGS["presets"]] + [
+    name for name, run in SETTINGS["runs"].items()
+    if name in USED and ".rule" not in run["flags"] and "averaging none" not in run["flags"]]
+
+
+@pytest.mark.parametrize("name", SAME_RULE)
+def test_hashes_of_format_1_stay(name):
+    assert record_hash(USED[name]) == HASHES[name]
+
+
+def test_a_setting_that_is_no_longer_there_is_refused_off_its_default():
+    nested = unflatten(USED["preset/tiny"])
+    assert "loss_chunk_tokens" not in config_to_dict(config_from_dict(nested))["model"]
+    with pytest.raises(ValueError, match="--model.loss_chunk_tokens 512 is no longer there"):
+        config_from_dict(nested | {"model": nested["model"] | {"loss_chunk_tokens": 512}})
+
+
+def test_matrix_rules_of_other_norms_are_refused():
+    group = format1.frozen()["group"] | {"rule": "normuon", "norm": "sign"}
+    with pytest.raises(ValueError, match="rule normuon with norm sign"):
+        format1.migrate_group(group)
+
+
+def test_an_unknown_format_is_refused():
+    with pytest.raises(ValueError, match="format 7; this code reads 1 and 2"):
+        config_from_dict(config_to_dict(PRESETS["tiny"]()) | {"format": 7})
