@@ -9,7 +9,6 @@ from scripts.lab.tuning import base_steps, places
 from scripts.leaderboard import RECORDS
 
 
-
 def load(name: str) -> dict:
     """The result file of a benchmark."""
     return json.loads((HERE / f"{name}.json").read_text())

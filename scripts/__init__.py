@@ -12,8 +12,8 @@ from configs.cli import fail
 
 
 def command(main: Callable[..., int | None], arguments: Any, description: str, *, flags: bool = False) -> None:
-    """Run a script's main on its command line. A user's mistake, a ValueError, is one line and exit status 2; so is a package
-    that is missing.
+    """Run a script's main on its command line. A user's mistake, a ValueError, is one line and exit status 2, as is a
+    package that is missing.
 
     flags: main takes, as a second argument, what stands after `--`: flags of a training run.
     """
