@@ -43,13 +43,12 @@ model.load_state_dict(saved["model"])
 model.eval()
 data = torch.from_numpy(np.fromfile("data/stdlib/judge.bin", dtype=np.uint16).astype(np.int64))
 inputs, targets, total = data[:-1], data[1:], math.log(256)  # the first byte has no context: 8 bits
+whole = len(inputs) // 64 * 64
+windows = zip(inputs[:whole].view(-1, 64).split(256), targets[:whole].view(-1, 64).split(256))
 with torch.no_grad():
-    for start in range(0, len(inputs), 64 * 256):
-        x, y = inputs[start:start + 64 * 256], targets[start:start + 64 * 256]
-        for x, y in zip(x.split(len(x) // 64 * 64 or 64), y.split(len(y) // 64 * 64 or 64)):
-            rows = len(x) // 64 or 1
-            loss = model(x.view(rows, -1), y.view(rows, -1))[1]
-            total += loss.item() * len(x)
+    for x, y in (*windows, (inputs[None, whole:], targets[None, whole:])):
+        if x.numel():
+            total += model(x, y)[1].item() * x.numel()
 print("BITS", total / math.log(2) / len(data))
 """
 
@@ -77,13 +76,10 @@ def run_peer(peer: Path, seed: int) -> dict:
     """Train and judge nanoGPT once: seconds of its loop (its own evaluations excluded) and bits per byte."""
     source = (peer / "train.py").read_text()
     (peer / "train_seeded.py").write_text(source.replace("torch.manual_seed(1337", f"torch.manual_seed({1337 + seed}"))
-    began = time.perf_counter()
     done = subprocess.run([sys.executable, "train_seeded.py", *RECIPE], cwd=peer, capture_output=True, text=True, check=True)
-    wall = time.perf_counter() - began
     judged = subprocess.run([sys.executable, "-c", JUDGE], cwd=peer, capture_output=True, text=True, check=True).stdout
     times = [float(ms) for ms in re.findall(r"iter \d+: loss [\d.]+, time ([\d.]+)ms", done.stdout)]
-    return {"bits_per_byte": float(judged.split()[-1]), "wall_seconds": wall, "steps": 2000,
-            "median_step_ms": statistics.median(times)}
+    return {"bits_per_byte": float(judged.split()[-1]), "steps": 2000, "median_step_ms": statistics.median(times)}
 
 
 def nats_of(run: Run, bits_per_byte: float) -> float:
@@ -93,15 +89,13 @@ def nats_of(run: Run, bits_per_byte: float) -> float:
 
 
 def run_ours(preset: str, seed: int, *flags: str) -> dict:
-    """Train a preset once, as a user would: its summary's figures, and the whole process's seconds."""
+    """Train a preset once, as a user would: its summary's figures."""
     name = f"beside_nanogpt_{preset}_{seed}_{time.time():.0f}"
-    began = time.perf_counter()
     subprocess.run([sys.executable, ROOT / "train_gpt.py", preset, "--run.name", name, "--run.seed", str(seed),
                     "--log.wandb", "disabled", *flags], check=True, capture_output=True)
-    wall = time.perf_counter() - began
     summary = json.loads(Path("runs", name, "summary.json").read_text())
     kept = ("steps", "train_seconds", "target_step", "target_seconds")
-    return {"bits_per_byte": summary["val_bits_per_byte"]} | {name: summary[name] for name in kept} | {"wall_seconds": wall}
+    return {"bits_per_byte": summary["val_bits_per_byte"]} | {name: summary[name] for name in kept}
 
 
 def sight_target(preset: str, bits_per_byte: float, seed: int) -> dict:

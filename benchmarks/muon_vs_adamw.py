@@ -17,9 +17,7 @@ from typing import Annotated
 
 import tyro
 
-import train_gpt
-from benchmarks import write_result
-from configs.cli import parse
+from benchmarks import train_once, write_result
 from configs.presets import PRESETS
 
 RUNS = Path("runs") / "muon_vs_adamw"
@@ -41,12 +39,7 @@ class Comparison:
 def run(preset: str, *, lr: float, steps: int, seed: int) -> dict:
     """One run: its figures."""
     name = f"{preset}-lr{lr:g}-steps{steps}-seed{seed}"
-    if not (RUNS / name / "summary.json").exists():
-        train_gpt.main(parse([
-            preset, "--run.name", name, "--run.dir", str(RUNS), "--run.seed", str(seed), "--optim.matrix.lr", str(lr),
-            "--train.steps", str(steps), "--train.val_every_steps", "0", "--log.wandb", "disabled",
-            "--log.sample_tokens", "0", "--log.no_diagnostics", "--run.resume"]))
-    summary = json.loads((RUNS / name / "summary.json").read_text())
+    summary = train_once(RUNS / name, preset, ["--optim.matrix.lr", str(lr), "--train.steps", str(steps)], seed=seed)
     return {"lr": lr, "steps": steps, "seed": seed} | {k: summary[k] for k in ("val_bits_per_byte", "train_seconds")}
 
 

@@ -11,7 +11,6 @@ through its own two horizons in log steps.
 """
 
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Callable
@@ -20,16 +19,12 @@ from typing import Annotated, Literal, NamedTuple
 
 import tyro
 
-import train_gpt
-from benchmarks import HERE, write_result
-from configs.cli import parse
-from data.run.folder import write_text
-from scripts.report import screenshot
+from benchmarks import draw_lines, train_once, write_result
 
 RUNS = Path("runs") / "ngpt"
 CONTEXTS, HORIZONS, SEEDS, TUNING_SEED = (64, 256, 1024), (250, 1000), (1, 2, 3), 1000
 SIZE = ("--model.layers 4 --model.dim 64 --model.head_dim 32 --train.batch_tokens 1024 --data.val_bytes 131072 "
-        "--train.val_every_steps 0 --log.wandb disabled --log.no_diagnostics --log.sample_tokens 0 --run.compile off")
+        "--run.compile off")
 # The paper's architecture in the sizes of `bytes`: SwiGLU, RMS norms with gains, no skips, no tricks of the speedrun.
 PAPER = ("--model.activation swiglu --model.no_zero_init_projections --model.softcap none --model.no_x0_skip "
          "--model.no_smear --model.attention_scale None --model.rotary_base 10000")
@@ -75,15 +70,9 @@ CENTRES = {"GPT, AdamW": 0.008, "nGPT": 0.02, "GPT, Muon": 0.04, "GPT, MuonH": 0
 def loss(part: str, name: str, method: Method, *, lr: float, context: int, steps: int, seed: int) -> float:
     """Validation loss at the end of one run, in nats per token; infinite where it broke down."""
     folder = f"{part}-{name.replace(', ', '-')}-lr{lr:.4g}-context{context}-steps{steps}-seed{seed}"
-    if not (RUNS / folder / "summary.json").exists():
-        flags = f"{SIZE} {method.model} {method.optim(lr)} --data.sequence_tokens {context} --train.steps {steps}".split()
-        run = parse(["bytes", *flags, "--schedule.lr", method.schedule, "--run.name", folder, "--run.dir", str(RUNS),
-                     "--run.seed", str(seed), "--run.resume"])
-        try:
-            train_gpt.main(run)
-        except train_gpt.DivergedError:
-            return math.inf
-    return json.loads((RUNS / folder / "summary.json").read_text())["val_loss_nats"]
+    flags = f"{SIZE} {method.model} {method.optim(lr)} --data.sequence_tokens {context} --train.steps {steps}".split()
+    summary = train_once(RUNS / folder, "bytes", [*flags, "--schedule.lr", method.schedule], seed=seed)
+    return summary["val_loss_nats"] if summary else math.inf
 
 
 def tuned(name: str, *, context: int, steps: int) -> dict:
@@ -117,29 +106,13 @@ def factors(rows: list[dict]) -> list[dict]:
     return found
 
 
-def draw(target: Path, lines: dict[str, tuple[list[float], list[float]]], *, xaxis: dict, yaxis: dict,
-         level: float | None = None) -> None:
-    """Lines of points (x, y), by name, as a picture; dashed at `level`."""
-    import plotly.graph_objects as go
-
-    figure = go.Figure(layout=dict(template="plotly_white", width=900, height=520, xaxis=xaxis, yaxis=yaxis))
-    for name, (x, y) in lines.items():
-        figure.add_scatter(x=x, y=y, mode="lines+markers", name=name)
-    if level is not None:
-        figure.add_hline(y=level, line_dash="dash")
-    page = target.with_suffix(".html")
-    write_text(page, f'<div id="figure">{figure.to_html(include_plotlyjs=True, full_html=False)}</div>')
-    screenshot(page, "figure", target, width=920, height=540)
-    page.unlink()
-
-
 def plot_speedup(found: list[dict]) -> None:
     """Speed-up against context, one line for each opponent and horizon."""
     lines = {}
     for name, steps in itertools.product(("GPT, AdamW", "GPT, Muon"), HORIZONS):
         at = [f for f in found if f["against"] == name and f["steps"] == steps]
         lines[f"against {name}, {steps} steps"] = [f["context"] for f in at], [f["speedup"] for f in at]
-    draw(HERE / "ngpt_speedup.png", lines, xaxis=dict(title="context (tokens)", type="log", tickvals=CONTEXTS),
+    draw_lines("ngpt_speedup", lines, xaxis=dict(title="context (tokens)", type="log", tickvals=CONTEXTS),
          yaxis=dict(title="speed-up of nGPT (steps / its steps to equal loss)", type="log"), level=1)
 
 
@@ -149,7 +122,7 @@ def plot_robustness(rows: list[dict]) -> None:
     for name, centre in CENTRES.items():
         at = [r for r in rows if r["method"] == name]
         lines[f"{name} (centre {centre:g})"] = [r["lr"] / centre for r in at], [r["mean"] for r in at]
-    draw(HERE / "ngpt_robustness.png", lines, xaxis=dict(title="learning rate / the method's own centre", type="log"),
+    draw_lines("ngpt_robustness", lines, xaxis=dict(title="learning rate / the method's own centre", type="log"),
          yaxis=dict(title="validation loss (nats per token)", range=[1.4, 4.0]))
 
 

@@ -6,8 +6,7 @@ import statistics
 from benchmarks import HERE
 from scripts.lab.records import markdown, read_records
 from scripts.lab.tuning import base_steps, places
-
-RECORDS = HERE.parent / "records"
+from scripts.leaderboard import RECORDS
 
 
 def load(name: str) -> dict:

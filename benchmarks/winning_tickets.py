@@ -7,23 +7,15 @@ decades; a ticket wins where its loss is within 2 % of the best that anyone foun
 that are there already are not made again. Writes winning_tickets.json and, with Chromium, winning_tickets.png.
 """
 
-import json
 import math
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import tyro
 
-import train_gpt
-from configs.cli import parse
-from data.run.environment import describe_environment
-from data.run.folder import write_json, write_text
-from scripts.lab.browser import screenshot
-from scripts.lab.spaces import draw, flags_of, parse_range
+from benchmarks import draw_lines, train_once, write_result
+from scripts.lab.tuning import draw, flags_of, parse_range
 
-HERE = Path(__file__).resolve().parent
 SHORT = ("--train.steps", "60", "--train.val_every_steps", "0", "--data.val_bytes", "32768")
 WITHIN = 1.02
 DECAY = "optim.matrix.weight_decay=0.001:1:log"
@@ -33,7 +25,8 @@ MOMENTUM = "optim.matrix.momentum=0.5:0.98:one_minus"
 METHODS = {
     "AdamW": ("--optim.matrix.rule adam", ("optim.matrix.lr=0.0003:0.03:log", BETA, DECAY)),
     "SM3": ("--optim.matrix.rule sm3", ("optim.matrix.lr=0.001:0.1:log", MOMENTUM, DECAY)),
-    "Shampoo#Adam": ("--optim.matrix.rule shampoo --optim.matrix.graft adam --optim.matrix.eps 1e-8",
+    "Shampoo#Adam": ("--optim.matrix.rule shampoo --optim.matrix.graft.rule adam --optim.matrix.eps 1e-8 "
+                     "--optim.matrix.graft.eps 1e-8",
                      ("optim.matrix.lr=0.0003:0.03:log", MOMENTUM, DECAY)),
     "SOAP": ("--optim.matrix.rule soap --optim.matrix.eps 1e-8", ("optim.matrix.lr=0.0003:0.03:log", BETA, DECAY)),
     "Muon": ("", ("optim.matrix.lr=0.004:0.4:log", MOMENTUM, DECAY)),
@@ -51,41 +44,20 @@ class Arguments:
     dir: Path = Path("runs") / "winning_tickets"
 
 
-class Ticket(NamedTuple):
-    """One draw of a method, and the loss that it ended with; infinite where it broke down."""
-
-    method: str
-    flags: tuple[str, ...]
-    loss: float
-
-
-def tickets(args: Arguments) -> list[Ticket]:
-    """All draws of all methods, in turn over the methods."""
+def tickets(args: Arguments) -> list[dict]:
+    """All draws of all methods, in turn over the methods, and the losses that they ended with; infinite where one broke
+    down."""
     drawn = {name: draw([parse_range(text) for text in space], args.draws, seed=args.seed, quasi=False)
              for name, (_, space) in METHODS.items()}
     found = []
     for number in range(args.draws):
         for name, (flags, _) in METHODS.items():
-            own = (*shlex.split(flags), *flags_of(drawn[name][number]), *SHORT)
-            found.append(Ticket(name, own, loss_of(f"{name.replace('#', '-on-')}-draw{number:02}", own, args)))
+            own = (*flags.split(), *flags_of(drawn[name][number]), *SHORT)
+            folder = args.dir / f"{name.replace('#', '-on-')}-draw{number:02}"
+            summary = train_once(folder, "bench_cpu", own, seed=args.seed)
+            loss = summary["val_loss_nats"] if summary else math.inf
+            found.append({"method": name, "flags": " ".join(own), "val_loss_nats": loss})
     return found
-
-
-def loss_of(folder: str, flags: tuple[str, ...], args: Arguments) -> float:
-    """Validation loss at the end of one run, in nats per token."""
-    summary = args.dir / folder / "summary.json"
-    if not summary.exists():
-        try:
-            train_gpt.main(parse(["bench_cpu", *flags, "--run.name", folder, "--run.dir", str(args.dir), "--run.seed",
-                                  str(args.seed), "--run.resume"]))
-        except train_gpt.DivergedError:
-            return math.inf
-    return json.loads(summary.read_text())["val_loss_nats"]
-
-
-def losses(found: list[Ticket]) -> dict[str, list[float]]:
-    """Every method's losses, sorted."""
-    return {name: sorted(ticket.loss for ticket in found if ticket.method == name) for name in METHODS}
 
 
 def share_within(values: list[float], best: float) -> float:
@@ -93,39 +65,25 @@ def share_within(values: list[float], best: float) -> float:
     return sum(value <= best * WITHIN for value in values) / len(values)
 
 
-def plot(found: dict[str, list[float]], target: Path) -> None:
-    """Every draw's loss, best first, one line a method."""
-    import plotly.graph_objects as go
-
-    best = min(map(min, found.values()))
-    figure = go.Figure(layout=dict(template="plotly_white", width=900, height=520, xaxis_title="draws, best first",
-                                   yaxis=dict(title="validation loss (nats per token)", range=[best - 0.05, best + 1.5])))
-    for name, values in found.items():
-        label = f"{name}: {share_within(values, best):.0%} win"
-        figure.add_scatter(x=list(range(1, len(values) + 1)), y=values, mode="lines+markers", name=label)
-    figure.add_hline(y=best * WITHIN, line_dash="dash", annotation_text="within 2 % of the best")
-    page = target.with_suffix(".html")
-    write_text(page, f'<div id="figure">{figure.to_html(include_plotlyjs=True, full_html=False)}</div>')
-    screenshot(page, "figure", target, width=920, height=540)
-    page.unlink()
+def plot(found: dict[str, list[float]], best: float) -> None:
+    """Every draw's loss, best first, one line a method; the dashed line is within 2 % of the best."""
+    lines = {f"{name}: {share_within(values, best):.0%} win": (list(range(1, len(values) + 1)), values)
+             for name, values in found.items()}
+    draw_lines("winning_tickets", lines, xaxis=dict(title="draws, best first"), level=best * WITHIN,
+               yaxis=dict(title="validation loss (nats per token)", range=[best - 0.05, best + 1.5]))
 
 
 def main(args: Arguments) -> None:
     """Run the sweep, write down every draw, and draw the picture."""
     drawn = tickets(args)
-    found = losses(drawn)
+    found = {name: sorted(one["val_loss_nats"] for one in drawn if one["method"] == name) for name in METHODS}
     best = min(map(min, found.values()))
-    environment = describe_environment()
-    environment.pop("variables")
     shares = {name: share_within(values, best) for name, values in found.items()}
-    draws = [{"method": t.method, "flags": " ".join(t.flags), "val_loss_nats": None if math.isinf(t.loss) else t.loss}
-             for t in drawn]
-    write_json(HERE / "winning_tickets.json", {
-        "command": f"python -m benchmarks.winning_tickets --draws {args.draws} --seed {args.seed}",
-        "environment": environment, "best_val_loss_nats": best, "share_within_2_percent": shares, "draws": draws})
-    print(*(f"{name:14} best {values[0]:.4f}  median {values[len(values) // 2]:.4f}  within 2 %: {shares[name]:.0%}"
-            for name, values in sorted(found.items(), key=lambda item: -shares[item[0]])), sep="\n")
-    plot(found, HERE / "winning_tickets.png")
+    write_result("winning_tickets", f"winning_tickets --draws {args.draws} --seed {args.seed}", best_val_loss_nats=best,
+                 share_within_2_percent=shares, draws=drawn)
+    for name, values in sorted(found.items(), key=lambda item: -shares[item[0]]):
+        print(f"{name:14} best {values[0]:.4f}  median {values[len(values) // 2]:.4f}  within 2 %: {shares[name]:.0%}")
+    plot(found, best)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tyro
+from rich.console import Console
+from rich.table import Table
 
 from configs.cli import fail
 
 
 def command(main: Callable[..., int | None], arguments: Any, description: str, *, flags: bool = False) -> None:
-    """Run a script's main on its command line. A user's mistake, a ValueError, is one line and exit status 2.
+    """Run a script's main on its command line. A user's mistake, a ValueError, is one line and exit status 2, as is a
+    package that is missing.
 
     flags: main takes, as a second argument, what stands after `--`: flags of a training run.
     """
@@ -20,6 +23,13 @@ def command(main: Callable[..., int | None], arguments: Any, description: str, *
         raise SystemExit(main(args, more) if flags else main(args))
     except ValueError as error:
         fail(str(error))
+    except ImportError as error:
+        fail(f"{error}: pip install -r requirements.txt")
+
+
+def print_table(table: Table) -> None:
+    """Print a table, as wide as the terminal; 140 columns into a file or a pipe."""
+    Console(width=None if sys.stdout.isatty() else 140, markup=False).print(table)
 
 
 def split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -12,27 +12,25 @@ is given again.
 import itertools
 import re
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import tyro
+from rich import box
+from rich.table import Table
 
 from configs.ablations import each_off, find_row
 from configs.cli import parse_row
 from configs.notation import nearest
 from configs.presets import PRESETS
 from data.run.folder import write_json
-from scripts import command
-from scripts.lab.comparison import UNITS, Metric
-from scripts.lab.folders import RunFolder
+from scripts import command, print_table
+from scripts.lab.folders import UNITS, Metric
 from scripts.lab.statistics import Difference, holm, summarize, welch
 from scripts.lab.sweep import Outcome, Trial, run_sweep
 from scripts.lab.tuning import draw, flags_of, parse_grid, parse_range
-
-WIDTH = 140  # of a table that goes into a file or a pipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,8 +140,6 @@ def default_dir(args: Ablate) -> Path:
 
 def main(args: Ablate, common: Sequence[str]) -> None:
     """Run the sweep, print its table and write ablation.json. Raises ValueError for what cannot be run."""
-    from rich.console import Console
-
     found, dir = experiments(args, common), args.dir or default_dir(args)
     outcomes = run_sweep(trials(found, first_seed=args.first_seed, seeds=args.seeds), dir=dir, jobs=args.jobs,
                          nproc=args.nproc, retry_failed=args.retry_failed)
@@ -152,7 +148,7 @@ def main(args: Ablate, common: Sequence[str]) -> None:
     bases = {one.name: one.base for one in found if one.base or one.settings}
     rows = effects(outcomes, bases, metric)
     table = settings_table(rows, settings, metric) if settings else effects_table(rows, metric)
-    Console(width=None if sys.stdout.isatty() else WIDTH, markup=False).print(table)
+    print_table(table)
     base = ", ".join(dict.fromkeys(one.preset for one in found))
     write_json(dir / "ablation.json", {"base": base, "metric": metric, "rows": [row._asdict() for row in rows]})
     print(f"numbers: {dir / 'ablation.json'}")
@@ -212,7 +208,7 @@ def _effect(name: str, base: str | None, outcomes: Sequence[Outcome], metric: Me
 
 def _sample(outcomes: Sequence[Outcome], experiment: str | None, key: str) -> list[float]:
     """What the experiment's finished runs say of `key`, where they know it."""
-    runs: list[RunFolder] = [one.run for one in outcomes if one.trial.experiment == experiment and one.run]
+    runs = [one.run for one in outcomes if one.trial.experiment == experiment and one.run]
     return [run.summary[key] for run in runs if run.summary.get(key) is not None]
 
 
@@ -233,11 +229,8 @@ def _judged(row: Effect, outcomes: Sequence[Outcome]) -> Effect:
     return row._replace(verdict="; ".join(filter(None, [word, failed])))
 
 
-def effects_table(rows: Sequence[Effect], metric: Metric) -> Any:
-    """The rich table of differences from the baseline."""
-    from rich import box
-    from rich.table import Table
-
+def effects_table(rows: Sequence[Effect], metric: Metric) -> Table:
+    """The table of differences from the baseline."""
     found = Table("technique", f"Δ {UNITS[metric]}", "95 % interval", "p (Welch)", "p (Holm)", "Δ seconds", "n",
                   "verdict", box=box.SIMPLE)
     for row in rows:
@@ -247,13 +240,9 @@ def effects_table(rows: Sequence[Effect], metric: Metric) -> Any:
     return found
 
 
-def settings_table(rows: Sequence[Effect], settings: Mapping[str, Mapping[str, object]], metric: Metric) -> Any:
-    """The rich table of a space: a column a setting, the lowest mean loss first."""
-    from rich import box
-    from rich.table import Table
-
-    columns = list(next(iter(settings.values())))
-    found = Table(*columns, UNITS[metric], "sd", "n", "", box=box.SIMPLE)
+def settings_table(rows: Sequence[Effect], settings: Mapping[str, Mapping[str, object]], metric: Metric) -> Table:
+    """The table of a space: a column a setting, the lowest mean loss first."""
+    found = Table(*next(iter(settings.values())), UNITS[metric], "sd", "n", "", box=box.SIMPLE)
     for row in sorted(rows, key=lambda row: (row.mean is None, row.mean)):  # what has no mean comes last
         found.add_row(*(str(value) for value in settings[row.name].values()), _spelled(row.mean, ".5f"),
                       _spelled(row.sd, ".5f"), str(row.n), row.verdict)

@@ -15,23 +15,26 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
+import torch
 import tyro
+from torch import Tensor
 
 from configs.cli import parse_row
+from configs.schema import Run
+from data.batches import Batches
+from data.orders import Position
+from data.run.environment import choose_device, describe_environment
+from data.sources import Source, open_source
+from model import GPT, LayerInputs, mean_span
+from optim.comm import Comm, local_rank
+from optim.groups import build_groups
+from optim.schedule import Schedule
+from optim.sharded import ShardedOptimizer
 from scripts import command
 from scripts.lab.costs import bank_flops
 from scripts.lab.models import CACHE, anywhere, vocabulary
-
-if TYPE_CHECKING:
-    import torch
-
-    from configs.schema import Run
-    from data.sources import Source
-    from model import GPT
-    from optim.comm import Comm
-    from optim.sharded import ShardedOptimizer
 
 BYTES_A_TOKEN = 2 * (2 + 8)
 """Of an input and a target: read as uint16, written as int64."""
@@ -45,8 +48,7 @@ class Arguments:
     tokens: int = 4096
     """Tokens of a pass."""
     repeats: int = 10
-    device: str = "cpu"
-    """cpu or cuda."""
+    device: Literal["cpu", "cuda"] = "cpu"
     json: bool = False
 
 
@@ -59,10 +61,8 @@ class Part(NamedTuple):
     traffic: float
 
 
-def median_seconds(run: Callable[[], object], repeats: int, device: "torch.device") -> float:
+def median_seconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:
     """Of `repeats` runs after two that are not counted; waits for the device."""
-    import torch
-
     def once() -> float:
         began = time.perf_counter()
         run()
@@ -73,10 +73,8 @@ def median_seconds(run: Callable[[], object], repeats: int, device: "torch.devic
     return statistics.median([once() for _ in range(repeats + 2)][2:])
 
 
-def roofline(device: "torch.device", dtype: "torch.dtype") -> tuple[float, float]:
+def roofline(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """(operations a second, bytes a second), measured: a 2048 or 8192 wide product, a copy of 256 MB."""
-    import torch
-
     size = 8192 if device.type == "cuda" else 2048
     a = torch.randn(size, size, device=device, dtype=dtype)
     out, source = torch.empty_like(a), torch.empty(2**26, device=device)
@@ -85,13 +83,8 @@ def roofline(device: "torch.device", dtype: "torch.dtype") -> tuple[float, float
     return flops, 2 * source.nbytes / median_seconds(lambda: target.copy_(source), 5, device)
 
 
-def model_parts(run: "Run", model: "GPT", tokens: "torch.Tensor") -> Iterator[Part]:
+def model_parts(run: Run, model: GPT, tokens: Tensor) -> Iterator[Part]:
     """Attention, MLP, head and loss, and the whole model, each forward and backward."""
-    import torch
-
-    from model import LayerInputs, mean_span
-    from optim.schedule import Schedule
-
     values, config = Schedule(run).values(0), run.model
     x = torch.randn(*tokens.shape, config.dim, device=tokens.device, dtype=model.dtype, requires_grad=True)
     windows, targets = model.windows(values.window_tokens, values.long_window_tokens), tokens.roll(-1, 1)
@@ -100,13 +93,13 @@ def model_parts(run: "Run", model: "GPT", tokens: "torch.Tensor") -> Iterator[Pa
     mask, rows = model.masks(tokens, None, windows)[layer], tokens.numel()
     inputs = LayerInputs(mask=mask, window=windows[layer], value_embed=value, x0=x.detach())
 
-    def both(function: Callable[[], "torch.Tensor"]) -> Callable[[], None]:
+    def both(function: Callable[[], Tensor]) -> Callable[[], None]:
         return lambda: function().sum().backward()
 
     def weights(module: torch.nn.Module) -> int:
         return sum(p.numel() for p in module.parameters() if p.ndim == 2)
 
-    def part(name: str, elements: int, function: Callable[[], "torch.Tensor"], more_flops: float = 0.0) -> Part:
+    def part(name: str, elements: int, function: Callable[[], Tensor], more_flops: float = 0.0) -> Part:
         return Part(name, both(function), 6 * elements * rows + more_flops, 12 * elements + 3 * x.nbytes)
 
     attention, mlp = model.blocks[layer].attention, model.blocks[layer].mlp
@@ -118,12 +111,8 @@ def model_parts(run: "Run", model: "GPT", tokens: "torch.Tensor") -> Iterator[Pa
     yield Part("model", both(lambda: model(tokens, targets)), whole, 12 * sum(p.numel() for p in model.parameters()))
 
 
-def optimizer_parts(run: "Run", model: "GPT", comm: "Comm") -> Iterator[Part]:
+def optimizer_parts(run: Run, model: GPT, comm: Comm) -> Iterator[Part]:
     """The update of all groups, from random gradients; on several ranks also what they say to each other in it."""
-    from optim.groups import build_groups
-    from optim.schedule import Schedule
-    from optim.sharded import ShardedOptimizer
-
     groups = build_groups(dict(model.named_parameters()), model.roles(), run.optim, model.axes())
     optimizer, values, ranks = ShardedOptimizer(groups, comm), Schedule(run).values(0), comm.world_size
     for bank in optimizer.banks:
@@ -138,7 +127,7 @@ def optimizer_parts(run: "Run", model: "GPT", comm: "Comm") -> Iterator[Part]:
         yield Part("communication", lambda: exchange(optimizer), 0.0, sent)
 
 
-def exchange(optimizer: "ShardedOptimizer") -> None:
+def exchange(optimizer: ShardedOptimizer) -> None:
     """Sum all gradients over ranks, gather all weights: dense, without the update between."""
     comm, works = optimizer.comm, []
     for bank in optimizer.banks:
@@ -147,12 +136,8 @@ def exchange(optimizer: "ShardedOptimizer") -> None:
         work.wait()
 
 
-def data_parts(run: "Run", source: "Source | None", comm: "Comm") -> Iterator[Part]:
+def data_parts(run: Run, source: Source | None, comm: Comm) -> Iterator[Part]:
     """A rank's batch, made while nothing else runs; nothing without a source."""
-    from data.batches import Batches
-    from data.orders import Position
-    from optim.schedule import Schedule
-
     if source is None:
         return
     portions = Schedule(run).portions(0)
@@ -166,7 +151,7 @@ def data_parts(run: "Run", source: "Source | None", comm: "Comm") -> Iterator[Pa
         batches.close()
 
 
-def time_part(part: Part, repeats: int, device: "torch.device", line: tuple[float, float]) -> dict[str, object]:
+def time_part(part: Part, repeats: int, device: torch.device, line: tuple[float, float]) -> dict[str, object]:
     """A part's median time, its bound by the roofline (operations a second, bytes a second), and their ratio."""
     ms, bound_ms = 1e3 * median_seconds(part.run, repeats, device), 1e3 * max(part.flops / line[0], part.traffic / line[1])
     return {"name": part.name, "ms": ms, "bound_ms": bound_ms, "flops": part.flops, "traffic": part.traffic,
@@ -175,15 +160,6 @@ def time_part(part: Part, repeats: int, device: "torch.device", line: tuple[floa
 
 def bench(args: Arguments, flags: list[str]) -> dict:
     """Time every part. Raises ValueError for a device that is not there."""
-    import torch
-
-    from data.run.environment import choose_device, describe_environment
-    from data.sources import open_source
-    from model import GPT
-    from optim.comm import Comm, local_rank
-
-    if args.device not in ("cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"--device is cpu, or cuda where there is one; got {args.device!r}")
     run, comm = parse_row(args.preset, flags), Comm(choose_device(args.device, local_rank()))
     device, notes = comm.device, []
     context = min(run.data.sequence_tokens, args.tokens)
@@ -200,8 +176,7 @@ def bench(args: Arguments, flags: list[str]) -> dict:
                                             data_parts(run, source, comm))
     parts = [time_part(part, args.repeats, device, line) for part in chain(*timed)]
     comm.close()
-    environment = describe_environment()
-    environment.pop("variables")
+    environment = {name: value for name, value in describe_environment().items() if name != "variables"}
     return {"preset": args.preset, "tokens": tokens.numel(), "context": context, "device": args.device,
             "ranks": comm.world_size, "rank": comm.rank, "flops_per_second": line[0], "bytes_per_second": line[1],
             "environment": environment, "notes": notes, "parts": parts}
@@ -209,9 +184,8 @@ def bench(args: Arguments, flags: list[str]) -> dict:
 
 def table(found: dict) -> str:
     """The parts, one a line."""
-    where = f"{found['ranks']} x {found['device']}"
-    lines = [f"{found['preset']}, {found['tokens']:,} tokens in contexts of {found['context']:,} on {where}: "
-             f"{found['flops_per_second'] / 1e9:,.0f} GFLOP/s, {found['bytes_per_second'] / 1e9:,.1f} GB/s at best", "",
+    lines = [f"{found['preset']}, {found['tokens']:,} tokens in contexts of {found['context']:,} on {found['ranks']} x "
+             f"{found['device']}: {found['flops_per_second'] / 1e9:,.0f} GFLOP/s, {found['bytes_per_second'] / 1e9:,.1f} GB/s at best", "",
              f"{'part':>14} {'ms':>9} {'bound ms':>9} {'reached':>8} {'GFLOP':>9} {'MB':>9}"]
     lines += [f"{p['name']:>14} {p['ms']:>9.3f} {p['bound_ms']:>9.3f} {p['reached']:>8.0%} {p['flops'] / 1e9:>9.2f} "
               f"{p['traffic'] / 1e6:>9.1f}" for p in found["parts"]]

@@ -1,17 +1,15 @@
 """Coefficient tables for Newton-Schulz iterations: `python -m scripts.design_newton_schulz optimal --lower 1e-3`.
 
-Prints a table as `--optim.matrix.ns` reads it, and the singular values that it gives; --figure draws the composed map.
+Prints a table as `--optim.matrix.ns` reads it, and the singular values that it gives.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from configs.notation import Triple
-from data.files import replacing
-from optim.newton_schulz import TABLES, Table
+from optim.newton_schulz import TABLES
 from scripts import command
 
 NEARLY_ONE_POINT = 1 - 5e-6  # lower / upper from which float64 cannot tell the minimax quintic from its limit
@@ -22,6 +20,11 @@ def compose(triples: Sequence[Triple], x: np.ndarray) -> np.ndarray:
     for a, b, c in triples:
         x = x * (a + x**2 * (b + x**2 * c))
     return x
+
+
+def first_triples(triples: Sequence[Triple], steps: int) -> list[Triple]:
+    """One triple a step; the last repeats."""
+    return [triples[min(step, len(triples) - 1)] for step in range(steps)]
 
 
 def band(triples: Sequence[Triple], lower: float, *, safety: float = 1.0, points: int = 20_001) -> tuple[float, float]:
@@ -75,7 +78,7 @@ def radii_sequence(inners: Sequence[float], outer: float, steps: int, *, safety:
     """
     if not inners or steps < 1 or not 1 <= safety < np.inf:
         raise ValueError(f"radii needs an inner radius, a step and safety >= 1, got {len(inners)}, {steps} and {safety:g}")
-    found = [radii_quintic(inners[min(step, len(inners) - 1)], outer) for step in range(steps)]
+    found = first_triples([radii_quintic(inner, outer) for inner in inners], steps)
     return [(a / safety, b / safety**3, c / safety**5) for a, b, c in found]
 
 
@@ -127,9 +130,6 @@ def optimal_sequence(lower: float, steps: int, *, cushion: float = 0.0, safety: 
 # ---- The command line -----------------------------------------------------------------------------------------------
 
 
-LEAST_DRAWN = 1e-5
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Design:
     """What both designs share."""
@@ -140,8 +140,6 @@ class Design:
     """Least singular value, relative to the Frobenius norm, that the table is designed or judged for."""
     safety: float = 1.02
     """Each step's input is divided by this, so that rounding cannot carry it beyond the map's range."""
-    figure: Path | None = None
-    """Draw the composed map to this file: .html, or .png, .svg or .pdf (with the package kaleido and a Chromium)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +171,7 @@ class Optimal(Design):
 def describe(triples: Sequence[Triple], safety: float, design: Radii | Optimal) -> str:
     """The table, how to use it, and its band beside those of the named tables after as many steps."""
     rows = {"this table": (triples, safety)}
-    rows |= {name: (first_triples(table, design.steps), table.safety) for name, table in TABLES.items()}
+    rows |= {name: (first_triples(table.triples, design.steps), table.safety) for name, table in TABLES.items()}
     lines = [f'--optim.matrix.ns "{as_inline(triples, safety)}" --optim.matrix.ns_steps {design.steps}', "",
              f"{'':>14}  least  greatest  slope at 0   (singular values in [{design.lower:g}, 1], {design.steps} steps)"]
     for name, (row, scale) in rows.items():
@@ -183,58 +181,12 @@ def describe(triples: Sequence[Triple], safety: float, design: Radii | Optimal) 
     return "\n".join(lines)
 
 
-def draw(triples: Sequence[Triple], safety: float, design: Radii | Optimal) -> None:
-    """The composed map beside Jordan's quintic, and the band over [s, 1] against s, in design.figure.
-
-    Raises ValueError for an ending that is no figure's, or where kaleido or its browser is missing.
-    """
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
-
-    x = np.geomspace(LEAST_DRAWN, 1, 4001)
-    figure = make_subplots(1, 2, subplot_titles=("composed map", "band over [s, 1]"))
-    quintic = first_triples(TABLES["quintic"], design.steps)
-    for name, row, scale, colour in [("quintic", quintic, 1.0, "#999"), ("this table", triples, safety, "#06c")]:
-        y = compose(row, x / scale)
-        figure.add_scatter(x=x, y=y, name=name, line_color=colour, row=1, col=1)
-        for ends in (np.minimum.accumulate(y[::-1])[::-1], np.maximum.accumulate(y[::-1])[::-1]):
-            figure.add_trace(go.Scatter(x=x, y=ends, line_color=colour, showlegend=False), row=1, col=2)
-    figure.update_xaxes(type="log", exponentformat="power", dtick=1)
-    figure.update_xaxes(title_text="relative singular value", col=1)
-    figure.update_xaxes(title_text="s", col=2)
-    figure.update_yaxes(range=[0, 1.3])
-    figure.add_hline(y=1, line_dash="dot", line_width=1)
-    figure.update_layout(template="plotly_white", width=1000, height=420, margin_t=40, legend_x=0.02, legend_y=0.98)
-    _write(figure, design.figure)
-
-
-def _write(figure: object, path: Path) -> None:
-    kind = path.suffix.lstrip(".").lower()
-    if kind not in ("html", "png", "svg", "pdf"):
-        raise ValueError(f"cannot draw {path}: its name must end with .html, .png, .svg or .pdf")
-    try:
-        with replacing(path) as aside:
-            if kind == "html":
-                figure.write_html(aside, include_plotlyjs="cdn")
-            else:
-                figure.write_image(aside, format=kind, scale=2)
-    except (RuntimeError, ImportError) as error:
-        raise ValueError(f"cannot draw {path} ({str(error).strip().splitlines()[0]}); .html needs no browser") from None
-
-
-def first_triples(table: Table, count: int) -> list[Triple]:
-    """The coefficients of the first `count` iterations; the last triple repeats."""
-    return [table.triples[min(i, len(table.triples) - 1)] for i in range(count)]
-
-
 def main(design: Radii | Optimal) -> None:
-    """Design, print and, where asked, draw. Raises ValueError for radii or bounds that allow no table."""
+    """Design and print. Raises ValueError for radii or bounds that allow no table."""
     if not 0 < design.lower <= 1:
         raise ValueError(f"lower must lie in (0, 1], got {design.lower:g}")
     triples, safety = design.table()
     print(describe(triples, safety, design))
-    if design.figure:
-        draw(triples, safety, design)
 
 
 if __name__ == "__main__":

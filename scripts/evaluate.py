@@ -11,18 +11,17 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
+import torch
+import torch.nn.functional as F
 import tyro
+from torch import Tensor
 
+from data.evaluate import evaluate
+from data.run.environment import choose_device
 from scripts import command
 from scripts.lab.models import Trained, load_trained, read_config
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from model import GPT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +55,6 @@ def contexts(text: str, trained_tokens: int) -> list[int]:
 
 def validation_losses(trained: Trained, tokens: list[int], micro_tokens: int) -> list[dict]:
     """Loss at each context, with the windows of the end of training."""
-    import torch
-
-    from data.evaluate import evaluate
-
     rows = []
     with torch.no_grad():
         for context in tokens:
@@ -90,11 +85,8 @@ def questions(file: Path) -> Iterator[Question]:
             raise ValueError(f"{file}, line {number}: no question with ctx, endings and label ({error!r})") from None
 
 
-def nats_of_ending(trained: Trained, context: str, ending: str) -> "Tensor":
+def nats_of_ending(trained: Trained, context: str, ending: str) -> Tensor:
     """Mean nats of the ending's tokens after the context, 0-D; the context is cropped to the model's."""
-    import torch
-    import torch.nn.functional as F
-
     tokenizer = trained.source.tokenizer
     before, after = ([tokenizer.end_of_text, *tokenizer.encode(context)], list(tokenizer.encode(" " + ending)))
     tokens = torch.tensor([int(t) for t in (*before, *after)], device=trained.model.embed.device)
@@ -106,8 +98,6 @@ def nats_of_ending(trained: Trained, context: str, ending: str) -> "Tensor":
 def hellaswag(trained: Trained, file: Path) -> dict:
     """Share of questions whose right ending has the least mean nats a token (build-nanogpt's acc_norm, Karpathy 2024; the
     Language Model Evaluation Harness divides by bytes instead), and how many."""
-    import torch
-
     if trained.source.tokenizer is None:
         raise ValueError(f"the data of this run ({trained.run.data.source}) has no tokenizer: it cannot read {file}")
     with torch.no_grad():
@@ -118,20 +108,12 @@ def hellaswag(trained: Trained, file: Path) -> dict:
     return {"hellaswag_accuracy": sum(right) / len(right), "hellaswag_questions": len(right)}
 
 
-def place(model: "GPT", device: "torch.device") -> None:
-    """Move a model, in place, to where it is evaluated, with the activations that training has there."""
-    import torch
-
-    model.to(device).dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
 def main(args: Arguments) -> None:
     """Evaluate, print."""
-    from data.run.environment import choose_device
-
     wanted = contexts(args.context, read_config(args.folder).data.sequence_tokens)
     trained = load_trained(args.folder, max_tokens=max(wanted))
-    place(trained.model, choose_device(args.device, 0))
+    device = choose_device(args.device, 0)
+    trained.model.to(device).dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # as in training
     found = {"folder": str(args.folder), "contexts": validation_losses(trained, wanted, args.micro_tokens)}
     found |= hellaswag(trained, args.hellaswag) if args.hellaswag else {}
     if args.json:

@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from safetensors.torch import save_file
 
+from configs.serialize import config_to_dict
+from data.files import replacing
 from scripts import command
+from scripts.lab.models import load_trained
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,12 +33,6 @@ def export(folder: Path, target: Path) -> int:
 
     Raises ValueError as `load_trained`, and for a target of another kind or that cannot be written.
     """
-    from safetensors.torch import save_file
-
-    from configs.serialize import config_to_dict
-    from data.files import replacing
-    from scripts.lab.models import load_trained
-
     if target.suffix != ".safetensors":
         raise ValueError(f"{target} must end in .safetensors")
     run, source, model = load_trained(folder)

@@ -9,7 +9,6 @@ Exit status 0: the same, bit for bit; 1: different; 2: it cannot be run.
 
 import os
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from data.run.folder import write_json
 from data.run.metrics import TRAIN_LOSS, VAL_LOSS, read_metrics
 from scripts import command
 from scripts.lab.folders import RunFolder, read_json, read_run
+from scripts.lab.sweep import launch
 
 DRIVER = """
 import json, sys
@@ -30,7 +30,6 @@ import train_gpt
 from configs.serialize import config_from_dict
 train_gpt.main(config_from_dict(json.loads(Path(sys.argv[1]).read_text())))
 """
-LOSSES = (TRAIN_LOSS, VAL_LOSS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +42,15 @@ class Replay:
 
 def unpack(run: RunFolder, place: Path) -> None:
     """The recorded code, and the configuration of a run that writes below `place`. Raises ValueError for damaged code."""
+    recorded, tree = run.path / "code.txt", place / "code"
     try:
-        text = (run.path / "code.txt").read_bytes().decode()
+        text = recorded.read_bytes().decode()  # line ends as they are
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {run.path / 'code.txt'}: {error}") from None
+        raise ValueError(f"cannot read {recorded}: {error}") from None
     for name, source in split_code(text).items():
-        path = (place / "code" / name).resolve()
-        if not path.is_relative_to((place / "code").resolve()):
-            raise ValueError(f"{run.path / 'code.txt'} holds a file outside its tree: {name}")
+        path = (tree / name).resolve()
+        if not path.is_relative_to(tree):
+            raise ValueError(f"{recorded} holds a file outside its tree: {name}")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(source.encode())
 
@@ -69,12 +69,11 @@ def run_again(run: RunFolder, place: Path) -> Path:
     write_json(place / "config.json", redirected(run, place))
     (place / "drive.py").write_text(DRIVER)
     world = (run.summary or {}).get("world_size") or 1
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
     threads = run.environment.get("torch_threads")
     environment = {**os.environ, "PYTHONPATH": str(place / "code")}
     environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}  # sums depend on how they are divided
-    done = subprocess.run([sys.executable, *launcher, str(place / "drive.py"), str(place / "config.json")],
-                          env=environment, capture_output=True, text=True)
+    done = subprocess.run([*launch(place / "drive.py", world), place / "config.json"], env=environment, capture_output=True,
+                          text=True)
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}").splitlines()
         raise ValueError(f"the recorded code did not run: {said[-1]}")
@@ -84,7 +83,7 @@ def run_again(run: RunFolder, place: Path) -> Path:
 def losses(folder: Path) -> dict[tuple[int, str], float]:
     """Every loss of a run, by step and name."""
     return {(line["step"], name): line[name] for line in read_metrics(folder / "metrics.jsonl")
-            for name in LOSSES if line.get(name) is not None}
+            for name in (TRAIN_LOSS, VAL_LOSS) if line.get(name) is not None}
 
 
 def difference(first: dict[tuple[int, str], float], again: dict[tuple[int, str], float]) -> str:

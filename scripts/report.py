@@ -18,12 +18,13 @@ from statistics import fmean, stdev
 from typing import Annotated, Any, NamedTuple
 
 import tyro
+from plotly.offline import get_plotlyjs
 
 from data.files import replacing
 from data.run.folder import write_text
 from scripts import command
 from scripts.lab.figures import diagnostics, flops_of_runs, known_axes, loss_lines, records_of, schedules, short, tuning
-from scripts.lab.folders import RunFolder, by_experiment, differences, find_runs, read_json
+from scripts.lab.folders import UNITS, RunFolder, by_experiment, differences, find_runs, read_json
 
 WIDTH, LOSS_HEIGHT = 1200, 560  # of pictures, in pixels of the page
 HEAD_HEIGHT, FIGURE_HEIGHT, ROW_HEIGHT = 110, 130, 28  # of the ablations': their heading, axes and captions, a bar
@@ -86,7 +87,6 @@ def pictures(page: Path, target: Path, bars: Sequence[int]) -> list[Path]:
 
 PAGE = Path(__file__).resolve().parent / "page"
 ABLATION = "ablation.json"
-UNITS = {"val_bits_per_byte": "bits per byte", "val_loss_nats": "nats per token"}
 
 
 def ablation_files(runs: Sequence[RunFolder]) -> list[Path]:
@@ -101,31 +101,26 @@ def read_ablation(path: Path) -> dict[str, Any]:
     found = read_json(path)
     if not isinstance(found.get("rows"), list) or not all("difference" in row and "name" in row for row in found["rows"]):
         raise ValueError(f"{path} is no ablation: it has no rows with a name and a difference")
-    metric = found.get("metric", "val_loss_nats")
     rows = [row for row in found["rows"] if row["difference"] is not None]
-    return {"title": f"{path.parent.name}: against {found.get('base', 'the baseline')}", "unit": UNITS.get(metric, metric),
-            "rows": rows}
+    unit = UNITS[found.get("metric", "val_loss_nats")]
+    return {"title": f"{path.parent.name}: against {found.get('base', 'the baseline')}", "unit": unit, "rows": rows}
 
 
 def page_data(runs: Sequence[RunFolder], ablations: Sequence[Path]) -> dict[str, Any]:
     """All that the page shows. Raises ValueError for a damaged file."""
     lines = loss_lines(runs, flops_of_runs())
     groups = by_experiment(runs)
+    mean_loss = _over_seeds("val_loss_nats", fmean)
+    experiments = [{"name": group[0], "runs": len(group[1]), "loss": mean_loss(group)} for group in groups.items()]
     found, problems = schedules(runs)
     targets = {run.summary.get("target_loss_nats") for run in runs if run.summary} - {None}
     bars = [ablation for path in ablations if (ablation := read_ablation(path))["rows"]]
     return {
-        "experiments": [{"name": name, "runs": len(group), "loss": _mean_loss(group)} for name, group in groups.items()],
-        "axes": known_axes(lines), "lines": lines, "targets": sorted(targets), "ablations": bars, "tuning": tuning(runs),
-        "diagnostics": diagnostics(runs), "schedules": found, "problems": problems,
+        "experiments": experiments, "axes": known_axes(lines), "lines": lines, "targets": sorted(targets), "ablations": bars,
+        "tuning": tuning(runs), "diagnostics": diagnostics(runs), "schedules": found, "problems": problems,
         "tables": {"experiment-table": table(EXPERIMENT_COLUMNS, list(groups.items())),
                    "run-table": table(RUN_COLUMNS, runs), "difference-table": difference_table(runs)},
     }
-
-
-def _mean_loss(group: Sequence[RunFolder]) -> float | None:
-    losses = [run.summary["val_loss_nats"] for run in group if run.summary and run.summary.get("val_loss_nats") is not None]
-    return sum(losses) / len(losses) if losses else None
 
 
 def subtitle(runs: Sequence[RunFolder]) -> str:
@@ -137,11 +132,7 @@ def subtitle(runs: Sequence[RunFolder]) -> str:
 
 
 def render(data: dict[str, Any], *, title: str, subtitle: str) -> str:
-    """The page: one file that needs no network. Raises ValueError without plotly."""
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError:
-        raise ValueError("plotly is not installed: pip install plotly") from None
+    """The page: one file that needs no network."""
     parts = {"title": escape(title), "subtitle": escape(subtitle), "plotly": get_plotlyjs(),
              "style": (PAGE / "page.css").read_text(), "data": embedded(data),
              "script": "\n".join((PAGE / name).read_text() for name in ("page.js", "figures.js", "start.js"))}
@@ -265,7 +256,7 @@ def find_browser() -> str:
     """The first of BROWSERS on the PATH. Raises ValueError where there is none."""
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
-        raise ValueError("--png needs Chromium or Chrome to draw with, and none is on the PATH: apt-get install chromium")
+        raise ValueError("a .png needs Chromium or Chrome to draw with, and none is on the PATH: apt-get install chromium")
     return found
 
 

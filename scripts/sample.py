@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 
 from scripts import command
+from scripts.lab.models import load_exported, load_trained
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +30,6 @@ class Sample:
 
 def sample(args: Sample) -> str:
     """The prompt and its continuation. Raises ValueError for a folder without a run, or one that does not fit."""
-    import torch
-
-    from scripts.lab.models import load_exported, load_trained
-
     run, source, model = (load_exported if args.folder.is_file() else load_trained)(args.folder)
     if source.tokenizer is None:
         raise ValueError(f"the data of {args.folder} ({run.data.source}) has no tokenizer: nothing to write with")

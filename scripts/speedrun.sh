@@ -23,17 +23,20 @@ fail() {
 command -v torchrun >/dev/null || fail "torchrun is missing: pip install -r requirements.txt"
 command -v nvidia-smi >/dev/null || fail "nvidia-smi is missing: no NVIDIA driver; on a CPU: python train_gpt.py speedrun_cpu"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-python -m scripts.lab.race check
-there=$(python -m scripts.lab.race gpus)
+there=$(python -c "import torch; print(torch.cuda.device_count())") # as CUDA_VISIBLE_DEVICES says
+[[ $there -gt 0 ]] || fail "PyTorch sees no GPU: is it built for CUDA, and the driver new enough for it?"
+python -c "import torch, kernels; print('torch', torch.__version__, 'CUDA', torch.version.cuda, 'NCCL', \
+  torch.cuda.nccl.version()); print(kernels.device_paths(torch.device('cuda')).line())"
 gpus=${GPUS:-$there}
 [[ $gpus =~ ^[1-9][0-9]*$ && $gpus -le $there ]] || fail "GPUS=$gpus, but CUDA shows $there"
 
-shards=${SHARDS:-$(python -m scripts.lab.race shards "$preset" "$@")}
-if [[ $shards -gt 0 ]]; then
-  python -m scripts.fetch_fineweb --shards "$shards" # those that are here stay as they are
+if [[ -z ${SHARDS:-} ]]; then
+  python -m scripts.fetch_fineweb --preset "$preset" -- "$@" # those that are here stay as they are
+elif [[ $SHARDS -gt 0 ]]; then
+  python -m scripts.fetch_fineweb --shards "$SHARDS"
 fi
 
 python -m scripts.plan "$preset" --gpus "$gpus" -- "$@"
 name=${NAME:-$preset-$(date -u +%Y%m%dT%H%M%S)}
 torchrun --standalone --nproc_per_node="$gpus" train_gpt.py "$preset" "$@" --run.dir runs --run.name "$name"
-python -m scripts.lab.race report "runs/$name"
+python -m scripts.verify_record --add "runs/$name/record.jsonl" --runs "runs/$name"

@@ -39,11 +39,9 @@ def choose(runs: list[RunFolder], *, unfinished: bool) -> tuple[list[Path], int]
 
 
 def send(folders: list[Path]) -> None:
-    """Let wandb upload the folders. Raises ValueError where wandb is missing or has no key, and where some did not go."""
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError("wandb is not installed: pip install wandb") from None
+    """Let wandb upload the folders. Raises ValueError where wandb has no key, and where some did not go."""
+    import wandb
+
     if not has_key(wandb):
         raise ValueError("no wandb key is configured; `wandb login` asks for one, WANDB_API_KEY holds one")
     subprocess.run([sys.executable, "-m", "wandb", "sync", *map(str, folders)])

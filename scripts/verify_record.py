@@ -20,7 +20,7 @@ from configs.entries import REFERENCE
 from data.run.folder import write_text
 from scripts import command
 from scripts.lab import tuning
-from scripts.lab.folders import find_runs
+from scripts.lab.folders import common_target, find_runs
 from scripts.lab.records import BENCHMARKS, append_records, faults, holes, markdown, read_records, record_of, shared_faults
 from scripts.lab.statistics import MARGIN, one_sided_p, power_of_rule, summarize, z_margin
 
@@ -36,7 +36,8 @@ class Verify:
     write: bool = False
     """Write the tables anew."""
     target: float | None = None
-    """Test each file's mean loss against this one, in nats: t-test and track 3's rule."""
+    """Test each file's mean loss against this one, in nats, by t-test and track 3's rule; None: the target that all the runs
+    of the file were given."""
     add: Path | None = None
     """First add the runs of --runs to this file, and write its table."""
     runs: tuple[str, ...] = ()
@@ -119,11 +120,12 @@ def main(args: Verify) -> int:
         raise ValueError("name the files to verify: records/*.jsonl")
     count = 0
     for file in files:
-        found = verify(file, write=args.write or file == args.add)
-        print(f"{file}: {len(read_records(file))} runs, {'all in order' if not found else f'{len(found)} faults'}")
+        found, records = verify(file, write=args.write or file == args.add), read_records(file)
+        print(f"{file}: {len(records)} runs, {'all in order' if not found else f'{len(found)} faults'}")
         count += print_faults(found)
-        if args.target is not None:
-            print(target_line(file, args.target))
+        target = common_target(record["summary"] for record in records) if args.target is None else args.target
+        if target is not None and not found:
+            print(target_line(file, target))
     for folder in dict.fromkeys(file.parent for file in files):
         count += print_faults(verify_profile(folder, write=args.write or args.add is not None))
     return min(count, 1)

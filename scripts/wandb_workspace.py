@@ -5,23 +5,12 @@ It rests on the wandb-workspaces library, which assumes of a dotted config name 
 that a sweep over optim.matrix.lr finds the same column; `_setting` writes the address that wandb gives to flat names.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from data.run.metrics import (
-    EQUILIBRIUM,
-    LAYER_MEASURES,
-    MEASURES,
-    MFU,
-    STEP_MS,
-    TOKENS_PER_SECOND,
-    TRAIN_LOSS,
-    VAL_BITS,
-    VAL_LOSS,
-    measure_name,
-)
+from data.run import metrics as keys
+from data.run.metrics import VAL_BITS, VAL_LOSS, measure_name
 from data.run.wandb import SAMPLES, has_key
 from scripts import command
 
@@ -55,26 +44,15 @@ def loss_panels(wr: ModuleType) -> list[Any]:
     curves = [wr.LinePlot(title=f"Validation loss by {words}", x=axis, y=[VAL_LOSS], title_y="nats per token")
               for axis, words in axes.items()]
     return [*curves, wr.LinePlot(title="Validation bits per byte", y=[VAL_BITS]),
-            wr.LinePlot(title="Training loss", y=[TRAIN_LOSS], title_y="nats per token", smoothing_type="exponential",
+            wr.LinePlot(title="Training loss", y=[keys.TRAIN_LOSS], title_y="nats per token", smoothing_type="exponential",
                         smoothing_factor=SMOOTHING, smoothing_show_original=True)]
-
-
-def speed_panels(wr: ModuleType) -> list[Any]:
-    """Tokens a second, milliseconds a step, and the fraction of the device's peak."""
-    titles = {TOKENS_PER_SECOND: "Tokens per second", STEP_MS: "Milliseconds per step", MFU: "Model FLOPs utilisation"}
-    return [wr.LinePlot(title=title, y=[metric]) for metric, title in titles.items()]
 
 
 def optimizer_panels(wr: ModuleType) -> list[Any]:
     """A plot for each measure, with a line for each group; beside its angle that of equilibrium, where it is known."""
-    beside = {"angle": f"(angle|{EQUILIBRIUM})"}
+    beside = {"angle": f"(angle|{keys.EQUILIBRIUM})"}
     return [wr.LinePlot(title=measure, metric_regex=f"^{measure_name('[^/]+', beside.get(measure, measure))}$",
-                        log_y=measure in LOG_SCALED or None) for measure in MEASURES]
-
-
-def layer_panels(wr: ModuleType) -> list[Any]:
-    """A plot for each measure of layers and matrices, with a line for each of them."""
-    return [wr.LinePlot(title=measure, metric_regex=f"^diag/.+/{measure}$", log_y=True) for measure in LAYER_MEASURES]
+                        log_y=measure in LOG_SCALED or None) for measure in keys.MEASURES]
 
 
 def ablation_panels(wr: ModuleType) -> list[Any]:
@@ -87,15 +65,14 @@ def ablation_panels(wr: ModuleType) -> list[Any]:
             wr.ParallelCoordinatesPlot(title="Settings and outcome", columns=columns), wr.RunComparer(diff_only="split")]
 
 
-def sample_panels(wr: ModuleType) -> list[Any]:
-    """The texts that the models wrote."""
-    return [wr.WeavePanelSummaryTable(table_name=SAMPLES)]
-
-
-SECTIONS: dict[str, Callable[[ModuleType], list[Any]]] = {
-    "Loss": loss_panels, "Speed": speed_panels, "Optimizer": optimizer_panels, "Layers": layer_panels,
-    "Ablation": ablation_panels, "Samples": sample_panels,
-}
+def sections_of(wr: ModuleType) -> dict[str, list[Any]]:
+    """The panels of each section; a plot for each measure of layers and matrices, with a line for each of them."""
+    layers = [wr.LinePlot(title=measure, metric_regex=f"^diag/.+/{measure}$", log_y=True) for measure in keys.LAYER_MEASURES]
+    speed = [wr.LinePlot(title="Tokens per second", y=[keys.TOKENS_PER_SECOND]),
+             wr.LinePlot(title="Milliseconds per step", y=[keys.STEP_MS]),
+             wr.LinePlot(title="Model FLOPs utilisation", y=[keys.MFU])]
+    return {"Loss": loss_panels(wr), "Speed": speed, "Optimizer": optimizer_panels(wr), "Layers": layers,
+            "Ablation": ablation_panels(wr), "Samples": [wr.WeavePanelSummaryTable(table_name=SAMPLES)]}
 
 
 def _setting(wr: ModuleType, name: str) -> Any:
@@ -110,13 +87,11 @@ def _setting(wr: ModuleType, name: str) -> Any:
 
 
 def build_workspace(view: View) -> Any:
-    """The view as a wandb_workspaces Workspace, runs grouped by experiment. Raises ValueError without that package."""
-    try:
-        import wandb_workspaces.reports.v2 as wr
-        import wandb_workspaces.workspaces as ws
-    except ImportError:
-        raise ValueError("wandb-workspaces is not installed: pip install wandb-workspaces") from None
-    sections = [ws.Section(name=name, panels=panels(wr), is_open=True) for name, panels in SECTIONS.items()]
+    """The view as a wandb_workspaces Workspace, runs grouped by experiment."""
+    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.workspaces as ws
+
+    sections = [ws.Section(name=name, panels=panels, is_open=True) for name, panels in sections_of(wr).items()]
     return ws.Workspace(
         entity=view.entity, project=view.project, name=view.name, sections=sections,
         settings=ws.WorkspaceSettings(x_axis="Step", max_runs=50),

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from configs.cli import parse_row
 from data.shards import read_shard, write_shard
-from scripts import fetch_fineweb, tokenize_documents
-from scripts.fetch_fineweb import Fetch, fetch
-from scripts.tokenize_documents import open_progress, shard_name, tokenize, write_shards
+from scripts import fetch_fineweb
+from scripts.fetch_fineweb import Fetch, fetch, main, open_progress, shard_name, shards_read, tokenize, write_shards
 
 ROOT = Path(__file__).resolve().parent.parent
 GPT2_FILE = "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"  # tiktoken's name for the merges
@@ -66,18 +66,6 @@ def test_whole_shards_are_kept_and_damaged_ones_replaced(tmp_path, mirror, capsy
     assert capsys.readouterr().out.count("already here") == 2
 
 
-def test_a_copy_goes_on_where_it_was_cut(tmp_path, mirror):
-    args = Fetch(shards=1, dir=tmp_path / "here", mirror=str(mirror))
-    part = args.dir / ".incoming" / f"{shard_name(0)}.part"
-    part.parent.mkdir(parents=True)
-    head = bytearray((mirror / shard_name(0)).read_bytes()[:1500])
-    head[1400] ^= 1  # a mark: what was there is not read again
-    part.write_bytes(head)
-    fetch(args)
-    copied = (args.dir / shard_name(0)).read_bytes()
-    assert copied[:1500] == head and copied[1500:] == (mirror / shard_name(0)).read_bytes()[1500:]
-
-
 def test_a_damaged_mirror_leaves_no_shard(tmp_path, mirror):
     os.truncate(mirror / shard_name(1), 1500)
     done = command("--shards", 1, "--dir", "here", "--mirror", mirror, cwd=tmp_path)
@@ -109,15 +97,13 @@ def test_the_hub_is_asked_for_what_is_missing(tmp_path, mirror, monkeypatch):
     assert names(tmp_path / "here") == [shard_name(i) for i in (1, 2, 0)]
 
 
-def test_no_network_is_one_line(tmp_path, monkeypatch, capsys):
+def test_no_network_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", Hub(None))
-    monkeypatch.setattr(sys, "argv", ["fetch_fineweb", "--dir", str(tmp_path / "here")])
-    with pytest.raises(SystemExit) as ended:
-        fetch_fineweb.main()
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == (
-        "error: cannot fetch fineweb_val_000000.bin of kjj0/fineweb10B-gpt2 (ConnectionError): is huggingface.co "
-        "reachable, and the name right? Without a network: --mirror FOLDER, or --tokenize FOLDER\n")
+    with pytest.raises(ValueError) as error:
+        main(Fetch(dir=tmp_path / "here"), [])
+    assert str(error.value) == (
+        "cannot fetch fineweb_val_000000.bin of kjj0/fineweb10B-gpt2 (ConnectionError): is huggingface.co "
+        "reachable, and the name right? Without a network: --mirror FOLDER, or --tokenize FOLDER")
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -130,6 +116,25 @@ def test_no_network_is_one_line(tmp_path, monkeypatch, capsys):
 def test_mistakes_are_named(tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         fetch(Fetch(dir=tmp_path / "here", **flags))
+
+
+@pytest.mark.parametrize(("preset", "flags", "count"), [
+    ("speedrun", [], 9), ("track3", [], 18), ("track3", ["--train.steps", "100000"], 103), ("tiny", [], 0),
+    ("track3", ["--data.train_files", "elsewhere/*.bin"], 0)])
+def test_shards_that_a_preset_reads(preset, flags, count):
+    """1.704 G tokens in shards of 100 M; 338.8 M of clipped documents are within the 9 that are always fetched."""
+    assert shards_read(parse_row(preset, flags)) == count
+
+
+def test_a_preset_says_how_many(tmp_path, mirror, capsys):
+    for i in range(4, 10):
+        write_shard(mirror / shard_name(i), np.arange(1000))
+    main(Fetch(preset="speedrun", dir=tmp_path / "here", mirror=str(mirror)), ["--train.batch_tokens", "65536"])
+    assert len(names(tmp_path / "here")) == 10
+    main(Fetch(preset="tiny", dir=tmp_path / "there"), [])
+    assert "tiny reads no shards" in capsys.readouterr().out and not (tmp_path / "there").exists()
+    with pytest.raises(ValueError, match="--train.steps, need --preset"):
+        main(Fetch(), ["--train.steps", "9"])
 
 
 # ---- One's own documents ----------------------------------------------------------------------------
@@ -145,9 +150,9 @@ def make_documents() -> list[np.ndarray]:
 def tokenized(monkeypatch):
     """tokenize() over make_documents(), without reading or encoding; the list of places where reading began."""
     documents, began = make_documents(), []
-    monkeypatch.setattr(tokenize_documents, "read_documents",
+    monkeypatch.setattr(fetch_fineweb, "read_documents",
                         lambda source, first: began.append(first) or documents[first:])
-    monkeypatch.setattr(tokenize_documents, "encode_all", lambda texts, workers: texts)
+    monkeypatch.setattr(fetch_fineweb, "encode_all", lambda texts, workers: texts)
     return began
 
 
@@ -213,7 +218,7 @@ def test_unfit_folders_are_named(tmp_path, files, message):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
-        list(tokenize_documents.read_documents(str(tmp_path), 0))
+        list(fetch_fineweb.read_documents(str(tmp_path), 0))
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
@@ -228,8 +233,8 @@ def test_folders_are_read_in_order(tmp_path, suffix):
             pyarrow.parquet.write_table(pyarrow.table({"text": [text]}), path)
         else:
             path.write_text(text if suffix == ".txt" else json.dumps({"text": text}), encoding="utf-8")
-    assert list(tokenize_documents.read_documents(str(tmp_path), 0)) == texts
-    assert list(tokenize_documents.read_documents(str(tmp_path), 2)) == texts[2:]
+    assert list(fetch_fineweb.read_documents(str(tmp_path), 0)) == texts
+    assert list(fetch_fineweb.read_documents(str(tmp_path), 2)) == texts[2:]
 
 
 @needs_gpt2

@@ -4,15 +4,19 @@ import glob
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from configs.notation import nearest
 from configs.serialize import HASH_IGNORES, flatten
 from data.run.metrics import read_metrics
+
+Metric = Literal["val_loss_nats", "val_bits_per_byte"]
+UNITS: dict[Metric, str] = {"val_loss_nats": "nats", "val_bits_per_byte": "bits per byte"}
+"""The final loss in a summary, in the two units."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value
+
+
+def common_target(summaries: Iterable[Mapping[str, Any]]) -> float | None:
+    """The target loss that all the runs were given; None where they had none, or different ones."""
+    targets = {summary.get("target_loss_nats") for summary in summaries}
+    return targets.pop() if len(targets) == 1 else None
 
 
 def is_number(value: object) -> bool:

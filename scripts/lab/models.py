@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from configs.schema import Data, Model, Run
-from data.sources import GPT2_VOCAB
+from configs.serialize import config_from_dict
+from data.sources import GPT2_VOCAB, Source, open_source
 from optim.schedule import Schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from data.sources import Source
     from model import GPT
 
 CACHE = Path(__file__).resolve().parent.parent.parent / ".cache"
@@ -24,7 +24,7 @@ class Trained(NamedTuple):
     """A run, its data and its final weights in a model."""
 
     run: Run
-    source: "Source"
+    source: Source
     model: "GPT"
 
 
@@ -36,8 +36,6 @@ def anywhere(config: Model) -> Model:
 
 def read_config(folder: Path) -> Run:
     """What a run was told to do. Raises ValueError for a folder without a run."""
-    from configs.serialize import config_from_dict
-
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no run (config.json is missing); train one with python train_gpt.py")
     return config_from_dict(json.loads((folder / "config.json").read_text()))
@@ -73,8 +71,6 @@ def load_exported(file: Path, *, max_tokens: int = 0) -> Trained:
     """What scripts.export wrote, as `load_trained` gives it. Raises ValueError for a file that it did not write."""
     from safetensors import SafetensorError, safe_open
 
-    from configs.serialize import config_from_dict
-
     try:
         with safe_open(file, "pt") as opened:
             about, weights = opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -89,7 +85,6 @@ def build_trained(run: Run, weights: Mapping[str, "Tensor"], *, max_tokens: int,
 
     Raises ValueError, naming `what`, where the weights are another version's, or learned positions end sooner.
     """
-    from data.sources import open_source
     from model import GPT
 
     source = open_source(run.data, cache_dir=CACHE, seed=run.run.seed)

@@ -8,15 +8,15 @@ continues what was cut, and waits for runs that outlived their sweep.
 import fcntl
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from configs.cli import parse_row
 from configs.schema import Run
@@ -26,7 +26,6 @@ from scripts.lab.folders import RunFolder, read_json, read_run
 
 TRAIN = Path(__file__).resolve().parent.parent.parent / "train_gpt.py"
 POLL_SECONDS = 0.1
-INTERRUPTED = 130  # the shell's status after Ctrl-C
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,26 +72,24 @@ def run_sweep(trials: Sequence[Trial], *, dir: Path, jobs: int = 1, nproc: int =
             raise ValueError(f"--{option} must be at least 1, got {value}")
     dir = dir.expanduser().resolve()
     sweep = Sweep(dir, _parse_all(trials, dir), nproc=nproc, threads=max(1, (os.cpu_count() or 1) // jobs))
-    board = (Live if sys.stdout.isatty() else Board)([trial.experiment for trial in trials], jobs=jobs)
+    board = Board(len(trials))
     found = {trial: outcome for trial in trials if (outcome := sweep.known(trial, retry_failed))}
-    with board:
-        for outcome in found.values():
-            board.done(outcome, fresh=False)
-        try:
-            sweep.work([trial for trial in trials if trial not in found], found, jobs, board)
-        except KeyboardInterrupt:
-            sweep.stop()
-            board.say(f"interrupted: {len(found)} of {len(trials)} runs are done, the others are saved. "
-                      "Give the same command again to continue")
-            raise SystemExit(INTERRUPTED) from None
+    for outcome in found.values():
+        board.done(outcome, fresh=False)
+    try:
+        sweep.work([trial for trial in trials if trial not in found], found, jobs, board)
+    except KeyboardInterrupt:
+        sweep.stop()
+        print(f"interrupted: {len(found)} of {len(trials)} runs are done, the others are saved. "
+              "Give the same command again to continue", flush=True)
+        raise SystemExit(130) from None  # the shell's status after Ctrl-C
     return [found[trial] for trial in trials]
 
 
 def _parse_all(trials: Sequence[Trial], dir: Path) -> dict[Trial, Run]:
     """Each trial's complete configuration. Raises ValueError for the first mistake."""
-    names = [trial.name for trial in trials]
-    for name in names:
-        if names.count(name) > 1:
+    for name, count in Counter(trial.name for trial in trials).items():
+        if count > 1:
             raise ValueError(f"two trials are named {name!r}; names must differ")
     return {trial: parse_row(trial.preset, run_flags(trial, dir)) for trial in trials}
 
@@ -101,6 +98,12 @@ def run_flags(trial: Trial, dir: Path) -> list[str]:
     """The trial's command line, the preset apart; a training run takes the last of repeated flags."""
     return [*trial.flags, "--run.name", trial.name, "--run.dir", str(dir), "--run.seed", str(trial.seed), "--run.resume",
             "--log.experiment", trial.experiment]
+
+
+def launch(script: Path, nproc: int) -> list[str]:
+    """The command that starts a script in so many processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
+    return [sys.executable, *launcher, str(script)]
 
 
 class Sweep:
@@ -133,15 +136,12 @@ class Sweep:
         """Start trials as places become free, until all have an outcome in `found`."""
         while waiting or self.children:
             while waiting and len(self.children) < jobs:
-                trial = waiting.pop(0)
-                self.children.append(self.start(trial))
-                board.started(trial)
+                self.children.append(self.start(waiting.pop(0)))
             for child in list(self.children):
                 if (outcome := self.ended(child)) is not None:
                     self.children.remove(child)
                     found[child.trial] = outcome
                     board.done(outcome, fresh=child.process is not None)
-            board.refresh()
             time.sleep(POLL_SECONDS)
 
     def start(self, trial: Trial) -> Child:
@@ -157,15 +157,10 @@ class Sweep:
         environment = {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"} | os.environ
         with open(self.dir / f"{trial.name}.log", "ab") as log:
             before = log.tell()
-            process = subprocess.Popen([*self._program(), trial.preset, *run_flags(trial, self.dir)], stdout=log,
+            process = subprocess.Popen([*launch(TRAIN, self.nproc), trial.preset, *run_flags(trial, self.dir)], stdout=log,
                                        stderr=log, stdin=subprocess.DEVNULL, env=environment, pass_fds=[lock],
                                        process_group=0)
         return Child(trial, process, lock, before)
-
-    def _program(self) -> list[str]:
-        if self.nproc == 1:
-            return [sys.executable, str(TRAIN)]
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.nproc}", str(TRAIN)]
 
     def ended(self, child: Child) -> Outcome | None:
         """The child's outcome, written down where it failed; None while it lives, or where it was started anew."""
@@ -226,104 +221,26 @@ def last_error(log: Path, start: int = 0) -> str:
 # ---- How a sweep stands ---------------------------------------------------------------------------------------------
 
 
-class Board(AbstractContextManager["Board"]):
-    """Counts what was done, and prints one line a trial."""
+class Board:
+    """Prints a line for every trial that ends, with the time that the rest should take."""
 
-    def __init__(self, experiments: Sequence[str], *, jobs: int) -> None:
-        """One entry of `experiments` a trial."""
-        self.total, self.jobs, self.began = len(experiments), jobs, time.monotonic()
-        self.trials = {name: experiments.count(name) for name in dict.fromkeys(experiments)}
-        self.losses: dict[str, list[float]] = {name: [] for name in self.trials}
-        self.failed, self.running = dict.fromkeys(self.trials, 0), dict.fromkeys(self.trials, 0)
-        self.count, self.durations, self.starts = 0, [], {}
-
-    def __exit__(self, *error: object) -> None:
-        """Lines hold nothing open."""
-
-    def started(self, trial: Trial) -> None:
-        """Note that a trial began."""
-        self.running[trial.experiment] += 1
-        self.starts[trial.name] = time.monotonic()
+    def __init__(self, total: int) -> None:
+        self.total, self.known, self.fresh, self.began = total, 0, 0, time.monotonic()
 
     def done(self, outcome: Outcome, *, fresh: bool) -> None:
-        """Count an outcome; `fresh`: this sweep ran the trial, so that its duration counts for the time left."""
-        trial, self.count = outcome.trial, self.count + 1
-        if trial.name in self.starts:
-            self.running[trial.experiment] -= 1
-        if fresh and outcome.status == "finished":
-            self.durations.append(time.monotonic() - self.starts[trial.name])
-        if outcome.status == "failed":
-            self.failed[trial.experiment] += 1
-            self.show(trial, f"failed: {outcome.error}")
-            return
-        loss = outcome.run.summary.get("val_loss_nats")
-        if loss is not None:
-            self.losses[trial.experiment].append(loss)
-        self.show(trial, ("finished" if fresh else "was finished") + (f", {loss:.5f} nats" if loss is not None else ""))
-
-    def show(self, trial: Trial, result: str) -> None:
-        """Print one trial's result and the time left."""
-        self.say(f"{self.count} of {self.total}: {trial.name} {result}; {self.left} left")
-
-    def say(self, text: str) -> None:
-        """Print a line."""
-        print(text, flush=True)
-
-    def refresh(self) -> None:
-        """Time has passed, which changes no line."""
+        """Say what became of a trial; `fresh`: this sweep ran it, so that its time tells of those to come."""
+        self.known += 1
+        self.fresh += fresh
+        result = f"failed: {outcome.error}"
+        if outcome.run:
+            loss = outcome.run.summary.get("val_loss_nats")
+            result = ("finished" if fresh else "was finished") + ("" if loss is None else f", {loss:.5f} nats")
+        print(f"{self.known} of {self.total}: {outcome.trial.name} {result}; {self.left} left", flush=True)
 
     @property
     def left(self) -> str:
-        """Time that the trials still to come should take, from the mean of those that finished; `?` before the first."""
-        rest = self.total - self.count
-        return spell(statistics.fmean(self.durations) * rest / min(self.jobs, max(1, rest))) if self.durations else "?"
-
-
-class Live(Board):
-    """A table on a terminal that is redrawn in place: a row an experiment."""
-
-    def __init__(self, experiments: Sequence[str], *, jobs: int) -> None:
-        """Open the terminal's live region."""
-        from rich.live import Live as Region
-
-        super().__init__(experiments, jobs=jobs)
-        self.region = Region(self.table(), refresh_per_second=2, transient=False)
-        self.region.start()
-
-    def __exit__(self, *error: object) -> None:
-        """Leave the last state standing."""
-        self.refresh()
-        self.region.stop()
-
-    def show(self, trial: Trial, result: str) -> None:
-        """The table shows it at the next refresh."""
-
-    def say(self, text: str) -> None:
-        """Print above the table."""
-        self.region.console.print(text, markup=False)
-
-    def refresh(self) -> None:
-        """Redraw."""
-        self.region.update(self.table())
-
-    def table(self) -> Any:
-        """Counts and losses per experiment; the title says how long it took, and will."""
-        from rich.table import Table
-
-        elapsed = spell(time.monotonic() - self.began)
-        found = Table("experiment", "done", "running", "failed", "best", "mean",
-                      title=f"{self.count} of {self.total} runs, {elapsed} so far, {self.left} left")
-        for name, losses in self.losses.items():
-            found.add_row(name, f"{len(losses)} of {self.trials[name]}", str(self.running[name]), str(self.failed[name]),
-                          f"{min(losses):.5f}" if losses else "", f"{statistics.fmean(losses):.5f}" if losses else "")
-        return found
-
-
-def spell(seconds: float) -> str:
-    """`42 s`, `3 min 20 s` or `5 h 12 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+        """Time that the trials still to come should take, at the pace of this sweep: `1:05:00`; `?` before its first."""
+        if not self.fresh:
+            return "?"
+        seconds = (time.monotonic() - self.began) / self.fresh * (self.total - self.known)
+        return str(timedelta(seconds=round(seconds)))

@@ -50,6 +50,7 @@ def test_operations_are_those_of_the_weights():
     assert flops["model"] == 128 * model.flops_per_token(64)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
 def test_a_device_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match="--device is cpu, or cuda where there is one; got 'tpu'"):
-        bench(Arguments(device="tpu"), [])
+    with pytest.raises(ValueError, match="cuda"):
+        bench(Arguments(device="cuda"), [])

@@ -13,8 +13,7 @@ from configs.presets import PRESETS
 from configs.serialize import config_to_dict
 from data.run.folder import write_json
 from data.run.metrics import SUMMARY_KEYS
-from scripts.compare import Compare, examine, main
-from scripts.lab.comparison import loss_per_step
+from scripts.compare import Compare, examine, loss_per_step, main
 from scripts.lab.folders import find_runs
 from scripts.lab.statistics import welch
 

@@ -17,7 +17,6 @@ from scripts.design_newton_schulz import (
     as_inline,
     band,
     compose,
-    draw,
     main,
     minimax_quintic,
     optimal_sequence,
@@ -176,15 +175,6 @@ def test_radii_repeat_the_last(capsys):
     main(Radii(inner=(0.3, 0.2), steps=4))
     safety, triples = parse_table(capsys.readouterr().out.split('"')[1])
     assert safety == 1 and len(triples) == 4 and triples[1] == triples[2] == triples[3] != triples[0]
-
-
-def test_a_figure_is_written_whole_or_not_at_all(tmp_path):
-    triples, safety = Radii().table()
-    draw(triples, safety, Radii(figure=tmp_path / "map.html"))
-    assert "relative singular value" in (tmp_path / "map.html").read_text()
-    with pytest.raises(ValueError, match="must end with .html, .png"):
-        draw(triples, safety, Radii(figure=tmp_path / "map.txt"))
-    assert [path.name for path in tmp_path.iterdir()] == ["map.html"]
 
 
 def test_mistakes_are_one_line():

@@ -1,4 +1,4 @@
-"""The shell scripts, with commands that only write down how they are called; and what speedrun.sh asks Python."""
+"""The shell scripts, with commands that only write down how they are called; and the record that a race leaves."""
 
 import json
 import os
@@ -9,15 +9,14 @@ from pathlib import Path
 import pytest
 
 import train_gpt
-from configs.cli import parse, parse_row
-from scripts.lab.race import answer, report, shards
+from configs.cli import parse
+from scripts.verify_record import Verify, main
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 STUB = """#!/bin/bash
-echo "$(basename "$0") $*" >> "$CALLS"
+[[ $1 = -c ]] || echo "$(basename "$0") $*" >> "$CALLS"
 case "$*" in
-  *"race gpus") echo 2 ;;
-  *"race shards"*) echo "${READS:-0}" ;;
+  *"device_count()"*) echo 2 ;;
   "show hostnames"*) printf 'node1\\nnode2\\n' ;;
 esac
 """
@@ -39,20 +38,21 @@ def called(tmp_path: Path, script: str, *words: str, missing: str = "", **variab
 
 
 def test_a_race_checks_fetches_plans_trains_and_reports(tmp_path):
-    status, calls, _ = called(tmp_path, "speedrun.sh", "track3", "--train.steps", "9", READS="18", NAME="first")
+    status, calls, _ = called(tmp_path, "speedrun.sh", "track3", "--train.steps", "9", NAME="first")
     assert status == 0
     assert calls == [
         "nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader",
-        "python -m scripts.lab.race check", "python -m scripts.lab.race gpus",
-        "python -m scripts.lab.race shards track3 --train.steps 9", "python -m scripts.fetch_fineweb --shards 18",
+        "python -m scripts.fetch_fineweb --preset track3 -- --train.steps 9",
         "python -m scripts.plan track3 --gpus 2 -- --train.steps 9",
         "torchrun --standalone --nproc_per_node=2 train_gpt.py track3 --train.steps 9 --run.dir runs --run.name first",
-        "python -m scripts.lab.race report runs/first"]
+        "python -m scripts.verify_record --add runs/first/record.jsonl --runs runs/first"]
 
 
-def test_without_a_preset_it_is_the_speedrun_and_without_shards_nothing_is_fetched(tmp_path):
-    status, calls, _ = called(tmp_path, "speedrun.sh", "--run.seed", "7", GPUS="1")
-    assert status == 0 and not any("fetch" in call for call in calls)
+@pytest.mark.parametrize("shards", ["0", "18"])
+def test_without_a_preset_it_is_the_speedrun_and_shards_may_be_told(tmp_path, shards):
+    status, calls, _ = called(tmp_path, "speedrun.sh", "--run.seed", "7", GPUS="1", SHARDS=shards)
+    assert status == 0
+    assert [call for call in calls if "fetch" in call] == ["python -m scripts.fetch_fineweb --shards 18"] * (shards == "18")
     assert calls[-2].startswith("torchrun --standalone --nproc_per_node=1 train_gpt.py speedrun --run.seed 7 --run.dir runs")
 
 
@@ -73,30 +73,19 @@ def test_slurm_starts_one_torchrun_a_node_that_meet_at_the_first(tmp_path):
                          "--rdzv_endpoint=node1:29500 train_gpt.py track3 --run.seed 7")
 
 
-@pytest.mark.parametrize(("preset", "flags", "count"), [
-    ("speedrun", [], 9), ("track3", [], 18), ("track3", ["--train.steps", "100000"], 103), ("tiny", [], 0),
-    ("track3", ["--data.train_files", "elsewhere/*.bin"], 0)])
-def test_shards_that_a_preset_reads(preset, flags, count):
-    """1.704 G tokens in shards of 100 M; 338.8 M of clipped documents are within the 9 that are always fetched."""
-    assert shards(parse_row(preset, flags)) == count
-
-
 def test_the_report_verifies_what_the_run_left(tmp_path, capsys):
     flags = ["--train.steps", "3", "--train.val_every_steps", "1", "--data.val_bytes", "1024", "--log.sample_tokens", "0",
              "--log.wandb", "disabled", "--run.target_loss_nats", "5.6", "--run.dir", str(tmp_path), "--run.name", "run"]
     train_gpt.main(parse(["bytes", *flags]))
-    assert report(tmp_path / "run") == 0
+    verify = Verify(add=tmp_path / "run" / "record.jsonl", runs=(str(tmp_path / "run"),))
+    capsys.readouterr()
+    assert main(verify) == 0
     said = capsys.readouterr().out
-    assert "after 3 steps" in said and "first reached at" in said and "1 runs, all in order" in said
+    assert "1 runs, all in order" in said and "(n = 1) against 5.6: t-test n = 1" in said
     altered = json.loads((tmp_path / "run" / "record.jsonl").read_text())
     altered["summary"]["val_loss_nats"] -= 1
     (tmp_path / "run" / "record.jsonl").write_text(json.dumps(altered) + "\n")
-    assert answer(["report", str(tmp_path / "run")]) == 1
-
-
-def test_questions_that_are_none_are_refused():
-    with pytest.raises(ValueError, match=r"asked for 'shard'; questions: gpus, check, shards PRESET, report FOLDER"):
-        answer(["shard"])
+    assert main(verify) == 1
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")

@@ -70,7 +70,7 @@ def test_only_differences_are_told(runs):
 def test_ablations_beside_the_runs_are_found(runs, laboratory):
     assert ablation_files(runs) == [laboratory / "ablation.json"]
     found = read_ablation(laboratory / "ablation.json")
-    assert found["unit"] == "nats per token" and [row["name"] for row in found["rows"]] == ["no_smear", "no_softcap"]
+    assert found["unit"] == "nats" and [row["name"] for row in found["rows"]] == ["no_smear", "no_softcap"]
 
 
 def test_unfinished_runs_are_shown_as_such(fabricate, tmp_path):

@@ -80,7 +80,8 @@ def test_a_dry_run_lists_and_sends_nothing(tmp_path, runs):
     assert not list(runs.glob("*/wandb/*/*.synced"))
 
 
-@pytest.mark.parametrize(("wandb", "told"), [(KEYLESS, "no wandb key"), ("raise ImportError('no')", "pip install wandb")])
+@pytest.mark.parametrize(("wandb", "told"), [
+    (KEYLESS, "no wandb key"), ("raise ImportError('no')", "pip install -r requirements.txt")])
 def test_what_is_missing_is_one_line(tmp_path, runs, wandb, told):
     status, _, error = call(tmp_path, runs, wandb=wandb)
     assert status == 2 and error.startswith("error: ") and told in error and error.count("\n") == 1

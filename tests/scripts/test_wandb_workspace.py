@@ -113,9 +113,3 @@ def test_a_refusal_is_one_line(monkeypatch):
     monkeypatch.setattr(type(workspace), "save", lambda self: (_ for _ in ()).throw(OSError("no route\nto host")))
     with pytest.raises(ValueError, match=r"did not save the view \(OSError: no route\).*us/steepest"):
         wandb_workspace.save(workspace)
-
-
-def test_without_the_library_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
-    with pytest.raises(ValueError, match="pip install wandb-workspaces"):
-        build_workspace(View())

@@ -15,7 +15,7 @@ import pytest
 
 from scripts.lab import sweep
 from scripts.lab.folders import RunFolder
-from scripts.lab.sweep import Board, Live, Outcome, Trial, last_error, run_sweep, spell
+from scripts.lab.sweep import Board, Outcome, Trial, last_error, run_sweep
 
 ROOT = Path(__file__).resolve().parents[3]
 SHORT = ("--train.steps", "2", "--data.val_bytes", "2048", "--log.sample_tokens", "0", "--log.wandb", "disabled")
@@ -228,27 +228,14 @@ def finished(trial, path, loss=2.0):
     return Outcome(trial, "finished", RunFolder(path, {}, {}, {"val_loss_nats": loss}), "")
 
 
-@pytest.mark.parametrize("seconds, text", [(0.4, "0 s"), (59.4, "59 s"), (200, "3 min 20 s"), (18720, "5 h 12 min")])
-def test_times_are_spelled(seconds, text):
-    assert spell(seconds) == text
-
-
-def test_time_left_comes_from_what_this_sweep_ran(tmp_path):
-    board = Board(["a", "b", "c", "d"], jobs=2)
+def test_time_left_comes_from_what_this_sweep_ran(tmp_path, capsys):
+    board = Board(4)
     board.done(finished(A, tmp_path), fresh=False)
     assert board.left == "?"
-    board.started(B)
-    board.starts[B.name] -= 60
+    board.began -= 30
     board.done(finished(B, tmp_path), fresh=True)
-    assert board.left == "1 min 0 s"  # two to come, both at once
-
-
-def test_the_table_counts(tmp_path):
-    board = Live(["a", "a", "b"], jobs=1)
-    with board:
-        board.started(A)
-        board.done(finished(A, tmp_path, 2.5), fresh=True)
-        board.started(B)
-        board.done(Outcome(B, "failed", None, "why"), fresh=True)
-        columns = [list(column.cells) for column in board.table().columns]
-    assert columns == [["a", "b"], ["1 of 2", "0 of 1"], ["0", "0"], ["0", "1"], ["2.50000", ""], ["2.50000", ""]]
+    assert board.left == "0:01:00"  # two to come
+    board.done(Outcome(B, "failed", None, "why"), fresh=True)
+    assert capsys.readouterr().out.splitlines() == [
+        "1 of 4: a-seed1 was finished, 2.00000 nats; ? left", "2 of 4: b-seed1 finished, 2.00000 nats; 0:01:00 left",
+        "3 of 4: b-seed1 failed: why; 0:00:15 left"]

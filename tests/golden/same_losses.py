@@ -1,6 +1,6 @@
 """Whether this tree trains as an earlier commit does, to the last bit: losses, weights and optimizer state.
 
-    python -m benchmarks.same_losses COMMIT [--runs tiny bytes] [--ranks 1]
+    python -m tests.golden.same_losses COMMIT [--runs tiny bytes] [--ranks 1]
 
 Both trees train the golden runs of tests/golden/runs.py on this machine, on one thread a rank; `--runs all` adds every
 update rule, and what the golden runs leave out. Each run is trained whole; stopped in the middle and resumed; and begun by
