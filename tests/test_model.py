@@ -367,7 +367,7 @@ def test_another_flash_attention_is_asked_for_once_and_refused_with_the_reason(m
     asked, config = [], replace(RICH, attention="varlen", flash="FA3")
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate, raising=False)
     use_flash(config, on_cuda=True)
-    use_flash(RICH, on_cuda=True)
+    build(RICH)  # which asks for none
     assert asked == ["FA3"]
     with pytest.raises(ValueError, match="flash FA4: its package is missing .*flash_attn.cute.*or use default"):
         use_flash(replace(config, flash="FA4"), on_cuda=True)
