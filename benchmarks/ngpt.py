@@ -128,8 +128,7 @@ def plot_robustness(rows: list[dict]) -> None:
 
 def speedup() -> dict:
     """Every method at every context and horizon, and what follows."""
-    rows = [tuned(name, context=context, steps=steps)
-            for steps in HORIZONS for context in CONTEXTS for name in METHODS]
+    rows = [tuned(name, context=context, steps=steps) for steps in HORIZONS for context in CONTEXTS for name in METHODS]
     found = factors(rows)
     plot_speedup(found)
     return {"rows": rows, "factors": found}

@@ -210,8 +210,7 @@ def _open_shards(data: Data, cache_dir: Path) -> Source:
     except ValueError as error:
         tokenizer = val_bytes = None
         notes.append(f"no bits per byte and no samples: {error}")
-    digest = _digest(*map(_fingerprint, train_paths), b"validation:%d" % len(validation),
-                     *map(_fingerprint, val_paths))
+    digest = _digest(*map(_fingerprint, train_paths), b"validation:%d" % len(validation), *map(_fingerprint, val_paths))
     return Source(name=f"{len(train)} shards", train=train, validation=validation, validation_bytes=val_bytes,
                   tokenizer=tokenizer, vocab_size=GPT2_VOCAB, document_start=GPT2_END_OF_TEXT, data_hash=digest,
                   notes=tuple(notes))

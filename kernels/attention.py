@@ -71,8 +71,7 @@ def attend_varlen(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, mask: Mask, sc
     boundaries, left = mask
     q, k, v = (x.flatten(0, 1) for x in (q_BTHD, k_BTHD, v_BTHD))
     longest = q_BTHD.size(1)
-    return varlen_attn(q, k, v, boundaries, boundaries, longest, longest, scale=scale,
-                       window_size=(left, 0)).view_as(q_BTHD)
+    return varlen_attn(q, k, v, boundaries, boundaries, longest, longest, scale=scale, window_size=(left, 0)).view_as(q_BTHD)
 
 
 class Kernel(NamedTuple):

@@ -36,8 +36,7 @@ def plain_product(A: Tensor, B: Tensor, scale_a: Tensor, scale_b: Tensor, *, out
     return ((A.float() * scale_a) @ (B.float() * scale_b).mT).to(out)
 
 
-def product(A: Tensor, B: Tensor, scale_a: Tensor, scale_b: Tensor, *, out: torch.dtype,
-            fast: bool = False) -> Tensor:
+def product(A: Tensor, B: Tensor, scale_a: Tensor, scale_b: Tensor, *, out: torch.dtype, fast: bool = False) -> Tensor:
     """scale_a scale_b A B^T of 8-bit A (N, C) and B (M, C), both row-major -> (N, M) in dtype `out`.
 
     `fast` lets Hopper's tensor cores sum in less than float32.

@@ -90,8 +90,7 @@ def make_bank(group: ParamGroup, names: list[str], comm: Comm) -> Bank:
     for param, weight, grad in zip(params, bank.stacked(weights), bank.stacked(bank.grads), strict=True):
         param.data, param.grad = weight, grad
     bank.state = step.init_state(bank.matrices)
-    bank.state |= group.rule.init_state(
-        bank.matrices.float() if group.config.state_dtype == "float32" else bank.matrices)
+    bank.state |= group.rule.init_state(bank.matrices.float() if group.config.state_dtype == "float32" else bank.matrices)
     return bank
 
 

@@ -79,7 +79,7 @@ assert not {{"wandb", "datasets", "rustbpe"}} & set(sys.modules), sorted(sys.mod
 
 
 @pytest.mark.parametrize(("flags", "zoo"), [
-    ([], set()), (["--optim.matrix.rule", "soap"], {"soap", "kronecker"}),
+    ([], set()), (["--optim.matrix.rule", "soap"], {"soap", "shampoo"}),
     (["--optim.matrix.graft.rule", "sm3", "--optim.embed.constraint", "sphere", "--optim.head.extra.row_floor", "0.3"],
      {"graft", "sm3", "sphere", "radial"}), (["--optim.matrix.rule", "prodigy"], {"prodigy"})])
 def test_the_zoo_is_imported_only_where_a_role_names_it(flags, zoo):

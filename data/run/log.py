@@ -18,16 +18,7 @@ from configs.serialize import config_hash, config_to_dict, strict_json
 from data.evaluate import Score
 from data.run import environment
 from data.run.folder import write_json, write_text
-from data.run.metrics import (
-    METRICS_KEYS,
-    MFU,
-    STEP_MS,
-    SUMMARY_KEYS,
-    TOKENS_PER_SECOND,
-    TRAIN_LOSS,
-    VAL_BITS,
-    VAL_LOSS,
-)
+from data.run.metrics import METRICS_KEYS, MFU, STEP_MS, SUMMARY_KEYS, TOKENS_PER_SECOND, TRAIN_LOSS, VAL_BITS, VAL_LOSS
 from data.run.wandb import open_dashboard
 
 ROOT = Path(__file__).resolve().parents[2]
