@@ -63,10 +63,13 @@ RUNS = (
 SMALL = "--model.layers 2 --model.dim 64"
 RULES = ("adam", "normuon", "muon2", "muown", "dion", "dion2", "sm3", "prodigy", "agd", "swan", "shampoo", "soap_muon",
          "psgd")
+# As commits spell it whose configurations have format 1: one class with the fields of all optimizers.
+FORMAT_1 = ((".extra.", "."), (".graft.rule", ".graft"))
 # Further runs, for comparison with another commit on one machine: too many to be trained by every test.
 OTHER_RUNS = (
     *(GoldenRun(rule, "bytes", f"{SMALL} --optim.matrix.rule {rule}") for rule in RULES),
-    GoldenRun("shampoo_adam", "bytes", f"{SMALL} --optim.matrix.rule shampoo --optim.matrix.graft adam"),
+    GoldenRun("shampoo_adam", "bytes", f"{SMALL} --optim.matrix.rule shampoo --optim.matrix.graft.rule adam",
+              FORMAT_1),
     GoldenRun("scion", "bytes", f"{SMALL} --optim.embed.rule steepest --optim.embed.norm row --optim.embed.lr 0.03 "
                                 "--optim.head.rule steepest --optim.head.norm sign --optim.head.lr 0.004"),
     GoldenRun("averages", "bytes", f"{SMALL} --train.lookahead 0.6 --train.lookahead_gamma 0.9 --train.weight_average 0.5 "
@@ -75,16 +78,18 @@ OTHER_RUNS = (
                                    "--model.embed_dtype bfloat16 --optim.embed.rounding remainder "
                                    "--optim.embed.state_dtype float32"),
     GoldenRun("constraints", "bytes", f"{SMALL} --model.no_zero_init_projections --optim.matrix.constraint radial "
-                                      "--optim.matrix.row_floor 0.3825 --optim.matrix.radial_brake 0.5 "
-                                      "--optim.matrix.clip 0.05 --optim.matrix.clip_norm spectral "
+                                      "--optim.matrix.extra.row_floor 0.3825 --optim.matrix.extra.radial_brake 0.5 "
+                                      "--optim.matrix.extra.clip 0.05 --optim.matrix.extra.clip_norm spectral "
                                       "--optim.embed.update_every 2 --optim.head.weight_decay 0.1 "
-                                      "--optim.head.decay cautious"),
+                                      "--optim.head.decay cautious", FORMAT_1),
     GoldenRun("stiefel", "bytes", f"{SMALL} --model.no_zero_init_projections --optim.matrix.rule stiefel"),
     GoldenRun("hyperball", "bytes", f"{SMALL} --model.no_zero_init_projections --optim.matrix.constraint hyperball"),
-    GoldenRun("geodesic", "ngpt_bytes", f"{SMALL} --optim.matrix.retraction geodesic --optim.matrix.tangent dual"),
+    GoldenRun("geodesic", "ngpt_bytes", f"{SMALL} --optim.matrix.extra.retraction geodesic "
+                                        "--optim.matrix.extra.tangent dual", FORMAT_1),
     GoldenRun("sparse", "speedrun_cpu", f"{BPE} --model.bigram_buckets 1024 --data.order contiguous "
                                         "--model.sampled_softmax 64 --model.prefix_loss 0 --model.mtp_weights "
-                                        "--optim.bigram_embed.sparse_rows --optim.value_embed.sparse_rows"),
+                                        "--optim.bigram_embed.extra.sparse_rows --optim.value_embed.extra.sparse_rows",
+              FORMAT_1),
 )
 
 
