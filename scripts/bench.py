@@ -185,7 +185,8 @@ def bench(args: Arguments, flags: list[str]) -> dict:
 def table(found: dict) -> str:
     """The parts, one a line."""
     lines = [f"{found['preset']}, {found['tokens']:,} tokens in contexts of {found['context']:,} on {found['ranks']} x "
-             f"{found['device']}: {found['flops_per_second'] / 1e9:,.0f} GFLOP/s, {found['bytes_per_second'] / 1e9:,.1f} GB/s at best", "",
+             f"{found['device']}: {found['flops_per_second'] / 1e9:,.0f} GFLOP/s, "
+             f"{found['bytes_per_second'] / 1e9:,.1f} GB/s at best", "",
              f"{'part':>14} {'ms':>9} {'bound ms':>9} {'reached':>8} {'GFLOP':>9} {'MB':>9}"]
     lines += [f"{p['name']:>14} {p['ms']:>9.3f} {p['bound_ms']:>9.3f} {p['reached']:>8.0%} {p['flops'] / 1e9:>9.2f} "
               f"{p['traffic'] / 1e6:>9.1f}" for p in found["parts"]]
