@@ -34,7 +34,6 @@ from scripts import command
 HUB_SHARDS, HUB_SHARD_TOKENS = 103, 100_000_000
 FEWEST = 9  # the training shards of the speedrun's first records
 HUB_FOLDER = "data/fineweb10B/"
-STAGING = ".incoming"
 FINEWEB, FINEWEB_SAMPLE = "HuggingFaceFW/fineweb", "sample-10BT"
 READERS = {".txt": ("text", {"sample_by": "document"}), ".jsonl": ("json", {}), ".parquet": ("parquet", {})}
 CHUNK_DOCUMENTS = 16
@@ -76,7 +75,7 @@ def fetch(args: Fetch) -> None:
 
     Raises ValueError where a shard cannot be had or is damaged, OSError where the disk does not play along.
     """
-    staging = args.dir / STAGING
+    staging = args.dir / ".incoming"
     staging.mkdir(parents=True, exist_ok=True)
     for name in map(shard_name, range(args.shards + 1)):
         if is_shard(args.dir / name):
