@@ -109,4 +109,4 @@ def refuse_unknown_flags(run: Run, flags: Sequence[str]) -> None:
         names = {given, given.removeprefix("no_")}
         having = [] if part else [other for other, config in RULES.items() if names & set(config.__dataclass_fields__)]
         elsewhere = f"; rules that have it: {', '.join(having)}" if having else nearest(given, own)
-        raise ValueError(f"--{flag}: rule {rule} has no {given}{elsewhere}; it has {', '.join(own)}")
+        raise ValueError(f"--{flag}: rule {rule} has no {given}{elsewhere}")
