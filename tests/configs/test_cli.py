@@ -106,14 +106,14 @@ def test_a_flag_of_another_rule_is_unknown_and_its_rules_are_named(capsys, flag,
     """Also where it repeats that rule's default, and in every spelling."""
     said = refused(capsys, "tiny", f"--optim.embed.{flag}")
     name = flag.split("=")[0].replace("-", "_")
-    assert f"--optim.embed.{name}: rule adam has no {name}" in said and "beta1, beta2, eps" in said
+    assert f"--optim.embed.{name}: rule adam has no {name}" in said
     assert f"; rules that have it: {having}" in said
 
 
 @pytest.mark.parametrize("flag", ["beta1", "beta2", "eps"])
 def test_flags_follow_the_rule_that_is_chosen(capsys, flag):
     said = refused(capsys, "tiny", f"--optim.matrix.{flag}", "0.5")
-    assert f"--optim.matrix.{flag}: rule muon has no {flag}; rules that have it: adam" in said and "momentum" in said
+    assert f"--optim.matrix.{flag}: rule muon has no {flag}; rules that have it: adam" in said
     assert parse(["tiny", f"--optim.matrix.{flag}", "0.5", "--optim.matrix.rule", "adam"]).optim.matrix.rule == "adam"
 
 
