@@ -36,12 +36,12 @@ from data.run.environment import choose_device, device_name
 from data.run.folder import open_run_folder
 from data.run.log import Log, Progress
 from data.run.metrics import EQUILIBRIUM, measure_name
-from data.run.plan import format_plan, format_schedule
+from data.run.plan import format_groups, format_plan, format_schedule
 from data.sources import open_source
 from data.tokenizers import prefix_tokens
 from model import GPT, AuxLossWeights
 from optim.comm import Comm, local_rank
-from optim.groups import build_groups, group_table
+from optim.groups import build_groups
 from optim.hooks import build_hooks
 from optim.measures import StepMeasures, equilibrium_angle
 from optim.schedule import Schedule, Values
@@ -188,7 +188,7 @@ class Trainer:
         self.parameters = sum(p.numel() for p in self.model.parameters())
         # The optimizer takes over the storage of all parameters.
         groups = build_groups(dict(self.model.named_parameters()), self.model.roles(), run.optim, self.model.axes())
-        self.group_table = group_table(groups)
+        self.group_table = format_groups(groups)
         self.optimizer = ShardedOptimizer(groups, self.comm, compile_updates=self.compiled, hooks=build_hooks(run))
         self.measures = StepMeasures(self.comm)
         if self.compiled:

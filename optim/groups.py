@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from configs.notation import number_of, parse_by_name, refuse, unmatched_keys
-from configs.optim import Graft, Optim, RuleConfig, summary
+from configs.optim import Graft, Optim, RuleConfig
 from optim.constraint import Scope
 from optim.norms import build_norm
 from optim.rule import Rule, Step, coarsest, load
@@ -116,15 +116,3 @@ def tensor_specs(role: str, config: RuleConfig, members: Mapping[str, Tensor], a
         refuse(rows % spec.blocks != 0,
                f"optim.{role}.extra.blocks: {spec.blocks} does not divide the {rows} rows of {name}")
     return specs
-
-
-def group_table(groups: list[ParamGroup]) -> str:
-    """One line a group: role, tensors, parameters, rule and its settings."""
-    rows = [("role", "tensors", "parameters", "rule", "lr", "decay", "settings")]
-    for group in groups:
-        config, elements = group.config, sum(param.numel() for param in group.params.values())
-        decay = f"{config.weight_decay:g} {config.decay}" if config.weight_decay else "none"
-        rows.append((group.role, str(len(group.params)), f"{elements:,}", config.rule, f"{config.lr:g}", decay,
-                     summary(config)))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -1,10 +1,11 @@
 """What a run says of itself before it begins: its plan, and the schedule in numbers."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 
+from configs.optim import summary
 from configs.schema import Run
 from data.sources import Source
 
@@ -30,6 +31,18 @@ def format_plan(run: Run, source: Source, *, notes: list[str], dtype: torch.dtyp
         activations=str(dtype).removeprefix("torch."), compiled="on" if compiled else "off",
         train_tokens=sum(map(len, source.train)), val_tokens=len(source.validation) - 1, megaflops=flops_per_token / 1e6,
         state=state_bytes / 2**20, memory=activation_bytes / 2**20, **numbers)
+
+
+def format_groups(groups: Iterable[Any]) -> str:
+    """A table of one line a group: role, tensors, parameters, rule and its settings; of `role`, `params` and `config`."""
+    rows = [("role", "tensors", "parameters", "rule", "lr", "decay", "settings")]
+    for group in groups:
+        config, elements = group.config, sum(param.numel() for param in group.params.values())
+        decay = f"{config.weight_decay:g} {config.decay}" if config.weight_decay else "none"
+        rows.append((group.role, str(len(group.params)), f"{elements:,}", config.rule, f"{config.lr:g}", decay,
+                     summary(config)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def format_schedule(values: Callable[[int], NamedTuple], total_steps: int) -> str:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from configs.optim import RULES, Adam, Extra, Muon, Optim, RuleConfig, Steepest
+from data.run.plan import format_groups
 from optim import adam, groups, muon
-from optim.groups import build_groups, build_rule, group_table
+from optim.groups import build_groups, build_rule
 from optim.norms import Spectral
 
 PARAMS = {"head.weight": torch.zeros(7, 4), "b.weight": torch.zeros(4, 4), "wte.weight": torch.zeros(7, 4),
@@ -18,7 +19,7 @@ ROLES = {"wte.weight": "embed", "a.weight": "matrix", "b.weight": "matrix", "hea
 def table(**roles: RuleConfig) -> dict[str, str]:
     """Lines of the printed table by role."""
     optim = dataclasses.replace(Optim(), **roles)
-    return {line.split()[0]: line for line in group_table(build_groups(PARAMS, ROLES, optim)).splitlines()}
+    return {line.split()[0]: line for line in format_groups(build_groups(PARAMS, ROLES, optim)).splitlines()}
 
 
 def test_every_parameter_is_in_one_group():
