@@ -133,6 +133,10 @@ documents = pytest.mark.parametrize("config", [c for c in EVERY.values() if c.do
                                     ids=[n for n, c in EVERY.items() if c.document_mask])
 
 
+def test_every_technique_of_the_model_is_in_the_table():
+    assert {name for name in techniques_of(Model)} <= {name for changes, _, _ in FLAGS.values() for name in changes}
+
+
 def build(config: Model, seed: int = 0) -> GPT:
     torch.manual_seed(seed)
     return GPT(config, vocab_size=VOCAB, max_tokens=32, document_start=START, prefix_of=[-1, *range(VOCAB - 1)])
