@@ -17,32 +17,12 @@ import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
+import configs.optim as rules
 from benchmarks import HERE, machine
 from benchmarks.muon_step import SHAPES, optimizer_of
 from benchmarks.oracles import ORACLES, parity
 from configs.cli import fail
 from configs.notation import nearest
-from configs.optim import (
-    AGD,
-    PSGD,
-    SM3,
-    SOAP,
-    SWAN,
-    Adam,
-    Averaged,
-    Dion,
-    Dion2,
-    Muon,
-    Muon2,
-    Muown,
-    NorMuon,
-    Prodigy,
-    RuleConfig,
-    Shampoo,
-    SOAPMuon,
-    Steepest,
-    Stiefel,
-)
 from data.run.folder import write_json, write_text
 from optim.groups import build_rule
 from optim.rule import Hyper
@@ -55,7 +35,7 @@ from scripts.lab.records import markdown
 MATRIX = (768, 3072)
 
 
-def floats_per_parameter(config: RuleConfig, shape: tuple[int, int] = MATRIX) -> float:
+def floats_per_parameter(config: rules.RuleConfig, shape: tuple[int, int] = MATRIX) -> float:
     """Numbers that the rule remembers of a matrix, over its own."""
     W = torch.empty(1, *shape, device="meta")
     return sum(tensor.numel() for tensor in build_rule(config).init_state(W).values()) / W.numel()
@@ -92,7 +72,7 @@ DECOMPOSITIONS = {torch.ops.aten._linalg_eigh: eigh_flops, torch.ops.aten.linalg
 PRODUCTS = {torch.ops.aten.baddbmm_: product_flops}
 
 
-def flops(config: RuleConfig, shape: tuple[int, int] = MATRIX) -> int:
+def flops(config: rules.RuleConfig, shape: tuple[int, int] = MATRIX) -> int:
     """Operations of matrix products and decompositions in the second step on one matrix; elementwise work is not counted."""
     rule = build_rule(config)
     W, grad = (torch.zeros(1, *shape, device="meta") for _ in range(2))
@@ -116,7 +96,7 @@ class Entry:
     """A row: an optimizer by its usual name."""
 
     name: str
-    group: RuleConfig
+    group: rules.RuleConfig
     norm: str
     learns: str = ""
 
@@ -133,43 +113,41 @@ class Arguments:
 
 JORDAN = dict(unit="at_least_one")
 ENTRIES = [
-    Entry("AdamW", Adam(), "largest entry", "a scale per entry"),
-    Entry("normalised SGD", Steepest(norm="frobenius", nesterov=False), "Frobenius"),
-    Entry("Signum", Steepest(norm="sign", nesterov=False), "largest entry"),
-    Entry("Scion, head", Steepest(norm="sign", unit="fan_in", nesterov=False), "n x largest entry"),
-    Entry("Scion, embedding", Steepest(norm="row", nesterov=False), "largest row RMS"),
-    Entry("Scion, first layer", Steepest(norm="column", nesterov=False), "largest column RMS"),
-    Entry("Scion, hidden", Steepest(norm="rms_operator", nesterov=False), "RMS > RMS"),
-    Entry("Muon", Muon(**JORDAN, ns="quintic"), "spectral, Jordan's unit"),
-    Entry("Muon, Moonlight's", Muon(unit="match_adam", averaging="heavy_ball"),
-          "spectral, Moonlight's unit"),
-    Entry("Muon, equilibrated", Muon(**JORDAN, equilibrate=True), "spectral, Jordan's unit"),
-    Entry("steepest, Schatten 4", Steepest(norm="schatten"), "Schatten 4"),
-    Entry("NorMuon", NorMuon(**JORDAN), "spectral, Jordan's unit", "a scale per row"),
-    Entry("Muon^2", Muon2(**JORDAN), "spectral, Jordan's unit", "a scale per entry"),
-    Entry("Muown", Muown(unit="match_adam"), "spectral, Moonlight's unit",
-          "a length per row"),
-    Entry("Dion", Dion(), "RMS > RMS", "the leading subspace"),
-    Entry("Dion2", Dion2(), "RMS > RMS"),
-    Entry("SM3", SM3(), "largest entry", "a scale per row and per column"),
-    Entry("Prodigy", Prodigy(lr=1.0), "largest entry", "a scale per entry, and the step's length"),
-    Entry("AGD", AGD(lr=1.0), "Frobenius, by layer", "the step's length"),
-    Entry("SWAN", SWAN(), "spectral, of standardised rows"),
-    Entry("Shampoo", Shampoo(), "spectral", "both Gram matrices"),
-    Entry("Shampoo, one-sided", Shampoo(sides="smaller"), "spectral", "the smaller Gram matrix"),
-    Entry("SOAP", SOAP(), "spectral", "both eigenbases, and a scale per entry there"),
-    Entry("SOAP-Muon", SOAPMuon(**JORDAN), "spectral, Jordan's unit", "as SOAP"),
-    Entry("Manifold Muon", Stiefel(dual_steps=6), "spectral, tangent", "none: the constraint does it"),
-    Entry("PSGD", PSGD(beta1=0.95), "spectral", "a whitening factor on each side"),
-    Entry("Muon#AdamW", Muon(**JORDAN, graft=Adam()), "spectral, AdamW's length", "a scale per entry"),
-    Entry("Shampoo#AdamW, one-sided", Shampoo(sides="smaller", graft=Adam()), "spectral, AdamW's length",
+    Entry("AdamW", rules.Adam(), "largest entry", "a scale per entry"),
+    Entry("normalised SGD", rules.Steepest(norm="frobenius", nesterov=False), "Frobenius"),
+    Entry("Signum", rules.Steepest(norm="sign", nesterov=False), "largest entry"),
+    Entry("Scion, head", rules.Steepest(norm="sign", unit="fan_in", nesterov=False), "n x largest entry"),
+    Entry("Scion, embedding", rules.Steepest(norm="row", nesterov=False), "largest row RMS"),
+    Entry("Scion, first layer", rules.Steepest(norm="column", nesterov=False), "largest column RMS"),
+    Entry("Scion, hidden", rules.Steepest(norm="rms_operator", nesterov=False), "RMS > RMS"),
+    Entry("Muon", rules.Muon(**JORDAN, ns="quintic"), "spectral, Jordan's unit"),
+    Entry("Muon, Moonlight's", rules.Muon(unit="match_adam", averaging="heavy_ball"), "spectral, Moonlight's unit"),
+    Entry("Muon, equilibrated", rules.Muon(**JORDAN, equilibrate=True), "spectral, Jordan's unit"),
+    Entry("steepest, Schatten 4", rules.Steepest(norm="schatten"), "Schatten 4"),
+    Entry("NorMuon", rules.NorMuon(**JORDAN), "spectral, Jordan's unit", "a scale per row"),
+    Entry("Muon^2", rules.Muon2(**JORDAN), "spectral, Jordan's unit", "a scale per entry"),
+    Entry("Muown", rules.Muown(unit="match_adam"), "spectral, Moonlight's unit", "a length per row"),
+    Entry("Dion", rules.Dion(), "RMS > RMS", "the leading subspace"),
+    Entry("Dion2", rules.Dion2(), "RMS > RMS"),
+    Entry("SM3", rules.SM3(), "largest entry", "a scale per row and per column"),
+    Entry("Prodigy", rules.Prodigy(lr=1.0), "largest entry", "a scale per entry, and the step's length"),
+    Entry("AGD", rules.AGD(lr=1.0), "Frobenius, by layer", "the step's length"),
+    Entry("SWAN", rules.SWAN(), "spectral, of standardised rows"),
+    Entry("Shampoo", rules.Shampoo(), "spectral", "both Gram matrices"),
+    Entry("Shampoo, one-sided", rules.Shampoo(sides="smaller"), "spectral", "the smaller Gram matrix"),
+    Entry("SOAP", rules.SOAP(), "spectral", "both eigenbases, and a scale per entry there"),
+    Entry("SOAP-Muon", rules.SOAPMuon(**JORDAN), "spectral, Jordan's unit", "as SOAP"),
+    Entry("Manifold Muon", rules.Stiefel(dual_steps=6), "spectral, tangent", "none: the constraint does it"),
+    Entry("PSGD", rules.PSGD(beta1=0.95), "spectral", "a whitening factor on each side"),
+    Entry("Muon#AdamW", rules.Muon(**JORDAN, graft=rules.Adam()), "spectral, AdamW's length", "a scale per entry"),
+    Entry("Shampoo#AdamW, one-sided", rules.Shampoo(sides="smaller", graft=rules.Adam()), "spectral, AdamW's length",
           "the smaller Gram matrix, a scale per entry"),
 ]
 
 
-def averaging(config: RuleConfig) -> str:
+def averaging(config: rules.RuleConfig) -> str:
     """What the rule steps along."""
-    if isinstance(config, Averaged):
+    if isinstance(config, rules.Averaged):
         ahead = ", Nesterov" if config.nesterov and config.averaging != "none" else ""
         return config.averaging.replace("_", " ") + ahead
     if config.rule in ("dion", "dion2"):
@@ -180,14 +158,14 @@ def averaging(config: RuleConfig) -> str:
 # ---- Times ---------------------------------------------------------------------------------------
 
 
-def seconds(group: RuleConfig) -> tuple[float, bool]:
+def seconds(group: rules.RuleConfig) -> tuple[float, bool]:
     """Of one step on all matrices; or, where that would take longer than the limit, estimated from one matrix of each
     shape: then True comes with it."""
     guess = sum(SHAPES.count(shape) * step_seconds(group, [shape]) for shape in dict.fromkeys(SHAPES))
     return (guess, True) if guess > LIMIT_SECONDS else (step_seconds(group, SHAPES), False)
 
 
-def step_seconds(group: RuleConfig, shapes: list[tuple[int, int]]) -> float:
+def step_seconds(group: rules.RuleConfig, shapes: list[tuple[int, int]]) -> float:
     """Median time of the steps after the first, on fresh matrices: up to five, until two seconds are full."""
     torch.manual_seed(0)
     params = {f"w{i}": torch.nn.Parameter(torch.randn(shape) * 0.02) for i, shape in enumerate(shapes)}

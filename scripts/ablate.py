@@ -191,9 +191,8 @@ def effects(outcomes: Sequence[Outcome], bases: Mapping[str, str | None], metric
     p_holm is corrected for all rows that were tested.
     """
     rows = [_effect(name, base, outcomes, metric) for name, base in bases.items()]
-    tested = [row.name for row in rows if row.p is not None]
-    corrected = dict(zip(tested, holm([row.p for row in rows if row.p is not None]), strict=True))
-    return [_judged(row._replace(p_holm=corrected.get(row.name)), outcomes) for row in rows]
+    corrected = holm([row.p for row in rows])
+    return [_judged(row._replace(p_holm=p), outcomes) for row, p in zip(rows, corrected, strict=True)]
 
 
 def _effect(name: str, base: str | None, outcomes: Sequence[Outcome], metric: Metric) -> Effect:

@@ -147,11 +147,6 @@ GAINS = (0.25, 0.5, 1.0, 1.5, 2.0)  # in sigma
 TARGET_ROUNDING = 0.005  # nats
 
 
-def lengths(records: Sequence[dict]) -> list[int]:
-    """The numbers of steps at which anything was run."""
-    return sorted({name[1] for r in records if (name := tuning.parse_name(r["experiment"]))})
-
-
 def budgets(records: Sequence[dict], steps: int) -> list[int]:
     """The budgets of 5 and 20 trials as far as the reference's trials go."""
     return [k for k in (5, 20) if tuning.winner(records, REFERENCE, steps=steps, budget=k) is not None]
@@ -160,9 +155,7 @@ def budgets(records: Sequence[dict], steps: int) -> list[int]:
 def reference_losses(records: Sequence[dict], steps: int) -> list[float]:
     """Final losses of the fresh seeds of the reference, tuned with the largest budget there is."""
     tried = budgets(records, steps)
-    if not tried:
-        return []
-    _, runs = tuning.judged_winner(records, REFERENCE, steps=steps, budget=max(tried))
+    runs = tuning.judged_winner(records, REFERENCE, steps=steps, budget=max(tried))[1] if tried else []
     return [tuning.loss_of(r) for r in runs]
 
 
@@ -179,7 +172,7 @@ def board_page(preset: str, records: Sequence[dict]) -> str:
              "run's own schedule. `trials`: settings drawn from the entry's own search space, one run each; the best runs "
              "the fresh seeds. `factor`: steps in which tuned Muon would reach this loss, over the steps taken.", ""]
     parts += rule_section(preset, records)
-    for steps in lengths(records):
+    for steps in tuning.lengths(records):
         for budget in budgets(records, steps):
             board = tuning.places(records, steps=steps, budget=budget)
             if board:
@@ -232,7 +225,7 @@ def profile_page(files: Mapping[str, Sequence[dict]], *, budget: int = 5) -> str
     """The performance profile over the tasks (preset, length) with two entries or more and factors, as Markdown; empty for
     a single task. Factors need the reference at two lengths."""
     boards = {f"{preset} at {steps} steps": tuning.places(records, steps=steps, budget=budget)
-              for preset, records in files.items() for steps in lengths(records)}
+              for preset, records in files.items() for steps in tuning.lengths(records)}
     boards = {task: board for task, board in boards.items() if len(board) > 1 and all(place.factor for place in board)}
     if len(boards) < 2:
         return ""

@@ -1,7 +1,7 @@
 """What a run costs by its configuration: operations, bytes and messages of each stage, and the milliseconds they predict."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -180,8 +180,12 @@ def measure_sizes(run: Run) -> tuple[Sizes, list[Stage]]:
         banks = [empty_bank(run, group, names) for group in groups for names in group_by_shape(group)]
     elements = sum(bank.shape.numel() * len(bank.names) for bank in banks)
     matrix_elements = sum(bank.shape.numel() * len(bank.names) for bank in banks if bank_flops(bank))
-    stages = [Stage(first, len(part), part[0], part[0].batch_tokens * model.flops_per_token(*part[0][4:7]),
-                    run.train.micro_tokens, model.activation_bytes) for first, part in stage_parts(values)]
+    stages, first = [], 0
+    for _, part in groupby(values, key=lambda v: v[3:7]):
+        now, *others = part
+        stages.append(Stage(first, 1 + len(others), now, now.batch_tokens * model.flops_per_token(*now[4:7]),
+                            run.train.micro_tokens, model.activation_bytes))
+        first += stages[-1].steps
     return Sizes(elements, matrix_elements, tuple(map(bank_size, banks))), stages
 
 
@@ -232,16 +236,6 @@ def newton_schulz_flops(m: int, n: int, steps: int) -> float:
     return steps * (4 * s * s * long + 2 * s**3)
 
 
-def stage_parts(values: Iterable[Values]) -> list[tuple[int, list[Values]]]:
-    """Runs of steps of one shape, with the number of their first."""
-    first, found = 0, []
-    for _, part in groupby(values, key=lambda v: v[3:7]):
-        steps = list(part)
-        found.append((first, steps))
-        first += len(steps)
-    return found
-
-
 def predict(stage: Stage, sizes: Sizes, machine: Machine, *, gpus: int, share: Efficiency) -> Prediction:
     """One step of a stage on so many accelerators, by the busiest of them.
 
@@ -255,7 +249,14 @@ def predict(stage: Stage, sizes: Sizes, machine: Machine, *, gpus: int, share: E
     count, mine, rows = stage.portion(gpus)
     passes = math.ceil(mine / rows)
     activations = stage.activation_bytes(rows * stage.values.sequence_tokens)
-    held, owned_state, update_bytes, update_flops, sent = bank_totals(sizes.banks, gpus)
+    held = owned_state = update_bytes = update_flops = sent = 0.0
+    for bank in sizes.banks:
+        owned, weights = bank.owned(gpus), bank.held(gpus) * bank.weight_bytes
+        held += weights
+        owned_state += owned * bank.state_bytes
+        update_bytes += owned * (3 * bank.weight_bytes + 2 * bank.state_bytes) / bank.every
+        update_flops += owned * bank.flops / bank.every
+        sent += 2 * (gpus - 1) / gpus * weights / bank.every
     casts = passes * sizes.matrix_elements * (FLOAT + HALF)
     link = min(machine.node_bandwidth, machine.net_bandwidth) if gpus > machine.per_node else machine.node_bandwidth
     peak, memory = machine.flops * share.flops, machine.memory_bandwidth * share.memory
@@ -265,19 +266,6 @@ def predict(stage: Stage, sizes: Sizes, machine: Machine, *, gpus: int, share: E
         network_ms=1e3 * sent / (link * share.network), network_bytes=sent,
         traffic_bytes=casts + update_bytes + 2 * passes * activations,
         weight_bytes=held, gradient_bytes=held, state_bytes=owned_state, activation_bytes=activations)
-
-
-def bank_totals(banks: Iterable[BankSize], gpus: int) -> tuple[float, float, float, float, float]:
-    """(bytes of weights held, bytes of state owned, bytes and operations of a mean step's update, bytes sent in it)."""
-    held = owned_state = update_bytes = update_flops = sent = 0.0
-    for bank in banks:
-        owned, weights = bank.owned(gpus), bank.held(gpus) * bank.weight_bytes
-        held += weights
-        owned_state += owned * bank.state_bytes
-        update_bytes += owned * (3 * bank.weight_bytes + 2 * bank.state_bytes) / bank.every
-        update_flops += owned * bank.flops / bank.every
-        sent += 2 * (gpus - 1) / gpus * weights / bank.every
-    return held, owned_state, update_bytes, update_flops, sent
 
 
 def seconds_of(stages: list[Stage], sizes: Sizes, machine: Machine, *, gpus: int, share: Efficiency) -> float:

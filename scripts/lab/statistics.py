@@ -154,10 +154,12 @@ def seeds_needed(difference: float, sd: float, *, alpha: float = 0.05, power: fl
     return fewer.start + bisect_left(fewer, True, key=reaches)
 
 
-def holm(ps: Sequence[float]) -> list[float]:
+def holm(ps: Sequence[float | None]) -> list[float | None]:
     """Holm's correction (1979) for testing all of these at once: the i-th smallest p times (m - i + 1), made monotone
-    and cut at 1, in the given order."""
-    order, corrected = np.argsort(ps), np.empty(len(ps))
-    tested = np.asarray(ps)[order] * np.arange(len(ps), 0, -1)
-    corrected[order] = np.minimum(np.maximum.accumulate(tested), 1.0)
-    return corrected.tolist()
+    and cut at 1, in the given order. None, what was not tested, stays and does not count."""
+    order = sorted((i for i, p in enumerate(ps) if p is not None), key=ps.__getitem__)
+    corrected: list[float | None] = [None] * len(ps)
+    least = 0.0
+    for rank, i in enumerate(order):
+        least = corrected[i] = min(max(least, ps[i] * (len(order) - rank)), 1.0)
+    return corrected

@@ -145,8 +145,6 @@ class Place(NamedTuple):
     """One line of a task's leaderboard: an entry, tuned with a budget, judged on fresh seeds."""
 
     entry: str
-    steps: int
-    budget: int
     trial: int
     settings: dict[str, float]
     loss: Summary
@@ -155,6 +153,7 @@ class Place(NamedTuple):
     versus: Difference | None
     """Loss minus the reference's; None for the reference itself."""
     p_holm: float | None
+    """Corrected over all comparisons of the table."""
     factor: float | None
     """Steps in which the reference reaches this loss, over the steps taken: above 1 is faster than the reference."""
 
@@ -180,6 +179,11 @@ def parse_name(experiment: str) -> tuple[str, int, int] | None:
     """(entry, steps, trial) of an experiment's name; None where it is no entry's."""
     found = NAME.match(experiment)
     return (found["entry"], int(found["steps"]), int(found["trial"])) if found else None
+
+
+def lengths(records: Sequence[dict]) -> list[int]:
+    """The numbers of steps at which anything was run."""
+    return sorted({name[1] for r in records if (name := parse_name(r["experiment"]))})
 
 
 def loss_of(record: dict[str, Any]) -> float:
@@ -211,39 +215,26 @@ def judged_winner(records: Sequence[dict], entry: str, *, steps: int, budget: in
 
 def places(records: Sequence[dict], *, steps: int, budget: int) -> list[Place]:
     """The leaderboard of one task at one length and budget, best first; entries without fresh seeds are left out."""
-    found = {}
+    curve = reference_curve(records, budget=budget)
+    reference = [loss_of(r) for r in judged_winner(records, REFERENCE, steps=steps, budget=budget)[1]]
+    rows = []
     for entry in ENTRIES:
         trial, runs = judged_winner(records, entry.name, steps=steps, budget=budget)
         if runs:
-            found[entry.name] = (trial, runs)
-    curve = reference_curve(records, budget=budget)
-    reference = [loss_of(r) for r in found[REFERENCE][1]] if REFERENCE in found else []
-    rows = []
-    for name, (trial, runs) in found.items():
-        losses = [loss_of(r) for r in runs]
-        versus = welch(losses, reference) if reference and name != REFERENCE else None
-        rows.append(Place(name, steps, budget, trial, settings_of(entry_named(name), trial), summarize(losses),
-                          sum(r["summary"]["train_seconds"] or 0.0 for r in runs) / len(runs), versus, None,
-                          steps_of_reference(curve, sum(losses) / len(losses), steps)))
-    return sorted(_corrected(rows), key=lambda place: place.loss.mean)
-
-
-def _corrected(rows: list[Place]) -> list[Place]:
-    """The same, with Holm's correction over all comparisons of the table."""
-    tested = [row for row in rows if row.versus is not None and row.versus.p is not None]
-    corrected = dict(zip((row.entry for row in tested), holm([row.versus.p for row in tested]), strict=True))
-    return [row._replace(p_holm=corrected.get(row.entry)) for row in rows]
+            losses = [loss_of(r) for r in runs]
+            versus = welch(losses, reference) if reference and entry.name != REFERENCE else None
+            rows.append(Place(entry.name, trial, settings_of(entry, trial), summarize(losses),
+                              sum(r["summary"]["train_seconds"] or 0.0 for r in runs) / len(runs), versus, None,
+                              steps_of_reference(curve, sum(losses) / len(losses), steps)))
+    corrected = holm([row.versus and row.versus.p for row in rows])
+    rows = [row._replace(p_holm=p) for row, p in zip(rows, corrected, strict=True)]
+    return sorted(rows, key=lambda place: place.loss.mean)
 
 
 def reference_curve(records: Sequence[dict], *, budget: int) -> list[tuple[int, float]]:
     """(steps, mean final loss) of the tuned reference at every length that it was judged at, each its own schedule."""
-    lengths = sorted({name[1] for r in records if (name := parse_name(r["experiment"])) and name[0] == REFERENCE})
-    curve = []
-    for steps in lengths:
-        _, runs = judged_winner(records, REFERENCE, steps=steps, budget=budget)
-        if runs:
-            curve.append((steps, summarize([loss_of(r) for r in runs]).mean))
-    return curve
+    judged_at = {steps: judged_winner(records, REFERENCE, steps=steps, budget=budget)[1] for steps in lengths(records)}
+    return [(steps, summarize([loss_of(r) for r in runs]).mean) for steps, runs in judged_at.items() if runs]
 
 
 def steps_of_reference(curve: Sequence[tuple[int, float]], loss: float, steps: int) -> float | None:
