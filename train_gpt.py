@@ -171,7 +171,7 @@ class Trainer:
         # Each machine's first rank opens the source before the others do, so that caches are built once.
         if local_rank() > 0:
             self.comm.barrier()
-        self.source = open_source(run.data, cache_dir=CACHE, seed=run.run.seed)
+        self.source = open_source(run.data, cache_dir=CACHE)
         if local_rank() == 0:
             self.comm.barrier()
         # The model, long enough for every step of the schedule; its draws come first from the seed.

@@ -84,7 +84,7 @@ def run_peer(peer: Path, seed: int) -> dict:
 
 def nats_of(run: Run, bits_per_byte: float) -> float:
     """The validation loss in nats per token that equals so many bits per byte."""
-    source = open_source(run.data, cache_dir=ROOT / ".cache", seed=0)
+    source = open_source(run.data, cache_dir=ROOT / ".cache")
     return bits_per_byte * math.log(2) * source.validation_bytes / (len(source.validation) - 1)
 
 

@@ -61,9 +61,8 @@ class Identity:
 class Data:
     """Which tokens the model sees, and on which it is judged."""
 
-    source: Literal["corpus", "shards", "text", "random"] = "corpus"
-    """corpus: what every Python brings along; shards: the speedrun's .bin files (FineWeb); text: your UTF-8 files;
-    random: uniform tokens, for timing."""
+    source: Literal["corpus", "shards", "text"] = "corpus"
+    """corpus: what every Python brings along; shards: the speedrun's .bin files (FineWeb); text: your UTF-8 files."""
     corpus: Literal["code", "prose"] = "code"
     """code: the source of Python's standard library, 11 MB; prose: Python's language reference in English, 0.5 MB."""
     tokenizer: Literal["bpe", "bytes", "gpt2"] = "bpe"
@@ -84,7 +83,7 @@ class Data:
     max_document_tokens: int = 2048
     """order=documents: longer documents are clipped to this many tokens."""
     val_tokens: int = 10_485_760
-    """shards and random: validation is the first so many tokens (the speedrun's rule)."""
+    """shards: validation is the first so many tokens (the speedrun's rule)."""
     val_bytes: int = 565_000
     """corpus and text: validation is the first so many bytes of the validation split."""
 
@@ -93,13 +92,13 @@ class Data:
         refuse(self.source in ("shards", "text") and not self.train_files,
                f"--data.source {self.source} needs --data.train_files")
         refuse(self.source == "shards" and not self.val_files, "--data.source shards needs --data.val_files")
-        refuse(self.source in ("corpus", "random") and bool(self.train_files or self.val_files),
+        refuse(self.source == "corpus" and bool(self.train_files or self.val_files),
                f"--data.source {self.source} reads no files; did you mean --data.source text or shards?")
         refuse(self.corpus != "code" and self.source != "corpus",
                f"--data.corpus {self.corpus} has no effect on --data.source {self.source}")
         refuse(self.source == "shards" and self.tokenizer != "gpt2",
                f"shards hold GPT-2 tokens: --data.tokenizer must be gpt2, got {self.tokenizer}")
-        refuse(self.order == "documents" and self.source in ("corpus", "random"),
+        refuse(self.order == "documents" and self.source == "corpus",
                "--data.order documents needs a source with document starts: shards, or text with several files")
 
 

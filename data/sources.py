@@ -1,4 +1,4 @@
-"""Where tokens come from: the embedded corpus, your own text, the speedrun's shards, or chance; one shape for all."""
+"""Where tokens come from: the embedded corpus, your own text, or the speedrun's shards; one shape for all."""
 
 import hashlib
 import sysconfig
@@ -16,8 +16,6 @@ from data.tokenizers import Tokenizer, load_tokenizer
 GPT2_VOCAB = 50_257
 GPT2_END_OF_TEXT = 50_256
 HASHED_BYTES = 2**20
-RANDOM_TRAIN_TOKENS = 2**22
-RANDOM_VAL_TOKENS = 2**20
 LEFT_OUT = frozenset({"test", "idlelib", "lib2to3", "site-packages", "dist-packages"})
 TRAIN_TENTHS = 9
 
@@ -43,13 +41,11 @@ class Source:
     """Lines that the user should read."""
 
 
-def open_source(data: Data, *, cache_dir: Path, seed: int) -> Source:
-    """The source that a config describes; `cache_dir` keeps tokenizers and encoded text, `seed` acts on random alone.
+def open_source(data: Data, *, cache_dir: Path) -> Source:
+    """The source that a config describes; `cache_dir` keeps tokenizers and encoded text.
 
     Raises ValueError for missing, damaged or ill-encoded files, and a tokenizer that cannot be had.
     """
-    if data.source == "random":
-        return _open_random(data, seed)
     if data.source == "shards":
         return _open_shards(data, cache_dir)
     if data.source == "corpus":
@@ -197,7 +193,7 @@ def _cached_tokens(path: Path, texts: list[bytes], tokenizer: Tokenizer) -> np.n
     return read_shard(path)
 
 
-# ---- Shards and chance ---------------------------------------------------------------------------
+# ---- Shards ---------------------------------------------------------------------------------------------------------------
 
 
 def _open_shards(data: Data, cache_dir: Path) -> Source:
@@ -240,18 +236,6 @@ def _fingerprint(path: Path) -> bytes:
         head = file.read(HEADER_BYTES + HASHED_BYTES)
         file.seek(max(0, size - HASHED_BYTES))
         return b"\0".join((path.name.encode(), b"%d" % size, head, file.read()))
-
-
-def _open_random(data: Data, seed: int) -> Source:
-    """Uniform tokens of GPT-2's vocabulary: nothing to learn, the right shapes for timing."""
-    generator = np.random.default_rng(seed)
-    val_tokens = min(data.val_tokens, RANDOM_VAL_TOKENS)
-    train, validation = (generator.integers(GPT2_VOCAB, size=size, dtype=np.uint16)
-                         for size in (RANDOM_TRAIN_TOKENS, val_tokens + 1))
-    note = f"validation has {val_tokens:,} random tokens, not {data.val_tokens:,}"
-    return Source(name="random tokens", train=[train], validation=validation, validation_bytes=None, tokenizer=None,
-                  vocab_size=GPT2_VOCAB, document_start=None, data_hash=_digest(train.tobytes(), validation.tobytes()),
-                  notes=(note,) if val_tokens < data.val_tokens else ())
 
 
 def _digest(*parts: bytes) -> str:

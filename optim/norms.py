@@ -36,11 +36,6 @@ class Norm(Protocol):
         """||W|| of each matrix: (K, m, n) -> (K,)."""
 
 
-def init(norm: Norm, shape: tuple[int, int, int], *, generator: torch.Generator | None = None) -> Tensor:
-    """A random point of the norm's unit sphere: the dual of a Gaussian."""
-    return norm.dual(torch.randn(shape, generator=generator))
-
-
 def _unit(G: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """G over its Euclidean norm along `dim`, safe against over- and underflow; zero stays zero."""
     G = G / G.abs().amax(dim=dim, keepdim=True).clamp_min(TINY)

@@ -169,7 +169,7 @@ def bench(args: Arguments, flags: list[str]) -> dict:
                 dtype=dtype).to(device)
     tokens = torch.randint(vocabulary(run.data), (max(1, args.tokens // context), context), device=device)
     try:
-        source = open_source(run.data, cache_dir=CACHE, seed=run.run.seed)
+        source = open_source(run.data, cache_dir=CACHE)
     except ValueError as error:
         source, notes = None, [f"no time of the data: {error}"]
     line, timed = roofline(device, dtype), (model_parts(run, model, tokens), optimizer_parts(run, model, comm),

@@ -13,22 +13,10 @@ import torch
 # Dense bfloat16 tensor-core peak in floating-point operations per second, accumulating in float32 (NVIDIA's data
 # sheets; where they quote sparse rates, half of it). None: a part whose name contains a listed one but is slower.
 PEAK_FLOPS: dict[str, float | None] = {
-    "B200": 2250e12,
-    "GH200": 989.4e12,
-    "H200": 989.4e12,
-    "H200 NVL": 835.5e12,
-    "H100": 989.4e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835.5e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A40": 149.7e12,
-    "V100": 125e12,  # float16: it has no bfloat16
-    "RTX 4090": 165.2e12,
-    "RTX 4090 D": None,
-    "RTX 4090 Laptop": None,
-    "RTX 3090": 71e12,
-    "RTX 3090 Ti": None,
+    "B200": 2250e12, "GH200": 989.4e12, "H200": 989.4e12, "H200 NVL": 835.5e12,
+    "H100": 989.4e12, "H100 PCIe": 756e12, "H100 NVL": 835.5e12,
+    "A100": 312e12, "L40S": 362e12, "A40": 149.7e12, "V100": 125e12,  # V100: float16, it has no bfloat16
+    "RTX 4090": 165.2e12, "RTX 4090 D": None, "RTX 4090 Laptop": None, "RTX 3090": 71e12, "RTX 3090 Ti": None,
 }
 RECORDED_VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TORCH", "PYTORCH", "NCCL")
 NOT_OURS = {"tests", "site-packages"}

@@ -130,10 +130,3 @@ def accelerated(points: list[Tensor], changes: list[Tensor]) -> Tensor:
     weights = torch.linalg.solve(normal + ridge * torch.eye(normal.size(-1), dtype=x.dtype, device=x.device),
                                  df.mT @ f[..., -1:])
     return (x[..., -1:] + f[..., -1:] - (dx + df) @ weights).squeeze(-1)
-
-
-def residual(W: Tensor, A: Tensor) -> Tensor:
-    """How far steps are from tangent: rms(A^T W + W^T A) / rms(A), (K,); for wide matrices of the transposes."""
-    W, A = (x.mT if W.size(-2) < W.size(-1) else x for x in (W, A))
-    H = W.mT @ A + A.mT @ W
-    return H.square().mean((-2, -1)).sqrt() / A.square().mean((-2, -1)).sqrt().clamp_min(1e-30)

@@ -87,7 +87,7 @@ def build_trained(run: Run, weights: Mapping[str, "Tensor"], *, max_tokens: int,
     """
     from model import GPT
 
-    source = open_source(run.data, cache_dir=CACHE, seed=run.run.seed)
+    source = open_source(run.data, cache_dir=CACHE)
     learned = len(weights["positions"]) if "positions" in weights else None
     if learned and max_tokens > learned:
         raise ValueError(f"{what} learned {learned} positions: a context of {max_tokens} tokens has none; "
@@ -112,7 +112,7 @@ BYTE_TOKENS = 257  # with end-of-text
 
 def vocabulary(data: Data) -> int:
     """Size of the vocabulary that a source's tokens come from."""
-    if data.source in ("shards", "random"):
+    if data.source == "shards":
         return GPT2_VOCAB
     return {"bpe": data.bpe_vocab_tokens + 1, "bytes": BYTE_TOKENS, "gpt2": GPT2_VOCAB}[data.tokenizer]
 

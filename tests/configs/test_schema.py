@@ -58,7 +58,7 @@ IMPOSSIBLE = [
     (Data, SHARDS | dict(val_files=()), "shards needs --data.val_files"),
     (Data, SHARDS | dict(tokenizer="bpe"), "must be gpt2, got bpe"),
     (Data, dict(train_files=("x.txt",)), "corpus reads no files"),
-    (Data, dict(source="random", val_files=("x.txt",)), "random reads no files"),
+    (Data, dict(source="corpus", val_files=("x.txt",)), "corpus reads no files"),
     (Data, dict(order="documents"), "document starts"),
     (Model, dict(layers=0), "layers must be at least 1, got 0"),
     (Model, dict(dim=100), "head_dim must divide dim, got 64 and 100"),

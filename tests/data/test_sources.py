@@ -23,7 +23,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def opened(folder, **changes):
-    return open_source(Data(**changes), cache_dir=folder / "cache", seed=5)
+    return open_source(Data(**changes), cache_dir=folder / "cache")
 
 
 def text(folder, **changes):
@@ -119,7 +119,7 @@ def test_mistakes_in_text_are_named(folder, changes, message):
         text(folder, **changes)
 
 
-# ---- Shards and random tokens --------------------------------------------------------------------
+# ---- Shards -------------------------------------------------------------------------------------
 
 
 def without_gpt2(monkeypatch):
@@ -184,18 +184,6 @@ def test_mistakes_in_shards_are_named(folder, monkeypatch, changes, message):
     write_shard(folder / "one.bin", np.array([5]))
     with pytest.raises(ValueError, match=message):
         shards(folder, **changes)
-
-
-def test_random_tokens_follow_the_seed(folder):
-    source = opened(folder, source="random", val_tokens=1000)
-    assert len(source.train[0]) == 2**22 and len(source.validation) == 1001
-    assert source.train[0].max() < source.vocab_size == 50_257 and source.tokenizer is None
-    assert source.data_hash == opened(folder, source="random", val_tokens=1000).data_hash
-    other = open_source(Data(source="random", val_tokens=1000), cache_dir=folder, seed=6)
-    assert source.data_hash != other.data_hash
-    capped = opened(folder, source="random")
-    assert len(capped.validation) == 2**20 + 1
-    assert capped.notes == ("validation has 1,048,576 random tokens, not 10,485,760",)
 
 
 def test_documents_are_opened_by_end_of_text(tmp_path):

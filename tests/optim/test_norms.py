@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from optim.norms import Column, FanIn, Frobenius, Row, Sign, Spectral, build_norm, init
+from optim.norms import Column, FanIn, Frobenius, Row, Sign, Spectral, build_norm
 from optim.zoo.schatten import Schatten
 
 UNITS = ("spectral", "rms_operator", "at_least_one", "match_adam")
@@ -23,6 +23,11 @@ sides = st.integers(1, 7)
 stacks = st.tuples(st.integers(1, 3), sides, sides)
 seeds = st.integers(0, 2**31)
 quick = settings(max_examples=25, deadline=None, derandomize=True)
+
+
+def init(norm, shape: tuple[int, int, int], *, generator: torch.Generator | None = None) -> Tensor:
+    """A random point of the norm's unit sphere: the dual of a Gaussian."""
+    return norm.dual(torch.randn(shape, generator=generator))
 
 
 def gaussian(shape: tuple[int, ...], seed: int) -> Tensor:

@@ -8,12 +8,19 @@ from configs.optim import Stiefel
 from optim.groups import build_rule
 from optim.newton_schulz import orthogonalize_svd
 from optim.rule import Hyper, Step
-from optim.zoo.stiefel import StiefelSet, residual, solve
+from optim.zoo.stiefel import StiefelSet, solve
 from tests.optim.oracle import FULL, one_role
 
 SHAPES = [(6, 6), (24, 6), (6, 24), (12, 8)]
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 HYPER = Hyper(*(torch.tensor(x) for x in (0.1, 0.0, 0.9, 1.0)))
+
+
+def residual(W: Tensor, A: Tensor) -> Tensor:
+    """How far steps are from tangent: rms(A^T W + W^T A) / rms(A), (K,); for wide matrices of the transposes."""
+    W, A = (x.mT if W.size(-2) < W.size(-1) else x for x in (W, A))
+    H = W.mT @ A + A.mT @ W
+    return H.square().mean((-2, -1)).sqrt() / A.square().mean((-2, -1)).sqrt().clamp_min(1e-30)
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
