@@ -53,7 +53,8 @@ def open_source(data: Data, *, cache_dir: Path, seed: int) -> Source:
     if data.source == "shards":
         return _open_shards(data, cache_dir)
     if data.source == "corpus":
-        return _open_texts(data, *split_documents([CORPORA[data.corpus]()]), cache_dir)
+        train, validation = split_text(CORPORA[data.corpus]())
+        return _open_texts(data, [train], [validation], cache_dir)
     train_texts, val_texts = (read_texts(paths) for paths in _find_both(data))
     return _open_texts(data, *((train_texts, val_texts) if data.val_files else split_documents(train_texts)), cache_dir)
 
