@@ -95,6 +95,8 @@ def _load_gpt2() -> Tokenizer:
 
 def _load_bpe(text: bytes, vocab_tokens: int, cache_dir: Path) -> Tokenizer:
     """Merges learned from `text`: fewer than asked for, where a short text has no more pairs to merge."""
+    import tiktoken
+
     if not BYTE_VALUES <= vocab_tokens < TOKEN_LIMIT:
         raise ValueError(f"a BPE has {BYTE_VALUES} tokens (the bytes) to {TOKEN_LIMIT - 1}, got {vocab_tokens}")
     key = hashlib.sha256(b"\0".join((PATTERN.encode(), str(vocab_tokens).encode(), text))).hexdigest()[:16]
@@ -103,7 +105,9 @@ def _load_bpe(text: bytes, vocab_tokens: int, cache_dir: Path) -> Tokenizer:
     if pieces is None:
         pieces = _train_pieces(text.decode(), vocab_tokens)
         _write_pieces(path, pieces)
-    return Tokenizer(f"bpe-{len(pieces)}-{key}", (*pieces, b""), _encoder(_build_encoding(pieces)))
+    ranks = {piece: rank for rank, piece in enumerate(pieces)}
+    encoding = tiktoken.Encoding("bpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+    return Tokenizer(f"bpe-{len(pieces)}-{key}", (*pieces, b""), _encoder(encoding))
 
 
 def _train_pieces(text: str, vocab_tokens: int) -> list[bytes]:
@@ -114,13 +118,6 @@ def _train_pieces(text: str, vocab_tokens: int) -> list[bytes]:
     trainer.train_from_iterator([text], vocab_size=vocab_tokens, pattern=PATTERN)
     ranks = trainer.get_mergeable_ranks()
     return [bytes(piece) for piece, _ in sorted(ranks, key=lambda item: item[1])]
-
-
-def _build_encoding(pieces: Sequence[bytes]) -> object:
-    import tiktoken
-
-    ranks = {piece: rank for rank, piece in enumerate(pieces)}
-    return tiktoken.Encoding("bpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
 
 
 def _encoder(encoding: object) -> Callable[[str], np.ndarray]:

@@ -59,7 +59,6 @@ def attend_flex(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, mask: Mask, scal
 
 def varlen_mask(tokens: int, window: int | None, document_BT: Tensor, device: torch.device) -> tuple[Tensor, int]:
     """Documents as boundaries in the packed stream of N tokens, and the window to the left: for `varlen_attn`."""
-    del device
     first = F.pad(document_BT[:, 1:] != document_BT[:, :-1], (1, 0), value=True).reshape(-1)
     return F.pad(first.nonzero()[:, 0], (0, 1), value=first.numel()).int(), (window or tokens) - 1
 

@@ -38,8 +38,7 @@ class Adam(Rule):
         exact = param.device.type == "cpu" and param.dtype == grad.dtype == mean.dtype == torch.float32
         plain = step.decay in ("none", "decoupled") and step.shape is None
         if not (exact and plain and (step.constraint is None or step.constraint.plain)):
-            step.apply(param, self.direction(param, grad, state, hyper), state, hyper)
-            return
+            return super().update(param, grad, state, hyper, step=step)
         # PyTorch counts the step before it updates, hence count - 1.
         adamw([param], [grad], [mean], [square], [], [hyper.count - 1], fused=True, amsgrad=False, maximize=False,
               beta1=config.beta1, beta2=config.beta2, eps=config.eps, lr=hyper.lr.item(),

@@ -6,32 +6,24 @@ Started by torchrun: NCCL between GPUs, gloo between CPUs; ranks and addresses c
 import os
 from dataclasses import dataclass
 from functools import partialmethod
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-class Work(Protocol):
-    """A collective in flight."""
+class Work:
+    """A collective in flight, with the one verb of PyTorch's own; this one has ended."""
 
     def wait(self) -> object:
-        """Block (or order the stream) until the result is there."""
+        """Block (or order the stream) until the result is there: here not at all."""
 
 
-class Done:
-    """Nothing to wait for."""
-
-    def wait(self) -> None:
-        """Return at once."""
-
-
-DONE = Done()
+DONE = Work()
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
+class _Rows(Work):
     """Rows on their way to be added to `result`, by the rank that they come from: that order is the sum's on every run."""
 
     works: list[Work]

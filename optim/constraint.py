@@ -25,26 +25,20 @@ class Constraint:
 
     plain: ClassVar[bool] = True
     """Whether a step is W - lr D and then `retract`, so that a rule may subtract in its own kernel."""
+    scope: ClassVar[Scope] = "matrix"
+    """How finely a tensor may be cut and each part moved alone."""
 
     @classmethod
     def build(cls, config: RuleConfig) -> "Constraint":
         """The set that a rule's configuration describes."""
-        del config
         return cls()
-
-    @property
-    def scope(self) -> Scope:
-        """How finely a tensor may be cut and each part moved alone."""
-        return "matrix"
 
     def along(self, axis: int) -> "Constraint":
         """The same set for tensors whose model dimension is `axis`, -1 or -2."""
-        del axis
         return self
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
         """State that the set needs of the first weights; its names begin with `step_`."""
-        del param
         return {}
 
     def project_start(self, weights: Tensor) -> None:
@@ -52,7 +46,6 @@ class Constraint:
 
     def project_gradient(self, weights: Tensor, grad: Tensor, state: dict[str, Tensor]) -> Tensor:
         """The gradient as the rule gets it; averages in `state` may be moved to the present weights, in place."""
-        del weights, state
         return grad
 
     def move(self, weights: Tensor, direction: Tensor, lr: Tensor, state: dict[str, Tensor]) -> None:

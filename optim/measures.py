@@ -37,7 +37,7 @@ class StepMeasures:
         for bank, before in self._before:
             of_bank = moments_of(bank.group.rule.norm, as_matrices(before), bank.matrices)
             once = bank.sharded or self._comm.rank == 0
-            moments.setdefault(bank.group.role, []).append(of_bank if once else of_bank.without_sums())
+            moments.setdefault(bank.group.role, []).append(of_bank if once else of_bank._replace(moved=0, old=0, new=0))
         groups = {bank.group.role: bank.group for bank, _ in self._before}
         self._before = []
         return {role: {"lr": groups[role].config.lr * values.lr} | summarise(parts, groups[role], self._comm)
@@ -61,10 +61,6 @@ class Moments(NamedTuple):
     old: float
     new: float
     size: float
-
-    def without_sums(self) -> "Moments":
-        """For a stack that another rank counts already."""
-        return Moments(0, 0, 0, self.size)
 
 
 def moments_of(norm: Norm, before_Kmn: Tensor, after_Kmn: Tensor) -> Moments:

@@ -168,7 +168,7 @@ def hash_bits(bits: Tensor, count: Tensor) -> Tensor:
 
 
 class Rule:
-    """The base of all rules: a new one defines `init_state` and `direction`, and overrides the rest where it must.
+    """The base of all rules: a new one defines `direction`, and overrides the rest where it must.
 
     A rule is pure mathematics on stacked tensors. It knows no process group, no parameter's name, no schedule.
     """
@@ -187,8 +187,8 @@ class Rule:
         return self.norm.scope
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
-        """The first state for the weights `param`, of its dtype unless more is needed."""
-        raise NotImplementedError
+        """The first state for the weights `param`, of its dtype unless more is needed; here none."""
+        return {}
 
     def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
         """The direction D of the step W <- W - lr D, a new tensor of `grad`'s shape; updates `state` in place."""

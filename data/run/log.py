@@ -138,9 +138,7 @@ class Log:
             return
         self.bar.close()
         progress, run = self.progress, self.run
-        achieved = ("val_loss_nats", "val_bits_per_byte", "best_val_loss_nats", "tokens", "train_seconds", "target_step",
-                    "target_seconds")
-        summary = {name: getattr(progress, name) for name in achieved} | {
+        summary = {name: getattr(progress, name) for name in SUMMARY_KEYS if hasattr(progress, name)} | {
             "steps": progress.step, "target_loss_nats": run.run.target_loss_nats, "seed": run.run.seed,
             "config_hash": config_hash(run), "code_hash": self._code_hash, "wall_seconds": wall_seconds,
             "peak_memory_bytes": environment.peak_memory_bytes(self._device), "parameters": parameters,

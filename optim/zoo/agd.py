@@ -20,10 +20,6 @@ class AGD(Rule):
     config: configs.AGD
     norm = Frobenius()
 
-    def init_state(self, param: Tensor) -> dict[str, Tensor]:
-        """None."""
-        return {}
-
     def init_shared(self) -> dict[str, Tensor]:
         """eta / L of this step."""
         return {"length": torch.zeros(())}

@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 import configs.optim as configs
-from optim.norms import Sign
+from optim.norms import TINY, Sign
 from optim.rule import Hyper, Rule, Step, zeros_like_bank
 
-TINY = torch.finfo(torch.float32).tiny
 LARGE = 1e37  # sums beyond it are not to be trusted in float32
 
 

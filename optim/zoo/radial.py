@@ -51,14 +51,10 @@ class Shape:
     def __call__(self, weights: Tensor, direction: Tensor) -> Tensor:
         """The direction to be subtracted: itself where both are off, else a new tensor."""
         if self.radial_brake:
-            direction = self._brake(weights, direction)
-        return self._raise(weights, direction) if self.row_floor else direction
-
-    def _brake(self, weights: Tensor, direction: Tensor) -> Tensor:
-        radius = weights / length(weights, (-2, -1)).clamp_min(TINY)
-        outward = (direction * radius).sum(dim=(-2, -1), keepdim=True).clamp_max(0)
-        return direction - self.radial_brake * outward * radius
-
-    def _raise(self, weights: Tensor, direction: Tensor) -> Tensor:
-        least, have = self.row_floor * length(weights, -1), length(direction, -1)
-        return torch.where(have < least, direction / have.clamp_min(TINY) * least, direction)
+            radius = weights / length(weights, (-2, -1)).clamp_min(TINY)
+            outward = (direction * radius).sum(dim=(-2, -1), keepdim=True).clamp_max(0)
+            direction = direction - self.radial_brake * outward * radius
+        if self.row_floor:
+            least, have = self.row_floor * length(weights, -1), length(direction, -1)
+            direction = torch.where(have < least, direction / have.clamp_min(TINY) * least, direction)
+        return direction

@@ -5,10 +5,8 @@ from torch import Tensor
 
 import configs.optim as configs
 from optim.muon import average_gradient, init_average
-from optim.norms import Sign
+from optim.norms import TINY, Sign
 from optim.rule import Hyper, Rule
-
-TINY = torch.finfo(torch.float32).tiny
 
 
 class SM3(Rule):

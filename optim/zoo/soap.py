@@ -1,6 +1,5 @@
 """SOAP: Adam in the eigenbasis of Shampoo's Gram matrices; and its momentum stepped to a norm's dual (SOAP-Muon)."""
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -12,44 +11,41 @@ from optim.norms import Spectral
 from optim.rule import Hyper, Rule, absorb_square, zeros_like_bank
 from optim.zoo.shampoo import absorb_grams, eigenbasis, init_grams, turn_basis
 
+# ---- Orthonormal bases Q_L and Q_R of the rows' and the columns' space, learned from the gradients' Gram matrices ---------
 
-@dataclass(frozen=True, slots=True)
-class Basis:
-    """Orthonormal bases Q_L and Q_R of the rows' and the columns' space, learned from the gradients' Gram matrices.
 
-    By eigh at the first gradient, then by one orthogonal iteration every `every` updates (Vyas et al. 2024,
-    arXiv 2409.11321, algorithm 4).
-    """
+def init_bases(param: Tensor) -> dict[str, Tensor]:
+    """The second moment in the bases, Gram matrices, and bases that stand for the identity until there is a gradient: all
+    float32."""
+    grams = init_grams(param, "both")
+    bases = {key.replace("gram", "basis"): torch.eye(gram.size(-1), device=gram.device).repeat(gram.size(0), 1, 1)
+             for key, gram in grams.items()}
+    return {"square": torch.zeros_like(param, dtype=torch.float32)} | grams | bases
 
-    beta: float
-    every: int
 
-    def init_state(self, param: Tensor) -> dict[str, Tensor]:
-        """Gram matrices, and bases that stand for the identity until there is a gradient."""
-        grams = init_grams(param, "both")
-        return grams | {f"basis_{key.removeprefix('gram_')}": torch.eye(gram.size(-1), device=gram.device).repeat(
-            gram.size(0), 1, 1) for key, gram in grams.items()}
+def enter_bases(G: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """Q_L^T G Q_R."""
+    return state["basis_left"].mT @ G.float() @ state["basis_right"]
 
-    def enter(self, G: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """Q_L^T G Q_R."""
-        return state["basis_left"].mT @ G.float() @ state["basis_right"]
 
-    def leave(self, P: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """Q_L P Q_R^T."""
-        return state["basis_left"] @ P @ state["basis_right"].mT
+def leave_bases(P: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """Q_L P Q_R^T."""
+    return state["basis_left"] @ P @ state["basis_right"].mT
 
-    def learn(self, grad: Tensor, state: dict[str, Tensor], hyper: Hyper, *, kept: tuple[str, ...]) -> None:
-        """Take the gradient in and turn the bases; state tensors `kept` in the bases follow the order of the axes."""
-        absorb_grams(grad, state, self.beta)
-        count = int(hyper.count)
-        if count == 1:
-            for side in ("left", "right"):
-                state[f"basis_{side}"].copy_(eigenbasis(state[f"gram_{side}"]))
-        elif (count - 1) % self.every == 0:
-            for side, dim in (("left", -2), ("right", -1)):
-                order = turn_basis(state[f"gram_{side}"], state[f"basis_{side}"]).unsqueeze(-1 if dim == -2 else -2)
-                for key in kept:
-                    state[key].copy_(state[key].gather(dim, order.expand_as(state[key])))
+
+def learn_bases(grad: Tensor, state: dict[str, Tensor], hyper: Hyper, config: configs.SOAP | configs.SOAPMuon) -> None:
+    """Take the gradient in and turn the bases; the second moment follows the order of the axes. By eigh at the first
+    gradient, then by one orthogonal iteration every `every_steps` updates (Vyas et al. 2024, arXiv 2409.11321,
+    algorithm 4)."""
+    absorb_grams(grad, state, config.gram_beta)
+    count, square = int(hyper.count), state["square"]
+    if count == 1:
+        for side in ("left", "right"):
+            state[f"basis_{side}"].copy_(eigenbasis(state[f"gram_{side}"]))
+    elif (count - 1) % config.every_steps == 0:
+        for side, dim in (("left", -2), ("right", -1)):
+            order = turn_basis(state[f"gram_{side}"], state[f"basis_{side}"]).unsqueeze(-1 if dim == -2 else -2)
+            square.copy_(square.gather(dim, order.expand_as(square)))
 
 
 class SOAP(Rule):
@@ -64,14 +60,9 @@ class SOAP(Rule):
     norm = Spectral()
     compiles: ClassVar[bool] = False
 
-    def __init__(self, config: configs.SOAP) -> None:
-        super().__init__(config)
-        self.basis = Basis(config.gram_beta, config.every_steps)
-
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
         """Mean, second moment in the bases (float32), Gram matrices and bases."""
-        return {"mean": zeros_like_bank(param), "square": torch.zeros_like(param, dtype=torch.float32)
-                } | self.basis.init_state(param)
+        return {"mean": zeros_like_bank(param)} | init_bases(param)
 
     def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
         """The step in the weights' axes: float32 (K, m, n)."""
@@ -80,11 +71,11 @@ class SOAP(Rule):
         if int(steps):
             mean = state["mean"]
             mean.lerp_(grad.to(mean.dtype), 1 - self.config.beta1)
-            absorb_square(state["square"], self.basis.enter(grad, state), self.config.beta2)
+            absorb_square(state["square"], enter_bases(grad, state), self.config.beta2)
             root = (state["square"] / (1 - self.config.beta2**steps)).sqrt_().add_(self.config.eps)
-            step = self.basis.leave(self.basis.enter(mean, state) / root.clamp_min_(1e-30), state)
+            step = leave_bases(enter_bases(mean, state) / root.clamp_min_(1e-30), state)
             step = step / (1 - self.config.beta1**steps)
-        self.basis.learn(grad, state, hyper, kept=("square",))
+        learn_bases(grad, state, hyper, self.config)
         return step
 
 
@@ -98,22 +89,17 @@ class SOAPMuon(Muon):
     config: configs.SOAPMuon
     compiles: ClassVar[bool] = False
 
-    def __init__(self, config: configs.SOAPMuon) -> None:
-        super().__init__(config)
-        self.basis = Basis(config.gram_beta, config.every_steps)
-
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
         """The averages, the second moment in the bases (float32), Gram matrices and bases."""
-        return super().init_state(param) | {"square": torch.zeros_like(param, dtype=torch.float32)
-                                                  } | self.basis.init_state(param)
+        return super().init_state(param) | init_bases(param)
 
     def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
         """The dual of the preconditioned average: float32 (K, m, n)."""
         average = average_gradient(grad.float(), state, self.config, hyper.momentum).float()
         if int(hyper.count) > 1:
-            inner = self.basis.enter(average, state)
+            inner = enter_bases(average, state)
             absorb_square(state["square"], inner, self.config.beta2)
-            average = self.basis.leave(inner / state["square"].sqrt().add_(self.config.eps).clamp_min_(1e-30), state)
+            average = leave_bases(inner / state["square"].sqrt().add_(self.config.eps).clamp_min_(1e-30), state)
         step = self.dual(average)
-        self.basis.learn(grad, state, hyper, kept=("square",))
+        learn_bases(grad, state, hyper, self.config)
         return step

@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 import configs.optim as configs
-from optim.norms import Frobenius, Spectral
+from optim.norms import TINY, Frobenius, Spectral
 from optim.rule import Hyper, Rule
 
-TINY = torch.finfo(torch.float32).tiny
 FLAT = 1e-5  # a row that varies less than this, relative to its largest entry, is constant up to rounding
 
 
@@ -20,10 +19,6 @@ class SWAN(Rule):
 
     config: configs.SWAN
     norm = Spectral()
-
-    def init_state(self, param: Tensor) -> dict[str, Tensor]:
-        """None."""
-        return {}
 
     def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
         """sqrt(m n) P / ||P||_F, zero where all rows of G are constant: float32 (K, m, n)."""
