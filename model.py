@@ -239,7 +239,7 @@ class Attention(nn.Module):
         q, k, v = (project(read_BTC).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
         if self.mix_value is not None:
             v = self.mix_value(v, inputs.value_embed, x_BTC)
-        # Norms and positions. The norm comes first: a rotation keeps lengths, gains after it would break relative positions.
+        # Norms and positions. The norm comes first: a rotation keeps lengths, gains of single dimensions after it would break relative positions.
         if self.norm_qk is not None:
             q, k = self.norm_qk(q), self.norm_qk(k)
         if self.paired:  # two heads as one sequence of twice the length, (B, 2T, H/2, D), until they are unpaired
@@ -491,7 +491,7 @@ class GPT(nn.Module):
         x_BTC, ngrams_BTC = self.embed_tokens(tokens_BT, starts_BT)
         inputs = LayerInputs(starts=starts_BT, x0=x_BTC, ngrams=ngrams_BTC)
 
-        # Blocks: each reads the stream and adds to it. `history` is the stream before the first block and after each.
+        # Blocks: each reads the stream and adds to it. `history`, for `streams`: before the first block and after each.
         history = [x_BTC]
         for i, block in enumerate(self.blocks):
             embed_BTC = None

@@ -143,11 +143,12 @@ class Averaged(RuleConfig):
     """Rules that step along an average of the gradients."""
 
     momentum: float = 0.95
-    """Coefficient of the gradient average, unless scheduled."""
+    """Coefficient of the gradient average; `--schedule.momentum`, where it is set, replaces it."""
     averaging: Literal["ema", "heavy_ball", "none"] = technique("ema", name="momentum", off="none")
     """m <- mu m + (1 - mu) g, m <- mu m + g, or m <- g."""
     nesterov: bool = technique(True, off=False, needs={"optim.matrix.averaging": "ema"})
-    """Step along the average's next value as the present gradient foresees it."""
+    """Step along the average's next value as the present gradient foresees it (train.lookahead, which moves the weights, is
+    another thing)."""
     averages: int = 1
     """Step along the mean of so many running averages, their ages 1 / (1 - mu) log-spaced; averaging ema alone."""
     momentum_fast: float = 0.5

@@ -40,7 +40,8 @@ class Identity:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for the model and the orthogonalization; auto: on for CUDA alone."""
     resume: bool = False
-    """Continue runs/<name> from its checkpoint."""
+    """Continue runs/<name> from its checkpoint, with the same settings but those of run (seed apart), log and
+    train.micro_tokens."""
     target_loss_nats: float | None = None
     """Validation loss whose first crossing is recorded (step and training seconds)."""
     stop_at_target: bool = False
@@ -114,7 +115,7 @@ class Schedule:
     weight_decay: Curve = "1"
     """Multiplies every group's weight decay, beside the lr that it is coupled to."""
     momentum: Curve | None = technique(None, name="momentum_curve", off=None, needs={"optim.matrix.averaging": "ema"})
-    """Momentum of the groups whose rule has one; None: each group's own."""
+    """Momentum of the groups whose rule has one, in place of optim.ROLE.momentum; None: each group's own."""
     batch_tokens: Curve = technique("1", name="batch_growth", off="1")
     """Multiplies train.batch_tokens; rounded to whole sequences."""
     sequence_tokens: Curve = technique("1", name="sequence_growth", off="1")

@@ -14,7 +14,7 @@ class Values(NamedTuple):
     weight_decay: float
     """Multiplies each group's weight decay."""
     momentum: float | None
-    """Momentum of the steepest groups; None: each group's own."""
+    """Momentum of every group whose rule has one, in place of its own; None: each group's own."""
     batch_tokens: int
     """Tokens of the step, over all ranks: a multiple of sequence_tokens."""
     sequence_tokens: int

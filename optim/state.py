@@ -18,8 +18,10 @@ class OptimizerState:
         self._banks, self._shared, self._comm, self._also_restored = banks, shared, comm, list(also_restored)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights and state of every parameter as whole CPU tensors, `weights/NAME` and `NAME`-keyed state: independent
-        of the world size; `pending/NAME` is the sum over ranks of gradients that add up. A collective.
+        """Weights and state of every parameter as whole CPU tensors, independent of the world size. A collective.
+
+        `weights/NAME`; `STATE/NAME` for each state of the rule (`momentum/...`, `mean/...`) and of the step; `pending/NAME`,
+        the sum over ranks of gradients that add up; `shared/ROLE/KEY` for numbers that a role shares.
         """
         tensors = {f"shared/{role}/{key}": tensor.reshape(1).clone().cpu()
                  for role, numbers in self._shared.items() for key, tensor in numbers.items()}

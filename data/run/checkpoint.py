@@ -1,5 +1,8 @@
 """Checkpoints: one safetensors file of tensors and JSON, complete or absent, and never silently wrong. No pickle.
 
+Tensors are the optimizer's (optim/state.py: weights/NAME, STATE/NAME, ...) and the generator's, rng/torch; `meta` holds
+progress, the configuration by dotted names, and data_hash. The world size is not among them: any will do.
+
 The safetensors header carries one entry of ours: format version, checksum and the JSON `meta`. The checksum is a CRC-32
 over meta and every tensor's name, type, shape and bytes (about 1 GB/s), so that a flipped bit is found at loading.
 """
