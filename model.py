@@ -239,7 +239,8 @@ class Attention(nn.Module):
         q, k, v = (project(read_BTC).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
         if self.mix_value is not None:
             v = self.mix_value(v, inputs.value_embed, x_BTC)
-        # Norms and positions. The norm comes first: a rotation keeps lengths, gains of single dimensions after it would break relative positions.
+        # Norms and positions. The norm comes first: a rotation keeps lengths, and gains of single dimensions after it would
+        # break relative positions.
         if self.norm_qk is not None:
             q, k = self.norm_qk(q), self.norm_qk(k)
         if self.paired:  # two heads as one sequence of twice the length, (B, 2T, H/2, D), until they are unpaired

@@ -89,7 +89,7 @@ def refuse_without_needs(config: Any, section: str) -> None:
 # `0=0 250=1 cos 100%=0.1` is the linear warm-up and cosine decay of nanoGPT. A plain number is a constant.
 
 Approach = Literal["line", "cos", "hold"]
-GRAMMAR = "knots are POSITION=VALUE between spaces, POSITION a step, a percentage or -steps from the end: '0=1 40%=1 cos 100%=0.1'"
+GRAMMAR = "knots are POSITION=VALUE, a space between them; POSITION is a step, N% or -steps: '0=1 40%=1 cos 100%=0.1'"
 
 
 @dataclass(frozen=True, slots=True)
