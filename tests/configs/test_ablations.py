@@ -81,9 +81,8 @@ def changed(run, other):
     return {name for name in one.keys() & two.keys() if one[name] != two[name]}
 
 
-# Those that switch the same techniques as another are left out.
-KINDS = sorted(set(PRESETS) - {"speedrun_1gpu", "speedrun_consumer", "tiny_adamw", "bytes_adamw", "track3_adamw",
-                               "bench_cpu", "bench_cpu_prose", "bench_gpu"})
+# Between them they switch all techniques that presets do.
+KINDS = ("tiny", "track3", "ngpt_bytes", "gpt_paper", "speedrun_cpu")
 
 
 @pytest.mark.parametrize("preset", [*KINDS, "everything"])

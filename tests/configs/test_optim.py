@@ -72,9 +72,10 @@ def test_each_rule_has_its_own_fields_alone():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_every_field_of_a_rule_is_read_by_it(rule):
-    """By its class, those that it is built from, or the averages of optim/muon.py; momentum comes from the schedule."""
+    """By its file, the classes that it is built from, or the averages of optim/muon.py; momentum comes from the schedule."""
     classes = load(groups.RULES[rule]).__mro__[:-1] + ((adam.Adam,) if rule == "muown" else ())
-    source = "".join(map(inspect.getsource, (*classes, muon.average_gradient, muon.mean_of_averages, muon.init_average)))
+    averages = (muon.average_gradient, muon.mean_of_averages, muon.init_average)
+    source = "".join(map(inspect.getsource, (*classes, inspect.getmodule(classes[0]), *averages)))
     assert [name for name in OWN[rule] - {"momentum"} if f"config.{name}" not in source] == []
 
 

@@ -18,9 +18,10 @@ def line(name: str, loss: float, seed: int) -> str:
                        "summary": {"val_loss_nats": loss, "seed": seed}, "validations": []})
 
 
-@pytest.mark.parametrize("file", RECORDS, ids=lambda path: path.stem)
-def test_our_own_records_hold_together(file):
-    assert main(Verify(files=(file,))) == 0
+@pytest.mark.skipif(not RECORDS, reason="no records yet")
+def test_our_own_records_hold_together():
+    """The smallest file; CONTRIBUTING's command verifies all."""
+    assert main(Verify(files=(min(RECORDS, key=lambda file: file.stat().st_size),))) == 0
 
 
 @pytest.mark.skipif(not RECORDS, reason="no records yet")
