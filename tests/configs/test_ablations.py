@@ -82,7 +82,7 @@ def changed(run, other):
 
 
 # Between them they switch all techniques that presets do.
-KINDS = ("tiny", "track3", "ngpt_bytes", "gpt_paper", "speedrun_cpu")
+KINDS = ("tiny", "track3", "ngpt_bytes", "speedrun_cpu")
 
 
 @pytest.mark.parametrize("preset", [*KINDS, "everything"])
