@@ -182,7 +182,7 @@ def rotation(positions_T: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
 
 
-def attends_far(config: Model, layer: int) -> bool:
+def has_long_window(config: Model, layer: int) -> bool:
     """Whether a layer has no sliding window, or the long one."""
     return config.window_tokens is None or layer in config.full_attention_layers
 
@@ -217,7 +217,7 @@ class Attention(nn.Module):
         self.q, self.k, self.v = (Linear(config.dim, config.dim, config=config) for _ in range(3))
         self.out = Linear(config.dim, config.dim, config=config, zero=True, axis=-2)
         self.head_dim, self.attend = config.head_dim, attend
-        on_sphere, far = config.geometry == "sphere", attends_far(config, layer)
+        on_sphere, far = config.geometry == "sphere", has_long_window(config, layer)
         # On the sphere queries and keys are unit vectors: scores need sqrt(D) to have variance 1, not 1 / sqrt(D).
         self.scale = config.attention_scale or config.head_dim ** (0.5 if on_sphere else -0.5)
         self.norm_qk = SphereQK(config) if on_sphere else rms_norm if config.qk_norm else None
@@ -516,7 +516,7 @@ class GPT(nn.Module):
     def windows(self, window: int | None, long_window: int | None) -> list[int | None]:
         """Each layer's sliding window, of the configured ones where none is given; None: it sees everything."""
         window, long_window = window or self.config.window_tokens, long_window or self.config.long_window_tokens
-        return [long_window if window is not None and attends_far(self.config, i) else window
+        return [long_window if window is not None and has_long_window(self.config, i) else window
                 for i in range(self.config.layers)]
 
     def masks(self, tokens_BT: Tensor, starts_BT: Tensor | None, windows: list[int | None]) -> list[Mask]:
@@ -740,7 +740,7 @@ class DynamicHeads(nn.Module):
         q, k, v = (in_blocks(x.float(), w) for x in qkv_BTHD)  # (B, N, w, H, D)
         read, write = F.linear(x_BTC, self.weight.to(x_BTC.dtype)).float().chunk(2, dim=-1)
         scores_BNHts = torch.einsum("bnthd,bnshd->bnhts", q, with_previous(k)) * scale
-        attention = scores_BNHts.masked_fill(~near_mask(T, w, starts_BT, q.device), -torch.inf).softmax(-1)
+        attention = scores_BNHts.masked_fill(~local_mask(T, w, starts_BT, q.device), -torch.inf).softmax(-1)
         mixed = torch.einsum("bnth,bnhts->bnts", in_blocks(rms_norm(1 + read), w), attention)
         y = torch.einsum("bnts,bnshd->bnthd", mixed, with_previous(v)).flatten(1, 2)[:, :T]
         return (y * write[..., None]).type_as(qkv_BTHD[2])
@@ -757,7 +757,7 @@ def with_previous(x_BNw: Tensor) -> Tensor:
     return torch.cat((torch.cat((torch.zeros_like(x_BNw[:, :1]), x_BNw[:, :-1]), dim=1), x_BNw), dim=2)
 
 
-def near_mask(tokens: int, window: int, starts_BT: Tensor | None, device: torch.device) -> Tensor:
+def local_mask(tokens: int, window: int, starts_BT: Tensor | None, device: torch.device) -> Tensor:
     """True where a block's query i sees key j of its own block or the one before: i - window < j <= i, j >= 0, same
     document. (B or 1, N, 1, w, 2w)."""
     i = in_blocks(torch.arange(-(-tokens // window) * window, device=device)[None], window)[..., None]

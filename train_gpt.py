@@ -29,13 +29,13 @@ from configs.serialize import config_to_dict, flatten
 from data.batches import Batches, micro_batches
 from data.evaluate import Score, evaluate, sample_text
 from data.orders import Position
-from data.run.checkpoint import load_checkpoint, match_tensors, refuse_other_run, save_checkpoint
+from data.run.checkpoint import check_same_run, load_checkpoint, match_tensors, save_checkpoint
 from data.run.clock import Clock, Interruption
-from data.run.diagnostics import Measures, feature_measures, in_row, weight_measures
+from data.run.diagnostics import Metrics, activation_metrics, in_row, weight_metrics
 from data.run.environment import choose_device, device_name
 from data.run.folder import open_run_folder
 from data.run.log import Log, Progress
-from data.run.metrics import EQUILIBRIUM, measure_name
+from data.run.metrics import EQUILIBRIUM, metric_name
 from data.run.plan import format_groups, format_plan, format_schedule
 from data.sources import open_source
 from data.tokenizers import prefix_tokens
@@ -43,7 +43,7 @@ from model import GPT, AuxLossWeights
 from optim.comm import Comm, local_rank
 from optim.groups import build_groups
 from optim.hooks import build_hooks
-from optim.measures import StepMeasures, equilibrium_angle
+from optim.metrics import StepMetrics, equilibrium_angle
 from optim.schedule import Schedule, Values
 from optim.sharded import NonFiniteError, ShardedOptimizer
 
@@ -116,25 +116,25 @@ def train(trainer: "Trainer", log: Log) -> bool:
             loss = trainer.comm.sum(nats.item())[0] / values.batch_tokens  # waits for the device
             progress.train_seconds = clock.seconds
             log.training(loss, flops_per_token=trainer.model.flops_per_token(values.sequence_tokens, **values.windows))
-            refuse_non_finite(loss, step)
+            check_finite(loss, step)
         if measures:
             with clock.paused():
-                log.write(trainer.layer_measures())
+                log.write(trainer.layer_metrics())
         if validates:
             with clock.paused():
                 score = trainer.validate()
-                progress.note_score(score, run.run.target_loss_nats)
+                progress.record_score(score, run.run.target_loss_nats)
                 log.validation(score, trainer.measures.of_roles(trainer.last_values()) if run.log.diagnostics else {})
-                refuse_non_finite(score.nats_per_token, step)
+                check_finite(score.nats_per_token, step)
         # A checkpoint; after a signal too, on which all ranks must agree, because all of them save.
         saves = progress.is_finished(run) or is_due(step, run.run.checkpoint_every_steps)
         polls = is_due(step, poll_steps)
         if polls or saves:
-            trainer.optimizer.refuse_non_finite()
+            trainer.optimizer.check_finite()
         interrupted = polls and trainer.comm.max(float(interruption.received))[0] > 0
         if saves or interrupted:
             with clock.paused():
-                refuse_non_finite(trainer.comm.sum(nats.item())[0], step)
+                check_finite(trainer.comm.sum(nats.item())[0], step)
                 progress.train_seconds, progress.metrics_bytes = clock.seconds, log.metrics_bytes()
                 trainer.save(log.folder / CHECKPOINT)
     batches.close()
@@ -152,7 +152,7 @@ def is_validation_step(train: Train, step: int) -> bool:
     return step == train.steps or is_due(step, train.final_val_every_steps if late else train.val_every_steps)
 
 
-def refuse_non_finite(loss: float, step: int) -> None:
+def check_finite(loss: float, step: int) -> None:
     """Raise NonFiniteError where the loss is NaN or infinite."""
     if not math.isfinite(loss):
         raise NonFiniteError(f"loss is {loss} at step {step}")
@@ -190,7 +190,7 @@ class Trainer:
         groups = build_groups(dict(self.model.named_parameters()), self.model.roles(), run.optim, self.model.axes())
         self.group_table = format_groups(groups)
         self.optimizer = ShardedOptimizer(groups, self.comm, compile_updates=self.compiled, hooks=build_hooks(run))
-        self.measures = StepMeasures(self.comm)
+        self.measures = StepMetrics(self.comm)
         if self.compiled:
             self.model.compile(dynamic=False)
 
@@ -259,21 +259,21 @@ class Trainer:
         """What held at the last step; before the first, what will hold there."""
         return self.schedule.values(max(0, self.progress.step - 1))
 
-    def layer_measures(self) -> Measures:
+    def layer_metrics(self) -> Metrics:
         """How the last step turned each hidden matrix; on rank 0 also features, spectra and factors of every layer, on the
         validation text's first tokens, and the angles that groups should turn by. A collective."""
         values, turns = self.last_values(), self.measures.turns("matrix")
         if self.comm.rank > 0:
             return {}
-        measures = weight_measures(self.model)
+        measures = weight_metrics(self.model)
         for name, of_matrix in turns.items():
             measures |= in_row(name, of_matrix)
         groups = {bank.group.role: bank.group for bank in self.optimizer.banks}
-        measures |= {measure_name(role, EQUILIBRIUM): angle for role, group in groups.items()
+        measures |= {metric_name(role, EQUILIBRIUM): angle for role, group in groups.items()
                      if (angle := equilibrium_angle(group, values)) is not None}
         count = min(values.sequence_tokens, LAYER_TOKENS)
         tokens = torch.from_numpy(self.source.validation[:count].astype("int64")).to(self.device)[None]
-        return measures | feature_measures(self.model, tokens, **values.windows)
+        return measures | activation_metrics(self.model, tokens, **values.windows)
 
     def sample(self) -> tuple[str, str] | None:
         """Text: a prompt and what the model makes of it; None on other ranks than 0, and if it is not asked for."""
@@ -300,7 +300,7 @@ class Trainer:
         tensors, meta = load_checkpoint(path)
         # Everything is compared before anything is changed.
         match_tensors(self.optimizer.state.shapes() | {RNG: tuple(torch.get_rng_state().shape)}, tensors, what=str(path))
-        refuse_other_run(meta, self.run, self.source.data_hash, path)
+        check_same_run(meta, self.run, self.source.data_hash, path)
         self.optimizer.state.load(tensors)
         torch.set_rng_state(tensors[RNG])
         self.progress = Progress(**meta["progress"])

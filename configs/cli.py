@@ -32,7 +32,7 @@ def parse(argv: Sequence[str]) -> Run:
         fail(f"unknown preset {name!r}{nearest(name, list(PRESETS))}")
     try:
         run, flags = choose_rules(PRESETS[name](), flags)
-        refuse_unknown_flags(run, flags)
+        check_flags(run, flags)
         return tyro.cli(Run, default=run, args=flags, prog=f"{PROGRAM} {name}", use_underscores=True,
                         description=f"{preset_title(name)} Presets: {', '.join(PRESETS)}.")
     except ValueError as error:
@@ -90,7 +90,7 @@ def choose_rules(run: Run, flags: Sequence[str]) -> tuple[Run, list[str]]:
     return run, rest
 
 
-def refuse_unknown_flags(run: Run, flags: Sequence[str]) -> None:
+def check_flags(run: Run, flags: Sequence[str]) -> None:
     """Raise ValueError for a flag of an optimizer that the role's rule does not have, naming the nearest one and the rules
     that have it; and for a preset given as a flag."""
     known = flatten(config_to_dict(run))

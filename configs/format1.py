@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from configs.notation import refuse, refuse_unknown
+from configs.notation import check_field_names, raise_if
 from configs.optim import RULES, Extra, Graft, RuleConfig
 
 MATRIX_RULES = ("normuon", "muon2", "muown", "soap_muon")  # whose norm was the spectral one, in a unit
@@ -47,7 +47,7 @@ def normal(name: str, value: Any) -> Any:
 
 def settings_off_default(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a configuration, by dotted name, that are off their default. Raises ValueError for an unknown one."""
-    refuse_unknown(known_names(), flat, "the configuration")
+    check_field_names(known_names(), flat, "the configuration")
     return {name: normal(name, value) for name, value in flat.items() if normal(name, value) != default(name)}
 
 
@@ -58,7 +58,7 @@ def migrate(config: Mapping[str, Any]) -> dict[str, Any]:
     for name in REMOVED:
         section, field = name.split(".")
         value = new.get(section, {}).pop(field, default(name))
-        refuse(value != default(name), f"--{name} {value} is no longer there; only its default {default(name)} can be read")
+        raise_if(value != default(name), f"--{name} {value} is gone; only its default {default(name)} can be read")
     if "optim" in new:
         new["optim"] = {role: migrate_group(frozen()["group"] | group) for role, group in new["optim"].items()}
     return {"format": 2} | new
@@ -67,10 +67,10 @@ def migrate(config: Mapping[str, Any]) -> dict[str, Any]:
 def migrate_group(group: Mapping[str, Any]) -> dict[str, Any]:
     """One role's group as the fields of its rule's class, with the rule's name."""
     group = dict(group)
-    refuse_unknown(tuple(frozen()["group"]), group, "a group")
+    check_field_names(tuple(frozen()["group"]), group, "a group")
     rule, norm = group.pop("rule"), group["norm"]
     spectral = norm in ("spectral", "rms_operator")
-    refuse(rule in MATRIX_RULES and not spectral, f"rule {rule} with norm {norm} is no longer there; rms_operator is")
+    raise_if(rule in MATRIX_RULES and not spectral, f"rule {rule} with norm {norm} is no longer there; rms_operator is")
     if rule == "steepest" and spectral:
         rule = "muon"
     extra = {f.name: group[f.name] for f in fields(Extra)}
@@ -93,7 +93,7 @@ def migrate_graft(graft: str, group: Mapping[str, Any]) -> dict[str, Any]:
 
 def own_fields(rule: str, group: Mapping[str, Any]) -> dict[str, Any]:
     """The values of what the rule's class has beside the fields of all rules."""
-    refuse(rule not in RULES, f"unknown rule {rule!r}")
+    raise_if(rule not in RULES, f"unknown rule {rule!r}")
     names = {f.name for f in fields(RULES[rule])} - {f.name for f in fields(RuleConfig)}
     values = {name: group[name] for name in names}
     if "unit" in names and "norm" not in names:

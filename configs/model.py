@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from configs.notation import parse_skips, refuse, refuse_outside, refuse_without_needs, technique
+from configs.notation import check_needs, check_ranges, parse_skips, raise_if, technique
 
 # The sphere has norms everywhere and gains nowhere, and a zero vector has no direction.
 SPHERE_NEEDS = {"zero_init_projections": False, "norm_gains": False, "biases": False, "tied_head": False, "qk_norm": True,
@@ -189,28 +189,28 @@ class Model:
     """Delayed scales: the same for the weights (speedrun, 2026)."""
 
     def __post_init__(self) -> None:
-        refuse_outside(self, RANGES)
-        refuse_without_needs(self, "model")
-        refuse(self.dim % self.head_dim != 0, f"head_dim must divide dim, got {self.head_dim} and {self.dim}")
-        refuse(self.position in ("rotary", "half_rotary") and self.head_dim % 4 != 0,
+        check_ranges(self, RANGES)
+        check_needs(self, "model")
+        raise_if(self.dim % self.head_dim != 0, f"head_dim must divide dim, got {self.head_dim} and {self.dim}")
+        raise_if(self.position in ("rotary", "half_rotary") and self.head_dim % 4 != 0,
                f"{self.position} needs head_dim divisible by 4, got {self.head_dim}")
-        refuse(self.attention == "varlen" and not self.document_mask,
+        raise_if(self.attention == "varlen" and not self.document_mask,
                "--model.attention varlen packs documents: it needs --model.document_mask")
-        refuse(self.flash != "default" and self.attention not in ("sdpa", "varlen"),
+        raise_if(self.flash != "default" and self.attention not in ("sdpa", "varlen"),
                f"flash {self.flash} serves --model.attention sdpa or varlen, got {self.attention}")
-        refuse(self.fp8 == "none" and self.fp8_scales != "dynamic",
+        raise_if(self.fp8 == "none" and self.fp8_scales != "dynamic",
                f"fp8_scales {self.fp8_scales} has no effect without --model.fp8 head or head_mlp")
-        self._refuse_layers()
-        self._refuse_heads()
-        self._refuse_losses()
+        self._check_layers()
+        self._check_heads()
+        self._check_losses()
         if self.geometry == "sphere":
-            self._refuse_sphere()
+            self._check_sphere()
         if self.fp8 != "none":
-            self._refuse_fp8()
+            self._check_fp8()
 
-    def _refuse_layers(self) -> None:
+    def _check_layers(self) -> None:
         """Numbers of layers that there are not."""
-        refuse(self.value_embeds > self.layers,
+        raise_if(self.value_embeds > self.layers,
                f"value_embeds must be at most layers ({self.layers}), got {self.value_embeds}")
         named = {name: getattr(self, name) for name in ("full_attention_layers", "paired_heads", "dynamic_heads",
                                                         "attention_free", "value_embed_layers")}
@@ -218,41 +218,41 @@ class Model:
                   if (value := getattr(self, name)) is not None}
         for name, layers in named.items():
             missing = [layer for layer in layers if not 0 <= layer < self.layers]
-            refuse(bool(missing), f"{name}: there is no layer {missing[:1]}; layers are 0 to {self.layers - 1}")
-        refuse(len(self.value_embed_layers) not in (0, self.value_embeds),
+            raise_if(bool(missing), f"{name}: there is no layer {missing[:1]}; layers are 0 to {self.layers - 1}")
+        raise_if(len(self.value_embed_layers) not in (0, self.value_embeds),
                f"value_embed_layers names {len(self.value_embed_layers)} layers for {self.value_embeds} value_embeds")
         parse_skips(self.skips, self.layers)
 
-    def _refuse_heads(self) -> None:
+    def _check_heads(self) -> None:
         """Windows and heads that cannot be."""
-        refuse(bool(self.paired_heads) and self.dim // self.head_dim % 2 != 0,
+        raise_if(bool(self.paired_heads) and self.dim // self.head_dim % 2 != 0,
                f"paired_heads needs an even number of heads, got {self.dim // self.head_dim}")
-        refuse(bool(set(self.paired_heads) & set(self.dynamic_heads)), "a layer's heads are paired or dynamic, not both")
-        refuse(self.key_offset and self.position != "half_rotary",
+        raise_if(bool(set(self.paired_heads) & set(self.dynamic_heads)), "a layer's heads are paired or dynamic, not both")
+        raise_if(self.key_offset and self.position != "half_rotary",
                f"key_offset moves dimensions that stand still: --model.position half_rotary, got {self.position}")
-        refuse(self.yarn and self.position == "none", "yarn needs a rotary position, got none")
+        raise_if(self.yarn and self.position == "none", "yarn needs a rotary position, got none")
 
-    def _refuse_losses(self) -> None:
+    def _check_losses(self) -> None:
         """Hashed tables and losses that exclude each other."""
         bad = [n for n in self.ngram_orders if not 3 <= n <= 6]
-        refuse(bool(bad), f"ngram_orders are numbers from 3 to 6 (pairs are there anyway), got {bad[:1]}")
+        raise_if(bool(bad), f"ngram_orders are numbers from 3 to 6 (pairs are there anyway), got {bad[:1]}")
         extra = bool(self.mtp_weights) or self.prefix_loss > 0
-        refuse(extra and self.sampled_softmax > 0, "sampled_softmax has no logits for mtp_weights or prefix_loss")
-        refuse(self.sampled_softmax > 0 and (self.biases or self.geometry == "sphere"),
+        raise_if(extra and self.sampled_softmax > 0, "sampled_softmax has no logits for mtp_weights or prefix_loss")
+        raise_if(self.sampled_softmax > 0 and (self.biases or self.geometry == "sphere"),
                "sampled_softmax needs a head that is a matrix alone: no biases, geometry euclidean")
 
-    def _refuse_sphere(self) -> None:
+    def _check_sphere(self) -> None:
         """What has no meaning on the sphere."""
         for name, wanted in SPHERE_NEEDS.items():
-            refuse(getattr(self, name) != wanted,
+            raise_if(getattr(self, name) != wanted,
                    f"geometry sphere needs --model.{name if wanted is not False else 'no_' + name}"
                    f"{'' if isinstance(wanted, bool) else ' ' + str(wanted)}, got {getattr(self, name)}")
 
-    def _refuse_fp8(self) -> None:
+    def _check_fp8(self) -> None:
         """Models without 8-bit products, and sizes that the hardware's tiles cannot hold."""
-        refuse(self.tied_head, f"fp8 {self.fp8} needs a head of its own: --model.no_tied_head")
-        refuse(self.geometry == "sphere", f"fp8 {self.fp8} belongs to geometry euclidean, got {self.geometry}")
+        raise_if(self.tied_head, f"fp8 {self.fp8} needs a head of its own: --model.no_tied_head")
+        raise_if(self.geometry == "sphere", f"fp8 {self.fp8} belongs to geometry euclidean, got {self.geometry}")
         for name in ("dim", "mlp_dim", "vocab_multiple"):
             size = getattr(self, name) or 16
-            refuse(size % 16 != 0,
+            raise_if(size % 16 != 0,
                    f"fp8 {self.fp8} needs {name} divisible by 16, got {size}; nearest: {max(1, round(size / 16)) * 16}")

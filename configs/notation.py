@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 
-def refuse(condition: bool, message: str) -> None:
+def raise_if(condition: bool, message: str) -> None:
     """Raise ValueError(message) where `condition` holds."""
     if condition:
         raise ValueError(message)
 
 
-def refuse_outside(config: object, ranges: Mapping[str, Sequence[str]]) -> None:
+def check_ranges(config: object, ranges: Mapping[str, Sequence[str]]) -> None:
     """Raise ValueError for a number of `config` outside its range; None is no number.
 
     `ranges` maps an interval, as it is written, to names: {"[0, 1)": ["momentum"]}; ( and ) leave their end out.
@@ -26,15 +26,15 @@ def refuse_outside(config: object, ranges: Mapping[str, Sequence[str]]) -> None:
             wanted = f"lie in {interval}" if value == math.inf else wanted
             inside = value is None or (low <= value <= high and (value > low or interval[0] == "[")
                                        and (value < high or interval[-1] == "]"))
-            refuse(not inside, f"{name} must {wanted}, got {value}")
+            raise_if(not inside, f"{name} must {wanted}, got {value}")
 
 
-def refuse_unknown(wanted: Iterable[str], given: Iterable[str], what: str) -> None:
+def check_field_names(wanted: Iterable[str], given: Iterable[str], what: str) -> None:
     """Refuse the first given name that is not among the wanted ones, with the nearest that is; `what` has the fields."""
     for name in given:
         if name not in wanted:
             near = difflib.get_close_matches(name, wanted, n=1)
-            refuse(True, f"{what} has no field {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise_if(True, f"{what} has no field {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
 def nearest(word: str, choices: Sequence[str]) -> str:
@@ -72,14 +72,14 @@ def techniques_of(config: type) -> dict[str, Technique]:
     return {f.name: f.metadata["technique"] for f in fields(config) if "technique" in f.metadata}
 
 
-def refuse_without_needs(config: Any, section: str) -> None:
+def check_needs(config: Any, section: str) -> None:
     """Refuse a technique of `config`, the section of that name, that is on while a setting of the section that it needs is
     off."""
     declared = techniques_of(type(config))
     for name, one in declared.items():
         for need in (need.removeprefix(f"{section}.") for need in one.needs if need.startswith(f"{section}.")):
             on = getattr(config, name) != one.off
-            refuse(on and getattr(config, need) == declared[need].off, f"{name} has no effect without --{section}.{need}")
+            raise_if(on and getattr(config, need) == declared[need].off, f"{name} has no effect without --{section}.{need}")
 
 
 # ---- Curves: a number that changes over a run, written as one short string ------------------------------------------------
@@ -173,7 +173,7 @@ def parse_by_name(words: tuple[str, ...]) -> dict[str, float]:
             number = float(text)
         except ValueError:
             number = math.nan
-        refuse(not name or not 0 < number < math.inf,
+        raise_if(not name or not 0 < number < math.inf,
                f"numbers by name are NAME=NUMBER, positive, say mlp.down=4; got {word!r}")
         numbers[name] = number
     return numbers
@@ -203,8 +203,8 @@ def parse_skips(words: tuple[str, ...], layers: int) -> tuple[tuple[int, int], .
     pairs: list[tuple[int, int]] = []
     for word in words:
         source, _, target = word.partition(">")
-        refuse(not (source.isdigit() and target.isdigit()), f"a skip is SOURCE>TARGET, say 3>6; got {word!r}")
-        refuse(not int(source) < int(target) < layers,
+        raise_if(not (source.isdigit() and target.isdigit()), f"a skip is SOURCE>TARGET, say 3>6; got {word!r}")
+        raise_if(not int(source) < int(target) < layers,
                f"a skip goes from a layer to a later one of {layers} (numbered from 0), got {word!r}")
         pairs.append((int(source), int(target)))
     return tuple(pairs)
@@ -231,7 +231,7 @@ def parse_table(text: str) -> tuple[float, tuple[Triple, ...]]:
     head, _, rest = text.partition(";")
     given = head.strip().startswith("safety=")
     safety = _numbers(head.strip().removeprefix("safety="), 1, text)[0] if given else 1.0
-    refuse(safety < 1, f"safety must be at least 1, got {safety:g} in {text!r}")
+    raise_if(safety < 1, f"safety must be at least 1, got {safety:g} in {text!r}")
     parts = (rest if given else text).split(";")
     return safety, tuple(_numbers(part, 3, text) for part in parts)
 

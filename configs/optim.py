@@ -8,7 +8,7 @@ behind a name stands in optim/muon.py, adam.py, normuon.py, and in optim/zoo/ fo
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
-from configs.notation import check_table, nearest, parse_by_name, refuse, refuse_outside, technique
+from configs.notation import check_ranges, check_table, nearest, parse_by_name, raise_if, technique
 
 NormName = Literal["spectral", "rms_operator", "schatten", "row", "column", "sign", "frobenius"]
 # The norms that have a unit beside their plain one.
@@ -57,11 +57,11 @@ class Extra:
     share. A row costs its length and 8 bytes; where most are touched, sending all is cheaper."""
 
     def __post_init__(self) -> None:
-        refuse_outside(self, RANGES)
+        check_ranges(self, RANGES)
         parse_by_name(self.lr_factors)
         for name, count in parse_by_name(self.blocks).items():
-            refuse(count != int(count), f"blocks are whole numbers, got {name}={count:g}")
-        refuse(self.clip_norm != "frobenius" and not self.clip, f"clip_norm {self.clip_norm} has no effect without clip")
+            raise_if(count != int(count), f"blocks are whole numbers, got {name}={count:g}")
+        raise_if(self.clip_norm != "frobenius" and not self.clip, f"clip_norm {self.clip_norm} has no effect without clip")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,28 +109,28 @@ class RuleConfig(Graft):
     extra: Extra = Extra()
 
     def __post_init__(self) -> None:
-        refuse_outside(self, RANGES)
+        check_ranges(self, RANGES)
         if hasattr(self, "ns"):
             check_table(self.ns)
-        self._refuse_graft()
+        self._check_graft()
         vectors = self.constraint == "sphere"
-        refuse(bool(self.extra.blocks) and vectors, "blocks would cut the vectors of constraint sphere")
-        refuse(not vectors and (self.extra.retraction != "normalise" or self.extra.tangent != "none"),
+        raise_if(bool(self.extra.blocks) and vectors, "blocks would cut the vectors of constraint sphere")
+        raise_if(not vectors and (self.extra.retraction != "normalise" or self.extra.tangent != "none"),
                f"retraction and tangent belong to constraint sphere, got constraint {self.constraint}")
-        refuse(self.extra.radial_brake > 0 and self.constraint in ("hyperball", "sphere"),
+        raise_if(self.extra.radial_brake > 0 and self.constraint in ("hyperball", "sphere"),
                f"radial_brake has no effect under constraint {self.constraint}, which fixes lengths; set it to 0, or the "
                "constraint to none or radial")
         self.check()
 
-    def _refuse_graft(self) -> None:
+    def _check_graft(self) -> None:
         """Grafts that cannot be, and settings of a graft that would not act: it gives the length of a step and no more."""
         if not isinstance(self.graft, RuleConfig):
             return
-        refuse(not self.takes_graft, f"rule {self.rule} sets its own length: it cannot be grafted")
-        refuse(not self.graft.gives_graft, f"rule {self.graft.rule} gives no length to graft")
-        refuse(type(self.graft) is type(self), f"graft must be another rule than {self.rule}")
+        raise_if(not self.takes_graft, f"rule {self.rule} sets its own length: it cannot be grafted")
+        raise_if(not self.graft.gives_graft, f"rule {self.graft.rule} gives no length to graft")
+        raise_if(type(self.graft) is type(self), f"graft must be another rule than {self.rule}")
         idle = [f.name for f in fields(RuleConfig) if getattr(self.graft, f.name) != getattr(type(self.graft)(), f.name)]
-        refuse(bool(idle), f"graft.{', graft.'.join(idle)} has no effect: a graft gives the length of the step alone")
+        raise_if(bool(idle), f"graft.{', graft.'.join(idle)} has no effect: a graft gives the length of the step alone")
 
     def check(self) -> None:
         """Raise ValueError for combinations of the rule's own fields that cannot be."""
@@ -157,7 +157,7 @@ class Averaged(RuleConfig):
 
     def check(self) -> None:
         """Several averages are of one kind."""
-        refuse(self.averages > 1 and self.averaging != "ema",
+        raise_if(self.averages > 1 and self.averaging != "ema",
                f"averages {self.averages} belong to averaging ema, got {self.averaging}")
 
 
@@ -235,8 +235,8 @@ class Steepest(Orthogonalised):
         """Units and options belong to norms."""
         super().check()
         having = UNIT_NORMS.get(self.unit, (self.norm,))
-        refuse(self.norm not in having, f"unit {self.unit} belongs to norm {' or '.join(having)}, got norm {self.norm}")
-        refuse(self.equilibrate and self.norm not in ("spectral", "rms_operator"),
+        raise_if(self.norm not in having, f"unit {self.unit} belongs to norm {' or '.join(having)}, got norm {self.norm}")
+        raise_if(self.equilibrate and self.norm not in ("spectral", "rms_operator"),
                f"equilibrate belongs to norm spectral or rms_operator, got norm {self.norm}")
 
 
@@ -403,7 +403,7 @@ class Stiefel(Averaged):
     def check(self) -> None:
         """The rule brings its constraint."""
         super().check()
-        refuse(self.constraint not in ("none", "stiefel"),
+        raise_if(self.constraint not in ("none", "stiefel"),
                f"rule stiefel brings the constraint stiefel, got constraint {self.constraint}")
 
 

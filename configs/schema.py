@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from configs.model import Model
-from configs.notation import parse_curve, refuse, refuse_outside, technique
+from configs.notation import check_ranges, parse_curve, raise_if, technique
 from configs.optim import Optim
 
 Curve = str  # the notation of configs/notation.py
@@ -52,10 +52,10 @@ class Identity:
     """Print the plan and stop."""
 
     def __post_init__(self) -> None:
-        refuse_outside(self, RANGES)
-        refuse(self.stop_at_target and self.target_loss_nats is None,
+        check_ranges(self, RANGES)
+        raise_if(self.stop_at_target and self.target_loss_nats is None,
                "stop_at_target needs --run.target_loss_nats, a validation loss in nats per token")
-        refuse(self.resume and self.dry_run, "resume and dry_run exclude each other")
+        raise_if(self.resume and self.dry_run, "resume and dry_run exclude each other")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,17 +89,17 @@ class Data:
     """corpus and text: validation is the first so many bytes of the validation split."""
 
     def __post_init__(self) -> None:
-        refuse_outside(self, RANGES)
-        refuse(self.source in ("shards", "text") and not self.train_files,
+        check_ranges(self, RANGES)
+        raise_if(self.source in ("shards", "text") and not self.train_files,
                f"--data.source {self.source} needs --data.train_files")
-        refuse(self.source == "shards" and not self.val_files, "--data.source shards needs --data.val_files")
-        refuse(self.source == "corpus" and bool(self.train_files or self.val_files),
+        raise_if(self.source == "shards" and not self.val_files, "--data.source shards needs --data.val_files")
+        raise_if(self.source == "corpus" and bool(self.train_files or self.val_files),
                f"--data.source {self.source} reads no files; did you mean --data.source text or shards?")
-        refuse(self.corpus != "code" and self.source != "corpus",
+        raise_if(self.corpus != "code" and self.source != "corpus",
                f"--data.corpus {self.corpus} has no effect on --data.source {self.source}")
-        refuse(self.source == "shards" and self.tokenizer != "gpt2",
+        raise_if(self.source == "shards" and self.tokenizer != "gpt2",
                f"shards hold GPT-2 tokens: --data.tokenizer must be gpt2, got {self.tokenizer}")
-        refuse(self.order == "documents" and self.source == "corpus",
+        raise_if(self.order == "documents" and self.source == "corpus",
                "--data.order documents needs a source with document starts: shards, or text with several files")
 
 
@@ -137,9 +137,9 @@ class Schedule:
             text = getattr(self, name)
             if text is not None:
                 low = min(knot.value for knot in parse_curve(text))
-                refuse(low < 0, f"curve {name} must not be negative, got {text!r}")
+                raise_if(low < 0, f"curve {name} must not be negative, got {text!r}")
         high = max(knot.value for knot in parse_curve(self.momentum or "0"))
-        refuse(high >= 1, f"curve momentum must stay below 1, got {self.momentum!r}")
+        raise_if(high >= 1, f"curve momentum must stay below 1, got {self.momentum!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,8 +181,8 @@ class Train:
     own way, from the same optimizer state (speedrun, 2025: 2/3)."""
 
     def __post_init__(self) -> None:
-        refuse_outside(self, RANGES)
-        refuse(self.lookahead > 0 and self.lookahead_start >= self.lookahead_end,
+        check_ranges(self, RANGES)
+        raise_if(self.lookahead > 0 and self.lookahead_start >= self.lookahead_end,
                f"lookahead_start must be less than lookahead_end ({self.lookahead_end}), got {self.lookahead_start}")
 
 
@@ -207,7 +207,7 @@ class Log:
     """Length of the continuation sampled at the end; 0: none."""
 
     def __post_init__(self) -> None:
-        refuse_outside(self, RANGES)
+        check_ranges(self, RANGES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,20 +227,20 @@ class Run:
     def __post_init__(self) -> None:
         data, train = self.data, self.train
         nearest = max(1, round(train.batch_tokens / data.sequence_tokens)) * data.sequence_tokens
-        refuse(train.batch_tokens != nearest,
+        raise_if(train.batch_tokens != nearest,
                f"train.batch_tokens must be a multiple of data.sequence_tokens ({data.sequence_tokens}), got "
                f"{train.batch_tokens}; nearest: {nearest}")
-        refuse(train.micro_tokens < data.sequence_tokens,
+        raise_if(train.micro_tokens < data.sequence_tokens,
                f"train.micro_tokens must hold one sequence of {data.sequence_tokens} tokens, got {train.micro_tokens}")
-        refuse(self.schedule.window_tokens != "1" and self.model.window_tokens is None,
+        raise_if(self.schedule.window_tokens != "1" and self.model.window_tokens is None,
                "schedule.window_tokens needs --model.window_tokens, the window that it multiplies")
         tied = train.tied_until_frac > 0
-        refuse(tied and (self.optim.embed != self.optim.head or self.model.embed_dtype != "float32"),
+        raise_if(tied and (self.optim.embed != self.optim.head or self.model.embed_dtype != "float32"),
                "train.tied_until_frac needs optim.embed and optim.head to be alike, and --model.embed_dtype float32")
-        refuse(tied and (self.model.tied_head or self.model.geometry == "sphere"),
+        raise_if(tied and (self.model.tied_head or self.model.geometry == "sphere"),
                "train.tied_until_frac unties a head that was the embedding: --model.no_tied_head, geometry euclidean")
         slow = [role.name for role in fields(Optim) if getattr(self.optim, role.name).update_every > 1]
-        refuse(train.lookahead > 0 and bool(slow),
+        raise_if(train.lookahead > 0 and bool(slow),
                f"train.lookahead needs every group's update_every to be 1; it is more for {', '.join(slow)}")
 
 

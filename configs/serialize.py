@@ -9,7 +9,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from configs import format1
-from configs.notation import nearest, refuse, refuse_unknown
+from configs.notation import check_field_names, nearest, raise_if
 from configs.optim import RULES, Graft, RuleConfig
 from configs.schema import Run
 
@@ -42,7 +42,7 @@ def config_from_dict(config: Mapping[str, Any]) -> Run:
     ValueError naming an unknown or ill-typed field, and for all that the schema itself refuses.
     """
     number = config.get("format", 1)
-    refuse(number not in (1, FORMAT), f"the configuration has format {number!r}; this code reads 1 and {FORMAT}")
+    raise_if(number not in (1, FORMAT), f"the configuration has format {number!r}; this code reads 1 and {FORMAT}")
     config = format1.migrate(config) if number == 1 else config
     return _restore(Run, {name: value for name, value in config.items() if name != "format"}, "")
 
@@ -113,7 +113,7 @@ def _restore(hint: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where or 'the configuration'} must be an object, got {value!r}")
         if issubclass(hint, Graft):
             hint, value = _class_of_rule(hint, value, where), {key: inner for key, inner in value.items() if key != "rule"}
-        refuse_unknown(tuple(f.name for f in fields(hint)), value, where or "the configuration")
+        check_field_names(tuple(f.name for f in fields(hint)), value, where or "the configuration")
         hints = get_type_hints(hint)
         return hint(**{key: _restore(hints[key], value[key], f"{where}.{key}".lstrip(".")) for key in value})
     for option in get_args(hint) if isinstance(hint, UnionType) else (hint,):
@@ -126,7 +126,7 @@ def _restore(hint: Any, value: Any, where: str) -> Any:
 def _class_of_rule(hint: type[Graft], value: Mapping[str, Any], where: str) -> type[Graft]:
     """The class that a rule's name stands for; `none` is a graft's alone."""
     name, classes = value.get("rule"), RULES if issubclass(hint, RuleConfig) else RULES | {Graft.rule: Graft}
-    refuse(name not in classes, f"{where}: unknown rule {name!r}{nearest(str(name), list(RULES))}")
+    raise_if(name not in classes, f"{where}: unknown rule {name!r}{nearest(str(name), list(RULES))}")
     return classes[name]
 
 

@@ -68,13 +68,13 @@ class Batches:
         mine = range(count * self._rank // self._world_size, count * (self._rank + 1) // self._world_size)
         inputs, targets, after = self._order.take(position, Rows(count, sequence_tokens, longest), mine)
         if self._vocab_size is not None and max(inputs.max(initial=0), targets.max(initial=0)) >= self._vocab_size:
-            self._refuse_outsider(self._vocab_size)
+            self._check_in_vocabulary(self._vocab_size)
         inputs, targets = (torch.from_numpy(np.array(part, dtype=np.int64, order="C")) for part in (inputs, targets))
         if self._pin:  # so that the copy to the GPU can overlap with its work
             inputs, targets = inputs.pin_memory(), targets.pin_memory()
         return inputs, targets, after
 
-    def _refuse_outsider(self, vocab_size: int) -> None:
+    def _check_in_vocabulary(self, vocab_size: int) -> None:
         """Raise ValueError with file and position of the first token outside the vocabulary."""
         for number, shard in enumerate(self._shards):
             check_vocabulary(shard, vocab_size, what=str(getattr(shard, "filename", f"token array {number}")))

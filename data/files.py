@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
+def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """A path beside `path` to write to; it takes the place of `path`, durably, once the block ends without error.
 
     Folders on the way are made. `shared`: the path is this process's own, so that several may fill one cache at once;

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.files import replacing
+from data.files import atomic_write
 
 MAGIC = 20240520
 VERSION = 1
@@ -31,7 +31,7 @@ def write_shard(path: str | Path, tokens: np.ndarray) -> None:
         raise ValueError(f"token {tokens[at]} at position {at} does not fit {path}: shards hold 0 to {TOKEN_LIMIT - 1}")
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    with replacing(Path(path), shared=True) as aside, aside.open("wb") as file:
+    with atomic_write(Path(path), shared=True) as aside, aside.open("wb") as file:
         header.tofile(file)
         tokens.astype("<u2").tofile(file)
 

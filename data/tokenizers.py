@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from data.files import replacing
+from data.files import atomic_write
 from data.shards import TOKEN_LIMIT
 
 BYTE_VALUES = 256
@@ -128,7 +128,7 @@ def _encoder(encoding: object) -> Callable[[str], np.ndarray]:
 def _write_pieces(path: Path, pieces: Sequence[bytes]) -> None:
     """One base64 line per piece, under a line with the sha256 of all that follows."""
     body = b"\n".join(base64.b64encode(piece) for piece in pieces)
-    with replacing(path, shared=True) as aside:
+    with atomic_write(path, shared=True) as aside:
         aside.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
 
 

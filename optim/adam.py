@@ -6,7 +6,7 @@ from torch.optim.adamw import adamw
 
 import configs.optim as configs
 from optim.norms import Sign
-from optim.rule import Hyper, Rule, Step, absorb_square, zeros_like_bank
+from optim.rule import Hyper, Rule, Step, update_second_moment, zeros_like_bank
 
 
 class Adam(Rule):
@@ -28,7 +28,7 @@ class Adam(Rule):
         config, mean, square = self.config, state["mean"], state["square"]
         grad = grad.float()
         mean.lerp_(grad.to(mean.dtype), 1 - config.beta1)
-        absorb_square(square, grad, config.beta2)
+        update_second_moment(square, grad, config.beta2)
         root = (square.float() / (1 - config.beta2**hyper.count)).sqrt_().add_(config.eps)
         return mean.float().div(root).div_(1 - config.beta1**hyper.count)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from configs.notation import number_of, parse_by_name, refuse, unmatched_keys
+from configs.notation import number_of, parse_by_name, raise_if, unmatched_keys
 from configs.optim import Graft, Optim, RuleConfig
 from optim.constraint import Scope
 from optim.norms import build_norm
@@ -76,7 +76,7 @@ def build_groups(params: Mapping[str, Tensor], roles: Mapping[str, str], optim: 
     known = [f.name for f in fields(optim)]
     without = sorted(set(params) ^ set(roles))
     unknown = sorted(f"{name}: {role}" for name, role in roles.items() if role not in known)
-    refuse(bool(without or unknown), f"roles must cover the parameters exactly; not covered: {without}, unknown roles: "
+    raise_if(bool(without or unknown), f"roles must cover the parameters exactly; not covered: {without}, unknown roles: "
                                      f"{unknown}, known roles: {known}")
     groups = []
     for role in known:
@@ -92,10 +92,10 @@ def build_group(role: str, config: RuleConfig, members: dict[str, Tensor], axes:
     clip = load("optim.zoo.clip:Clip")(build_norm(extra.clip_norm), extra.clip) if extra.clip else None
     group = ParamGroup(role, config, build_rule(config), Step.build(config), clip, members,
                        tensor_specs(role, config, members, axes))
-    refuse(extra.sparse_rows and group.scope == "matrix",
+    raise_if(extra.sparse_rows and group.scope == "matrix",
            f"optim.{role}.extra.sparse_rows: rule {config.rule}, as it is configured, updates whole matrices; rule adam or "
            "norm row would do")
-    refuse(bool(extra.blocks) and group.scope != "matrix",
+    raise_if(bool(extra.blocks) and group.scope != "matrix",
            f"optim.{role}.extra.blocks has no effect on rule {config.rule}, as it is configured: it updates each "
            f"{group.scope} alone")
     return group
@@ -107,12 +107,12 @@ def tensor_specs(role: str, config: RuleConfig, members: Mapping[str, Tensor], a
     factors, blocks = parse_by_name(config.extra.lr_factors), parse_by_name(config.extra.blocks)
     for field, numbers in (("lr_factors", factors), ("blocks", blocks)):
         unmatched = unmatched_keys(numbers, members)
-        refuse(bool(unmatched), f"optim.{role}.extra.{field}: no tensor of the role has {unmatched[:1]} in its name; they "
+        raise_if(bool(unmatched), f"optim.{role}.extra.{field}: no tensor of the role has {unmatched[:1]} in its name; they "
                                 f"are {', '.join(members)}")
     specs = {name: TensorSpec(axes.get(name, -1), int(number_of(name, blocks, 1)), number_of(name, factors, 1.0))
              for name in members}
     for name, spec in specs.items():
         rows = members[name].size(0) if members[name].ndim else 1
-        refuse(rows % spec.blocks != 0,
+        raise_if(rows % spec.blocks != 0,
                f"optim.{role}.extra.blocks: {spec.blocks} does not divide the {rows} rows of {name}")
     return specs

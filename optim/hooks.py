@@ -126,7 +126,7 @@ class RoleSums(Hook):
                     self._receive(bank, count)
                 total = torch.stack([self._part(bank, hyper) for bank in members]).sum(0)
                 self._comm.all_reduce(total).wait()
-                members[0].group.rule.absorb(total, hyper)
+                members[0].group.rule.update_shared(total, hyper)
 
     def _part(self, bank: Bank, hyper: Hyper) -> Tensor:
         """One bank's sums on this rank; a bank that every rank updates whole counts once."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import configs.optim as configs
-from optim.newton_schulz import find_table, orthogonalize, unit_length
+from optim.newton_schulz import coefficient_table, orthogonalize, unit_length
 from optim.norms import Norm, Row, Spectral
 from optim.rule import Hyper, Rule, zeros_like_bank
 
@@ -26,7 +26,7 @@ class Muon(Rule):
 
     def __init__(self, config: configs.Muon) -> None:
         super().__init__(config)
-        self.table = find_table(config.ns)
+        self.table = coefficient_table(config.ns)
 
     @property
     def norm(self) -> Norm:

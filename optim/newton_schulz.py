@@ -47,7 +47,7 @@ TABLES = {
 }
 
 
-def find_table(text: str) -> Table | None:
+def coefficient_table(text: str) -> Table | None:
     """The table of a name, or of the inline notation of configs/notation.py; None for `svd`. Raises ValueError otherwise."""
     if text == "svd" or text in TABLES:
         return TABLES.get(text)
@@ -62,7 +62,7 @@ def orthogonalize(G_Kmn: Tensor, table: str | Table | None = "polar_express", *,
     smaller Gram matrix. Zero stays zero. `table` is a Table, a key of TABLES, an inline table, or None (`svd`) for the exact
     twin.
     """
-    table = find_table(table) if isinstance(table, str) else table
+    table = coefficient_table(table) if isinstance(table, str) else table
     if table is None:
         return orthogonalize_svd(G_Kmn)
     if G_Kmn.ndim == 2:

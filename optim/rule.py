@@ -43,7 +43,7 @@ class Hyper(NamedTuple):
     count: Tensor
     """Updates so far, this one included: 1, 2, ..."""
     shared: dict[str, Tensor] = {}  # noqa: RUF012
-    """Numbers of the whole role, float32 0-D: what the rule's `init_shared` returned and its `absorb` updates."""
+    """Numbers of the whole role, float32 0-D: what the rule's `init_shared` returned and its `update_shared` updates."""
 
     @classmethod
     def at(cls, config: RuleConfig, values: Values, count: int, shared: dict[str, Tensor] | None = None) -> "Hyper":
@@ -208,7 +208,7 @@ class Rule:
         """This stack's part, float32 (s,), of sums over the role that must be known before any `direction`."""
         raise NotImplementedError
 
-    def absorb(self, sums: Tensor, hyper: Hyper) -> None:
+    def update_shared(self, sums: Tensor, hyper: Hyper) -> None:
         """Update `hyper.shared` in place by the sums over all stacks and ranks."""
 
 
@@ -217,7 +217,7 @@ def zeros_like_bank(param: Tensor) -> Tensor:
     return torch.zeros_like(param, memory_format=torch.contiguous_format)
 
 
-def absorb_square(average: Tensor, grad: Tensor, beta: float) -> None:
+def update_second_moment(average: Tensor, grad: Tensor, beta: float) -> None:
     """v <- beta v + (1 - beta) g^2, in place; squares beyond float32 count as its largest number, so that one huge gradient
     is forgotten like any other."""
     square = grad.float().square().clamp_max_(torch.finfo(torch.float32).max)

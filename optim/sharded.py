@@ -59,7 +59,7 @@ class ShardedOptimizer:
         Groups with `update_every` k are updated at every k-th, by the mean of k steps; till then they add gradients up.
 
         A gradient that is not finite touches no weight: it raises NonFiniteError here, or on CUDA, where that would wait for
-        the device, at the next `refuse_non_finite`.
+        the device, at the next `check_finite`.
         """
         # Launch all sums over ranks: the network works while the first banks are updated.
         due = [bank for bank in self.banks if count % bank.update_every == 0]
@@ -70,7 +70,7 @@ class ShardedOptimizer:
         if self.comm.device.type in AT_ONCE:
             for bank in due:
                 self._receive(bank, count)
-            self.refuse_non_finite()
+            self.check_finite()
         for hook in self.hooks:
             hook.before(self.banks, due, hypers, count)
         # Bank by bank: wait for its sum, update the owned slice, launch the all-gather of the new weights.
@@ -121,7 +121,7 @@ class ShardedOptimizer:
         self._bad_step[index] = torch.where(fresh, float(count), self._bad_step[index])
         grad.masked_fill_(~finite, 0)
 
-    def refuse_non_finite(self) -> None:
+    def check_finite(self) -> None:
         """Raise NonFiniteError, naming a parameter and the step, if a gradient of any rank so far was not finite. A
         collective, which waits for the device."""
         first = [-x for x in self.comm.max(*(-self._bad_step).tolist())]

@@ -123,7 +123,7 @@ class Report(NamedTuple):
 
 def examine(args: Compare) -> Report:
     """Everything about the runs that the arguments name. Raises ValueError for runs that cannot be compared."""
-    refuse_senseless(args)
+    check_arguments(args)
     sides = make_sides(args)
     runs = [run for side in sides for run in side.runs]
     notes = [note for side in sides for note in cautions(side)] + judged_alike(sides, args)
@@ -151,7 +151,7 @@ def examine(args: Compare) -> Report:
 # ---- What may be compared -------------------------------------------------------------------------------------------
 
 
-def refuse_senseless(args: Compare) -> None:
+def check_arguments(args: Compare) -> None:
     """Raise ValueError naming an argument out of its range."""
     if not args.runs:
         raise ValueError("name the runs to compare: folders, patterns, or folders of runs such as runs/")
@@ -208,7 +208,7 @@ def spell(facts: dict[str, list[str]]) -> str:
     return "; ".join(f"{name}: {' and '.join(values)}" for name, values in facts.items())
 
 
-def refuse_incomparable(runs: Sequence[RunFolder], metric: Metric) -> None:
+def check_comparable(runs: Sequence[RunFolder], metric: Metric) -> None:
     """Raise ValueError naming what differs where the runs' losses were not measured on the same text or tokens."""
     for run in runs:
         if run.summary["val_loss_nats"] is not None and run.summary[metric] is None:
@@ -224,9 +224,9 @@ def judged_alike(sides: Sequence[Side], args: Compare) -> list[str]:
     """Refuse losses of different texts within a comparison; between lines of a mere table, and for code, a note."""
     runs, notes = [run for side in sides for run in side.runs], []
     for group in [runs] if args.vs else [side.runs for side in sides]:
-        refuse_incomparable(group, args.metric)
+        check_comparable(group, args.metric)
     try:
-        refuse_incomparable(runs, args.metric)
+        check_comparable(runs, args.metric)
     except ValueError as error:
         notes.append(f"the experiments are not to be held against each other: {error}")
     if code := differing(runs, ("code_hash",)):

@@ -13,7 +13,7 @@ import tyro
 from safetensors.torch import save_file
 
 from configs.serialize import config_to_dict
-from data.files import replacing
+from data.files import atomic_write
 from scripts import command
 from scripts.lab.models import load_trained
 
@@ -39,7 +39,7 @@ def export(folder: Path, target: Path) -> int:
     metadata = {"format": "pt", "config": json.dumps(config_to_dict(run)), "vocab_size": str(source.vocab_size),
                 "document_start": json.dumps(source.document_start)}
     weights = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
-    with replacing(target) as aside:
+    with atomic_write(target) as aside:
         save_file(weights, aside, metadata=metadata)
     return sum(tensor.numel() for tensor in weights.values())
 

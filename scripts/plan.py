@@ -43,7 +43,7 @@ def plan(args: Arguments, flags: list[str]) -> dict:
     if args.device not in MACHINES:
         raise ValueError(f"unknown device {args.device!r}{nearest(args.device, list(MACHINES))}; "
                          f"devices: {', '.join(MACHINES)}")
-    refuse_numbers(args)
+    check_numbers(args)
     run, machine = parse_row(args.preset, flags), MACHINES[args.device]
     share = Efficiency(args.efficiency, args.memory_efficiency, args.network_efficiency)
     sizes, stages = measure_sizes(run)
@@ -60,7 +60,7 @@ def plan(args: Arguments, flags: list[str]) -> dict:
             "logs": [] if flags else logged(args.preset, stages)}
 
 
-def refuse_numbers(args: Arguments) -> None:
+def check_numbers(args: Arguments) -> None:
     """Raise ValueError for numbers that are none of accelerators or shares."""
     if args.gpus < 1:
         raise ValueError(f"--gpus must be at least 1, got {args.gpus}")

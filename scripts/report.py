@@ -20,7 +20,7 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 from plotly.offline import get_plotlyjs
 
-from data.files import replacing
+from data.files import atomic_write
 from data.run.folder import write_text
 from scripts import command
 from scripts.lab.figures import diagnostics, flops_of_runs, known_axes, loss_lines, records_of, schedules, short, tuning
@@ -48,7 +48,7 @@ class Report:
 
 def report(args: Report) -> list[Path]:
     """Write the page, and the pictures if asked for: the files written. Raises ValueError for what cannot be shown."""
-    refuse_mistakes(args)
+    check_arguments(args)
     runs = find_runs(args.runs)
     named = [path / "ablation.json" if path.is_dir() else path for path in args.ablation]
     data = page_data(runs, list(dict.fromkeys([*ablation_files(runs), *named])))
@@ -57,7 +57,7 @@ def report(args: Report) -> list[Path]:
     return [args.output, *(pictures(args.output, args.png, bars) if args.png else [])]
 
 
-def refuse_mistakes(args: Report) -> None:
+def check_arguments(args: Report) -> None:
     """Raise ValueError, before any work, for arguments that no page can come of."""
     if not args.runs:
         raise ValueError("name the runs to show: a folder of them, say runs")
@@ -263,7 +263,7 @@ def find_browser() -> str:
 def screenshot(page: Path, figure: str, path: Path, *, width: int, height: int) -> None:
     """Write one figure of a report's page as PNG, all or nothing. Raises ValueError where the browser draws nothing."""
     rootless = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox refuses root
-    with tempfile.TemporaryDirectory() as profile, replacing(path) as aside:
+    with tempfile.TemporaryDirectory() as profile, atomic_write(path) as aside:
         drawn = Path(profile) / "page.png"
         command = [find_browser(), "--headless=new", "--hide-scrollbars", "--disable-gpu", *rootless,
                    f"--user-data-dir={profile}/profile", f"--window-size={width},{height}",

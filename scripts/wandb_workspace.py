@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from data.run import metrics as keys
-from data.run.metrics import VAL_BITS, VAL_LOSS, measure_name
+from data.run.metrics import VAL_BITS, VAL_LOSS, metric_name
 from data.run.wandb import SAMPLES, has_key
 from scripts import command
 
@@ -51,7 +51,7 @@ def loss_panels(wr: ModuleType) -> list[Any]:
 def optimizer_panels(wr: ModuleType) -> list[Any]:
     """A plot for each measure, with a line for each group; beside its angle that of equilibrium, where it is known."""
     beside = {"angle": f"(angle|{keys.EQUILIBRIUM})"}
-    return [wr.LinePlot(title=measure, metric_regex=f"^{measure_name('[^/]+', beside.get(measure, measure))}$",
+    return [wr.LinePlot(title=measure, metric_regex=f"^{metric_name('[^/]+', beside.get(measure, measure))}$",
                         log_y=measure in LOG_SCALED or None) for measure in keys.MEASURES]
 
 

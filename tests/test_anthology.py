@@ -93,7 +93,7 @@ def steps(config: RuleConfig, grads: list[Tensor]) -> list[Tensor]:
 def step(rule: Rule, W: Tensor, grad: Tensor, state: dict[str, Tensor], *, count: int, shared: dict[str, Tensor]) -> Tensor:
     numbers = Hyper(torch.tensor(1.0), torch.tensor(0.0), torch.tensor(0.0), torch.tensor(float(count)), shared)
     if shared:
-        rule.absorb(rule.sums(W, grad, state, numbers), numbers)
+        rule.update_shared(rule.sums(W, grad, state, numbers), numbers)
     return rule.direction(W, grad, state, numbers).clone()
 
 

@@ -56,7 +56,7 @@ def test_no_rule_waits(rule):
 def test_only_the_refusal_of_gradients_that_are_not_finite_waits():
     optimizer = steps_without_values(PRESETS["tiny"](), count=1)
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        optimizer.refuse_non_finite()
+        optimizer.check_finite()
 
 
 def test_waiting_is_noticed(monkeypatch):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from configs.schema import Identity, Run
 from configs.serialize import config_from_dict, config_to_dict, flatten, unflatten
-from data.files import replacing
+from data.files import atomic_write
 
 HEADER_KEY = "steepest_checkpoint"
 FORMAT_VERSION = 1
@@ -34,7 +34,7 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]
     copies = {name: tensors[name].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
               for name in sorted(tensors)}
     header = {"version": FORMAT_VERSION, "crc32": _checksum(copies, meta), "meta": meta}
-    with replacing(path) as aside:
+    with atomic_write(path) as aside:
         # Not by the library's save_file: its own file aside has a random name, and would stay behind after a kill.
         aside.write_bytes(save(copies, metadata={HEADER_KEY: json.dumps(header)}))
 
@@ -73,7 +73,7 @@ def match_tensors(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tenso
                          "--optim flags it was made with (config.json beside it tells), or another --run.name")
 
 
-def refuse_other_run(meta: dict[str, Any], run: Run, data_hash: str, path: Path) -> None:
+def check_same_run(meta: dict[str, Any], run: Run, data_hash: str, path: Path) -> None:
     """Raise ValueError if a checkpoint's settings that decide the losses, or its data, are not this run's."""
     if meta["data_hash"] != data_hash:
         raise ValueError(f"{path} was trained on data {meta['data_hash']}, this run reads {data_hash}")

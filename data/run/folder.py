@@ -13,7 +13,7 @@ from itertools import count
 from pathlib import Path
 
 from configs.serialize import strict_json
-from data.files import replacing
+from data.files import atomic_write
 
 
 def open_run_folder(dir: str | Path, name: str, *, fallback_name: str, resume: bool) -> Path:
@@ -63,7 +63,7 @@ def _numbered(folder: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Replace the file by `text` in UTF-8, line ends as they are, all or nothing."""
-    with replacing(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_bytes(text.encode("utf-8"))
 
 

@@ -43,7 +43,7 @@ class Progress:
         """Whether all steps are done, or the target is reached where that ends the run."""
         return self.step >= run.train.steps or (run.run.stop_at_target and self.target_step is not None)
 
-    def note_score(self, score: Score, target: float | None) -> None:
+    def record_score(self, score: Score, target: float | None) -> None:
         """Take over a validation's score: the last, the best, and when the target was first reached."""
         self.val_loss_nats, self.val_bits_per_byte = score.nats_per_token, score.bits_per_byte
         self.best_val_loss_nats = min(score.nats_per_token, self.best_val_loss_nats or math.inf)

@@ -29,7 +29,7 @@ LAYER_MEASURES = ("stream_rms", "attention_rms", "mlp_rms", "rms", "largest", "s
 """What is measured of layers, matrices and factors: `diag/ROW/MEASURE`."""
 
 
-def measure_name(role: str, measure: str) -> str:
+def metric_name(role: str, measure: str) -> str:
     """The metric that holds a measure of the group of one role."""
     return f"optim/{role}/{measure}"
 

@@ -30,7 +30,7 @@ class AGD(Rule):
         alive = (size > 0) | param.flatten(1).any(1)
         return torch.stack([(size * _scale(grad)).sum().clamp_max(LARGE), alive.float().sum()])
 
-    def absorb(self, sums: Tensor, hyper: Hyper) -> None:
+    def update_shared(self, sums: Tensor, hyper: Hyper) -> None:
         """eta / L from the group's sums."""
         layers = sums[1].clamp_min(1)
         summary = (sums[0] / layers).clamp_max(LARGE)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 import configs.optim as configs
 from optim.muon import Muon, average_gradient
-from optim.rule import Hyper, absorb_square, zeros_like_bank
+from optim.rule import Hyper, update_second_moment, zeros_like_bank
 
 
 class Muon2(Muon):
@@ -23,6 +23,6 @@ class Muon2(Muon):
     def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
         """dual(average / (sqrt(v) + eps)): float32 (K, m, n)."""
         grad = grad.float()
-        absorb_square(state["square"], grad, self.config.beta2)
+        update_second_moment(state["square"], grad, self.config.beta2)
         average = average_gradient(grad, state, self.config, hyper.momentum)
         return self.dual(average.float() / state["square"].float().sqrt().add_(self.config.eps).clamp_min_(1e-30))

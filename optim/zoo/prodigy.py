@@ -37,7 +37,7 @@ class Prodigy(Rule):
         s.mul_(self.config.beta2**0.5).add_(grad * (d / self.config.distance_start * d * hyper.lr)).clamp_(-LARGE, LARGE)
         return torch.stack([(grad * (state["origin"] - param)).sum(), s.abs().sum()])
 
-    def absorb(self, sums: Tensor, hyper: Hyper) -> None:
+    def update_shared(self, sums: Tensor, hyper: Hyper) -> None:
         """d never shrinks; a step without gradients, or with ones too large to sum, leaves it as it is."""
         d, numerator = hyper.shared["d"], hyper.shared["numerator"]
         hyper.shared["d_before"].copy_(d)

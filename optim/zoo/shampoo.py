@@ -35,7 +35,7 @@ class Shampoo(Rule):
 
     def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
         """L^p u R^p: float32 (K, m, n)."""
-        absorb_grams(grad, state, self.config.gram_beta)
+        update_grams(grad, state, self.config.gram_beta)
         sides = chosen(self.config.sides, *param.shape[-2:])
         if (int(hyper.count) - 1) % self.config.every_steps == 0:
             power = self.config.exponent if self.config.exponent is not None else -0.5 / len(sides)
@@ -102,7 +102,7 @@ def chosen(sides: str, m: int, n: int) -> tuple[str, ...]:
     return ("left", "right") if sides == "both" else (sides,)
 
 
-def absorb_grams(grad: Tensor, state: dict[str, Tensor], beta: float) -> None:
+def update_grams(grad: Tensor, state: dict[str, Tensor], beta: float) -> None:
     """L <- beta L + (1 - beta) G G^T and R likewise with G^T G, in place; for beta = 1 the plain sums."""
     G = grad.float().clamp(-LARGEST, LARGEST)
     share = 1.0 if beta == 1 else 1 - beta

@@ -8,8 +8,8 @@ from torch import Tensor
 import configs.optim as configs
 from optim.muon import Muon, average_gradient
 from optim.norms import Spectral
-from optim.rule import Hyper, Rule, absorb_square, zeros_like_bank
-from optim.zoo.shampoo import absorb_grams, eigenbasis, init_grams, turn_basis
+from optim.rule import Hyper, Rule, update_second_moment, zeros_like_bank
+from optim.zoo.shampoo import eigenbasis, init_grams, turn_basis, update_grams
 
 # ---- Orthonormal bases Q_L and Q_R of the rows' and the columns' space, learned from the gradients' Gram matrices ---------
 
@@ -23,21 +23,21 @@ def init_bases(param: Tensor) -> dict[str, Tensor]:
     return {"square": torch.zeros_like(param, dtype=torch.float32)} | grams | bases
 
 
-def enter_bases(G: Tensor, state: dict[str, Tensor]) -> Tensor:
+def to_eigenbases(G: Tensor, state: dict[str, Tensor]) -> Tensor:
     """Q_L^T G Q_R."""
     return state["basis_left"].mT @ G.float() @ state["basis_right"]
 
 
-def leave_bases(P: Tensor, state: dict[str, Tensor]) -> Tensor:
+def from_eigenbases(P: Tensor, state: dict[str, Tensor]) -> Tensor:
     """Q_L P Q_R^T."""
     return state["basis_left"] @ P @ state["basis_right"].mT
 
 
-def learn_bases(grad: Tensor, state: dict[str, Tensor], hyper: Hyper, config: configs.SOAP | configs.SOAPMuon) -> None:
+def update_eigenbases(grad: Tensor, state: dict[str, Tensor], hyper: Hyper, config: configs.SOAP | configs.SOAPMuon) -> None:
     """Take the gradient in and turn the bases; the second moment follows the order of the axes. By eigh at the first
     gradient, then by one orthogonal iteration every `every_steps` updates (Vyas et al. 2024, arXiv 2409.11321,
     algorithm 4)."""
-    absorb_grams(grad, state, config.gram_beta)
+    update_grams(grad, state, config.gram_beta)
     count, square = int(hyper.count), state["square"]
     if count == 1:
         for side in ("left", "right"):
@@ -71,11 +71,11 @@ class SOAP(Rule):
         if int(steps):
             mean = state["mean"]
             mean.lerp_(grad.to(mean.dtype), 1 - self.config.beta1)
-            absorb_square(state["square"], enter_bases(grad, state), self.config.beta2)
+            update_second_moment(state["square"], to_eigenbases(grad, state), self.config.beta2)
             root = (state["square"] / (1 - self.config.beta2**steps)).sqrt_().add_(self.config.eps)
-            step = leave_bases(enter_bases(mean, state) / root.clamp_min_(1e-30), state)
+            step = from_eigenbases(to_eigenbases(mean, state) / root.clamp_min_(1e-30), state)
             step = step / (1 - self.config.beta1**steps)
-        learn_bases(grad, state, hyper, self.config)
+        update_eigenbases(grad, state, hyper, self.config)
         return step
 
 
@@ -97,9 +97,9 @@ class SOAPMuon(Muon):
         """The dual of the preconditioned average: float32 (K, m, n)."""
         average = average_gradient(grad.float(), state, self.config, hyper.momentum).float()
         if int(hyper.count) > 1:
-            inner = enter_bases(average, state)
-            absorb_square(state["square"], inner, self.config.beta2)
-            average = leave_bases(inner / state["square"].sqrt().add_(self.config.eps).clamp_min_(1e-30), state)
+            inner = to_eigenbases(average, state)
+            update_second_moment(state["square"], inner, self.config.beta2)
+            average = from_eigenbases(inner / state["square"].sqrt().add_(self.config.eps).clamp_min_(1e-30), state)
         step = self.dual(average)
-        learn_bases(grad, state, hyper, self.config)
+        update_eigenbases(grad, state, hyper, self.config)
         return step

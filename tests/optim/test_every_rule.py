@@ -111,7 +111,7 @@ def test_a_rank_that_owns_nothing_may_be_asked(config):
     if now.shared:
         sums = rule.sums(W, W, state, now)
         assert not sums.any()
-        rule.absorb(sums, now)
+        rule.update_shared(sums, now)
     rule.update(W, torch.zeros(0, 4, 6), state, now, step=Step())
     assert all(tensor.isfinite().all() for tensor in now.shared.values())
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from configs.notation import TABLE_NAMES
-from optim.newton_schulz import LARGE_MATRIX_ELEMENTS, TABLES, Table, find_table, orthogonalize, orthogonalize_svd
+from optim.newton_schulz import LARGE_MATRIX_ELEMENTS, TABLES, Table, coefficient_table, orthogonalize, orthogonalize_svd
 
 SHAPES = [(1, 24, 40), (1, 40, 24), (1, 32, 32), (3, 16, 24), (2, 1, 9), (2, 9, 1)]
 
@@ -107,8 +107,8 @@ def test_an_inline_table_is_the_named_one(name):
 
 
 def test_an_inline_table_begins_without_safety():
-    assert find_table("2,-1.5,.5; 1.875,-1.25,.375").triples == ((2, -1.5, 0.5), (1.875, -1.25, 0.375))
-    assert find_table("2,-1.5,.5").safety == 1 and find_table("safety=1.5;2,-1.5,.5").safety == 1.5
+    assert coefficient_table("2,-1.5,.5; 1.875,-1.25,.375").triples == ((2, -1.5, 0.5), (1.875, -1.25, 0.375))
+    assert coefficient_table("2,-1.5,.5").safety == 1 and coefficient_table("safety=1.5;2,-1.5,.5").safety == 1.5
 
 
 def test_an_inline_table_compiles_into_one_graph():

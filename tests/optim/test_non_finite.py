@@ -36,7 +36,7 @@ def test_refused_later_no_weight_sees_it(config, monkeypatch):
     optimizer = one_role(config, params)
     step_all(params, optimizer, {"tall": 2})
     with pytest.raises(NonFiniteError, match="gradient of tall is not finite at step 3"):
-        optimizer.refuse_non_finite()
+        optimizer.check_finite()
     assert not any(tensor.isnan().any() for tensor in optimizer.state.tensors().values())
 
 
@@ -47,9 +47,9 @@ def test_the_first_of_several_is_named_and_forgotten_on_restore(monkeypatch):
     snapshot = optimizer.state.snapshot()
     step_all(params, optimizer, {"vector": 2, "wide": 3})
     with pytest.raises(NonFiniteError, match="vector is not finite at step 3"):
-        optimizer.refuse_non_finite()
+        optimizer.check_finite()
     optimizer.state.restore(snapshot)
-    optimizer.refuse_non_finite()
+    optimizer.check_finite()
 
 
 def test_the_parameter_is_found_in_a_banks_slice():
@@ -62,4 +62,4 @@ def test_the_parameter_is_found_in_a_banks_slice():
     optimizer._receive(bank, 7)
     assert not bank.gradient.any()
     with pytest.raises(NonFiniteError, match="gradient of c is not finite at step 7"):
-        optimizer.refuse_non_finite()
+        optimizer.check_finite()

@@ -22,7 +22,7 @@ from configs.speedrun import record_optim
 from optim.bank import SMALL_BANK_ELEMENTS
 from optim.comm import Comm
 from optim.groups import build_groups, build_rule
-from optim.measures import StepMeasures
+from optim.metrics import StepMetrics
 from optim.rule import Hyper, Step
 from optim.schedule import Values
 from optim.sharded import ShardedOptimizer
@@ -91,7 +91,7 @@ def values_at(step: int) -> Values:
 
 def run_steps(optimizer: ShardedOptimizer, params: dict[str, nn.Parameter], steps: range, *, measured: bool = False) -> list:
     """What was measured at each step, where asked."""
-    comm, measures, found = optimizer.comm, StepMeasures(optimizer.comm), []
+    comm, measures, found = optimizer.comm, StepMetrics(optimizer.comm), []
     for step in steps:
         optimizer.zero_grad()
         for name, param in params.items():
@@ -223,7 +223,7 @@ def test_blocks_are_matrices_and_factors_are_learning_rates(config):
     whole = {"w": nn.Parameter(start.clone())}
     parts = {f"p{i}": nn.Parameter(start[4 * i:4 * i + 4].clone()) for i in range(3)}
     cut = one_role(replace(config, lr=0.02, extra=Extra(blocks=("w=3",), lr_factors=("w=2",))), whole)
-    plain, measures = one_role(config, parts), StepMeasures(cut.comm)
+    plain, measures = one_role(config, parts), StepMetrics(cut.comm)
     for step in range(3):
         whole["w"].grad.copy_(grads[step])
         for i, part in enumerate(parts.values()):

@@ -7,7 +7,7 @@ from torch import nn
 from configs.optim import Adam, Muon, NorMuon, Optim, Prodigy, RuleConfig
 from optim.comm import Comm
 from optim.groups import build_groups
-from optim.measures import StepMeasures
+from optim.metrics import StepMetrics
 from optim.sharded import ShardedOptimizer
 from tests.optim.oracle import FULL, gaussian
 
@@ -99,7 +99,7 @@ def test_the_period_is_when_all_are_updated():
 
 def test_measures_of_a_group_that_rests_are_zero():
     params, optimizer = make(2)
-    measures = StepMeasures(optimizer.comm)
+    measures = StepMetrics(optimizer.comm)
     measures.remember(optimizer.banks)
     run(params, optimizer, range(1))
     found = measures.of_roles(FULL)

@@ -1,4 +1,4 @@
-"""Measures of layers against direct computation; bands and their alarms."""
+"""Metrics of layers against direct computation; bands and their alarms."""
 
 import math
 import os
@@ -14,7 +14,7 @@ import torch
 import train_gpt
 from configs.cli import parse
 from configs.schema import Model
-from data.run.diagnostics import feature_measures, weight_measures
+from data.run.diagnostics import activation_metrics, weight_metrics
 from data.run.log import BANDS, alarms
 from data.run.metrics import LAYER_MEASURES, read_metrics
 from model import GPT
@@ -34,7 +34,7 @@ def test_features_are_those_of_the_forward_pass_and_nothing_is_left_behind():
     model = build(CONFIG)
     before, seen = model(TOKENS), []
     handle = model.blocks[1].register_forward_hook(lambda _m, _i, out: seen.append(out))
-    found = feature_measures(model, TOKENS)
+    found = activation_metrics(model, TOKENS)
     handle.remove()
     assert found["diag/block1/stream_rms"] == pytest.approx(seen[0].square().mean().sqrt().item())
     assert found["diag/logits/largest"] == pytest.approx(before.abs().max().item())
@@ -46,41 +46,41 @@ def test_features_are_those_of_the_forward_pass_and_nothing_is_left_behind():
 
 def test_a_compiled_model_is_measured_too():
     """A graph that was made before the hooks does not call them."""
-    plain = feature_measures(model := build(CONFIG), TOKENS)
+    plain = activation_metrics(model := build(CONFIG), TOKENS)
     model.compile(backend="eager")
     with torch.no_grad():
         model(TOKENS)
-    assert feature_measures(model, TOKENS) == pytest.approx(plain)
+    assert activation_metrics(model, TOKENS) == pytest.approx(plain)
 
 
 def test_a_layer_without_attention_has_no_such_measure():
-    assert "diag/block0/attention_rms" not in feature_measures(build(replace(CONFIG, attention_free=(0,))), TOKENS)
+    assert "diag/block0/attention_rms" not in activation_metrics(build(replace(CONFIG, attention_free=(0,))), TOKENS)
 
 
 def test_spectra_of_a_matrix_that_is_known():
     model = build(CONFIG)
     model.blocks[0].attention.q.weight.data = torch.diag(torch.tensor([3.0, *[1.0] * 14, 0.5]))
-    found = weight_measures(model)
+    found = weight_metrics(model)
     assert found["diag/0.attention.q/spectral"] == pytest.approx(3)
     assert found["diag/0.attention.q/frobenius"] == pytest.approx(math.sqrt(9 + 14 + 0.25))
     assert found["diag/0.attention.q/condition"] == pytest.approx(6)
     model.blocks[0].attention.q.weight.data.zero_()
     model.blocks[1].attention.q.weight.data[0, 0] = math.inf
-    found = weight_measures(model)
+    found = weight_metrics(model)
     assert found["diag/0.attention.q/condition"] == 0 and math.isnan(found["diag/1.attention.q/spectral"])
 
 
 def test_factors_of_the_sphere_as_they_act():
     model = build(SPHERE)
     model.blocks[1].add2.alpha.stored.data[:2] *= torch.tensor([-3.0, 0.5])
-    found = weight_measures(model)
+    found = weight_metrics(model)
     assert found["diag/0.add1.alpha/factor"] == pytest.approx(0.3)
     assert found["diag/1.add2.alpha/factor"] == pytest.approx(0.3 * (14 + 3.5) / 16)
     assert found["diag/1.add2.alpha/factor_least"] == pytest.approx(0.15)
     assert found["diag/1.add2.alpha/factor_greatest"] == pytest.approx(0.9)
     assert found["diag/head.scale/factor"] == pytest.approx(4.0)
     assert found["diag/0.attention.norm_qk.scale/factor"] == pytest.approx(1)
-    features = feature_measures(build(SPHERE), TOKENS)
+    features = activation_metrics(build(SPHERE), TOKENS)
     assert features["diag/block0/stream_rms"] == pytest.approx(0.25)  # length 1 in 16 dimensions
 
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from data.files import replacing
+from data.files import atomic_write
 from data.run.folder import open_run_folder, write_json
 
 
@@ -78,7 +78,7 @@ def test_json_is_strict_and_keeps_order(tmp_path):
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, 1)
-    with pytest.raises(RuntimeError), replacing(path) as aside:
+    with pytest.raises(RuntimeError), atomic_write(path) as aside:
         aside.write_text("half")
         raise RuntimeError
     with pytest.raises(TypeError):

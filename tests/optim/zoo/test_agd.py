@@ -54,7 +54,7 @@ def test_the_length_solves_the_papers_equation(power):
     """e^eta (e^eta - 1) = S: where the majorization's derivative is zero."""
     rule, total = build_rule(AGD()), 10.0**power
     numbers = hyper(1.0)._replace(shared=rule.init_shared())
-    rule.absorb(torch.tensor([total * 4, 4.0]), numbers)
+    rule.update_shared(torch.tensor([total * 4, 4.0]), numbers)
     eta = 4 * numbers.shared["length"].double()
     assert (eta.exp() * eta.expm1()).item() == pytest.approx(total, rel=1e-4, abs=3e-7)
 

@@ -107,7 +107,7 @@ def test_every_rule_takes_them(rule):
         for t in range(2):  # SOAP's first moves nothing
             numbers = hyper(0.1, count=t + 1, shared=shared)
             if shared:
-                built.absorb(built.sums(now, gaussian(1, 6, 9, seed=3), state, numbers), numbers)
+                built.update_shared(built.sums(now, gaussian(1, 6, 9, seed=3), state, numbers), numbers)
             before = now.clone()
             built.update(now, gaussian(1, 6, 9, seed=3), state, numbers, step=Step(shape=shape))
             if not torch.equal(now, before):

@@ -1,4 +1,4 @@
-"""Measures of a step, from the weights before and after it; and the angle that theory expects."""
+"""Metrics of a step, from the weights before and after it; and the angle that theory expects."""
 
 import math
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from optim.norms import Norm
 from optim.rule import Hyper
 from optim.schedule import Values
 
-Measures = dict[str, dict[str, float]]  # role or tensor > name > value
+Metrics = dict[str, dict[str, float]]  # role or tensor > name > value
 
 
-class StepMeasures:
+class StepMetrics:
     """Remembers the weights before a step, to compare them with those after it."""
 
     def __init__(self, comm: Comm) -> None:
@@ -30,7 +30,7 @@ class StepMeasures:
         self._before = [(bank, bank.weights[bank.own].clone()) for bank in banks]
 
     @torch.no_grad()
-    def of_roles(self, values: Values) -> Measures:
+    def of_roles(self, values: Values) -> Metrics:
         """By role lr, update_rms, weight_rms, weight_size (the largest) and the step's angle; nothing if no weights
         are remembered. A collective: every rank must call it."""
         moments: dict[str, list[Moments]] = {}
@@ -44,7 +44,7 @@ class StepMeasures:
                 for role, parts in moments.items()}
 
     @torch.no_grad()
-    def turns(self, role: str) -> Measures:
+    def turns(self, role: str) -> Metrics:
         """How each tensor of a role turned in the step: angle, in radians, and update_ratio, the step's length over that of
         the weights before it; tensors that were zero left out. A collective."""
         banks = [(bank, moments_by_tensor(bank, before)) for bank, before in self._before if bank.group.role == role]

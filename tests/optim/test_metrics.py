@@ -9,7 +9,7 @@ import torch
 from configs.optim import Adam, Dion, Muon, NorMuon, Optim, RuleConfig, Steepest
 from optim.comm import Comm
 from optim.groups import ParamGroup, build_groups
-from optim.measures import StepMeasures, angle_between, equilibrium_angle, moments_by_tensor, spread
+from optim.metrics import StepMetrics, angle_between, equilibrium_angle, moments_by_tensor, spread
 from optim.muon import average_gradient
 from optim.sharded import ShardedOptimizer
 from tests.optim.oracle import FULL
@@ -30,7 +30,7 @@ def turned_by(config: RuleConfig) -> float:
     """The mean angle of a step by random gradients, once the weights' length is steady, over what is foreseen."""
     params, group = built(config)
     optimizer = ShardedOptimizer([group], Comm())
-    values, angles, measures = FULL._replace(lr=0.8), [], StepMeasures(optimizer.comm)
+    values, angles, measures = FULL._replace(lr=0.8), [], StepMetrics(optimizer.comm)
     for step in range(600):
         params["w0"].grad.copy_(torch.randn(24, 32))
         measures.remember(optimizer.banks if step >= 300 else [])
@@ -96,7 +96,7 @@ def test_turns_are_those_of_each_tensor(config):
     params, group = built(config, (4, 6), (4, 6), (6, 4), (4, 6))
     params["w3"].data.zero_()
     optimizer = ShardedOptimizer([group], Comm())
-    measures = StepMeasures(optimizer.comm)
+    measures = StepMetrics(optimizer.comm)
     assert measures.turns("matrix") == measures.of_roles(FULL) == {}
     old = {name: param.detach().double().clone() for name, param in params.items()}
     for param in params.values():
