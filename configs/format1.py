@@ -58,7 +58,8 @@ def migrate(config: Mapping[str, Any]) -> dict[str, Any]:
     for name in REMOVED:
         section, field = name.split(".")
         value = new.get(section, {}).pop(field, default(name))
-        raise_if(value != default(name), f"--{name} {value} is gone; only its default {default(name)} can be read")
+        gone = value != default(name)
+        raise_if(gone, f"--{name} {value} is no longer there; only its default {default(name)} can be read")
     if "optim" in new:
         new["optim"] = {role: migrate_group(frozen()["group"] | group) for role, group in new["optim"].items()}
     return {"format": 2} | new
