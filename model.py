@@ -1,9 +1,10 @@
-"""The GPT: from token ids to logits, or to the summed cross-entropy in nats.
+"""The GPT: token ids in, logits or the summed cross-entropy in nats out.
 
-Act one is the model that `tiny`, `bytes`, `track3` and nGPT train, to be read from top to bottom. Act two, below GPT, holds
-the techniques of the speedrun's record, each behind one field of configs/model.py and called from act one by one line. With
-every field off it is the pre-norm decoder of GPT-2 (Radford et al. 2019) with RMS norms. The model knows no rank, no clock
-and no optimizer; each of its parameters knows its role.
+Act one is the model that the presets `tiny`, `bytes`, `track3` and nGPT train; read it from top to bottom. Act two, below
+GPT, holds the techniques of the speedrun's record. Each is switched on by one field of configs/model.py and called from
+act one by one line. With every field off, the model is the pre-norm decoder of GPT-2 (Radford et al. 2019) with RMS norms.
+This file does not know ranks, optimizers or schedules. Each parameter carries a role, by which optim/groups.py chooses its
+update rule.
 
 Shapes: B sequences, T tokens, C model dimension, H heads, D head dimension, V padded vocabulary, N = B T tokens.
 """
@@ -31,14 +32,15 @@ from kernels.norms import rms_norm, unit
 
 
 def parameter(value: Tensor, role: str, *, axis: int = -1) -> nn.Parameter:
-    """A parameter with its role, by which the optimizer chooses its group, and its model dimension, -1 or -2."""
+    """Return a parameter with its role, which decides its optimizer, and the axis (-1 or -2) that is the model dimension."""
     param = nn.Parameter(value)
     param.role, param.axis = role, axis
     return param
 
 
 class Linear(nn.Module):
-    """y = W x (+ b), W (out, in) cast to x's dtype at use; W starts with variance init_gain / in, or at 0."""
+    """Linear map y = W x (+ b), W (out, in). W starts with variance init_gain / in; with `zero` at 0, if the config allows,
+    so that every block starts as the identity."""
 
     def __init__(self, fan_in: int, fan_out: int, *, config: Model, zero: bool = False, role: str = "matrix",
                  axis: int = -1) -> None:
@@ -47,15 +49,15 @@ class Linear(nn.Module):
         dtype = getattr(torch, config.matrix_dtype if role == "matrix" else "float32")
         self.weight = parameter((torch.randn(fan_out, fan_in) * std).to(dtype), role, axis=axis)
         self.bias = parameter(torch.zeros(fan_out), "bias") if config.biases else None
-        self.product = F.linear  # where the device has a faster one, use_fast_products puts it here
+        self.product = F.linear  # use_fast_products replaces it where the device has a faster kernel
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """(..., in) -> (..., out). Weights are cast at use: they are stored in another dtype than the activations."""
         return self.product(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class Norm(nn.Module):
-    """RMS norm, with learned gains where `config.norm_gains`."""
+    """RMS norm, with learned gains if `config.norm_gains`."""
 
     def __init__(self, config: Model) -> None:
         super().__init__()
@@ -66,18 +68,19 @@ class Norm(nn.Module):
         return rms_norm(x_BTC) if self.gains is None else rms_norm(x_BTC) * self.gains.to(x_BTC.dtype)
 
 
-# ---- Act one: embeddings of the tokens before ----------------------------------------------------------------------------
+# ---- Act one: embeddings of previous tokens -------------------------------------------------------------------------------
 
-# Odd multipliers of the hash, the present token's first: the speedrun's for two tokens (Jan 2026), and more.
+# Odd multipliers of the n-gram hash, that of the current token first. The first two are the speedrun's (Jan 2026).
 HASH = (36_313, 27_191, 50_021, 41_231, 62_989, 33_461)
-SMEAR_DIMS = 12  # the smear gate reads so many leading dimensions (speedrun, Sep 2025)
+SMEAR_DIMS = 12  # number of leading dimensions that the smear gate reads (speedrun, Sep 2025)
 
 
 class NgramEmbedding(nn.Module):
-    """A learned vector for each hashed n-gram that ends at a token; the last row is for tokens without n - 1 predecessors.
+    """Embedding of the n-gram that ends at each token, looked up by a hash of its n tokens.
 
-    With signs, row r of a fixed random table of +-1 multiplies it, r another hash of the same tokens: n-grams that share a
-    vector then differ in sign patterns (speedrun, 2026).
+    Tokens with fewer than n - 1 predecessors in their document share the last row. With `bigram_signs`, the vector is
+    multiplied by a row of a fixed random table of +-1, chosen by a second hash: two n-grams that collide in the first hash
+    then still differ in their signs (speedrun, 2026).
     """
 
     def __init__(self, config: Model, order: int = 2) -> None:
@@ -89,25 +92,29 @@ class NgramEmbedding(nn.Module):
         self.register_buffer("signs", signs, persistent=False)
 
     def forward(self, tokens_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
-        """(B, T) -> (B, T, C)."""
+        """Token ids and document starts, (B, T) each -> (B, T, C)."""
         last_row, before = self.table.size(0) - 1, self.order - 1
+        # Hash the n tokens: grams[k] holds the token k places back.
         past = F.pad(tokens_BT, (before, 0))
-        grams = [past[:, before - k:past.size(1) - k] for k in range(self.order)]  # now, before, ...
+        grams = [past[:, before - k:past.size(1) - k] for k in range(self.order)]
         hashed = functools.reduce(operator.xor, (gram * factor for gram, factor in zip(grams, HASH, strict=False)))
         bucket, sign_row = hashed % max(last_row, 1), functools.reduce(operator.xor, grams)
+        # An n-gram must not reach back before the row or into another document: that would leak text across the mask.
         crosses = torch.arange(tokens_BT.size(1), device=tokens_BT.device) < before
-        if starts_BT is not None:  # an n-gram that begins in another document is none
+        if starts_BT is not None:
             starts = F.pad(starts_BT, (before, 0))
             crosses = crosses | sum(starts[:, before - k:starts.size(1) - k] for k in range(before)).bool()
         bucket, sign_row = bucket.masked_fill(crosses, last_row), sign_row.masked_fill(crosses, 0)
-        # On CPUs the gradient's rows are added into the buffer that is there: no table-sized temporary; Inductor cannot.
+        # A sparse gradient on CPUs is added row by row into the existing buffer; a dense one would first fill a second table
+        # with zeros in every micro-batch. Inductor cannot compile sparse gradients.
         sparse = self.table.grad is not None and self.table.device.type == "cpu" and not torch.compiler.is_compiling()
         vectors = F.embedding(bucket, self.table, sparse=sparse)
         return vectors if self.signs is None else vectors * F.embedding(sign_row % len(self.signs), self.signs)
 
 
 class Smear(nn.Module):
-    """x_t + lambda sigmoid(gate(x_t)) x_{t-1}, within a document; lambda starts at 0 (speedrun, Sep 2025)."""
+    """Add a gated share of the previous token's embedding, x_t + lambda sigmoid(w . x_t) x_{t-1}, but not across document
+    starts; lambda starts at 0 (speedrun, Sep 2025)."""
 
     def __init__(self, config: Model) -> None:
         super().__init__()
@@ -127,85 +134,87 @@ class Smear(nn.Module):
 
 
 class LayerInputs(NamedTuple):
-    """What a block reads beside the residual stream."""
+    """Inputs of a block besides the residual stream; None where the model does not use them."""
 
     mask: Mask = None
-    """Which keys a query sees, in the form of the attention kernel; None: all earlier ones."""
+    """Attention mask in the form that the kernel needs; None: causal."""
     window: int | None = None
-    """The layer's sliding window in tokens; None: none."""
+    """Sliding window in tokens; None: no window."""
     starts: Tensor | None = None
-    """(B, T): true where a document begins, if attention stays within documents."""
+    """(B, T) bool: true where a document begins, if attention stays within documents."""
     value_embed: Tensor | None = None
-    """(B, T, C), as the following: the tokens' second embedding, for the values."""
+    """(B, T, C): second token embedding, mixed into the values."""
     x0: Tensor | None = None
-    """The stream before the first block."""
+    """(B, T, C): residual stream before the first block."""
     ngrams: Tensor | None = None
-    """The sum of the hashed embeddings."""
+    """(B, T, C): sum of the n-gram embeddings."""
     attention_input: Tensor | None = None
-    """An earlier stream that attention reads in place of the present one."""
+    """(B, T, C): residual stream of an earlier layer, which attention reads instead of the current one."""
 
 
 class Rotary(nn.Module):
-    """Rotates pairs (x_i, x_{i + D/2}) by position times frequency, so that scores depend on relative position alone.
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864).
 
-    Frequencies fall geometrically from 1 to 1/base; `half_rotary` has half as many, and the other pairs stand still
-    (speedrun 2025). Su et al. 2021, arXiv 2104.09864. With `first_window` they change with the window: `yarn_frequencies`.
+    Rotates each pair (x_i, x_{i + D/2}) by position * frequency, so that q . k depends on the distance of two tokens only.
+    Frequencies fall geometrically from 1 to 1/base. `half_rotary` rotates only the first half of the pairs (speedrun,
+    2025). With `first_window`, frequencies are rescaled when the sliding window grows; see `yarn_frequencies`.
     """
 
     def __init__(self, config: Model, max_tokens: int, *, first_window: int | None = None) -> None:
         super().__init__()
-        moving = config.head_dim // (4 if config.position == "half_rotary" else 2)
-        frequency = config.rotary_base ** -torch.linspace(0, 1, moving)
-        frequency = F.pad(frequency, (0, config.head_dim // 2 - moving))
+        rotated = config.head_dim // (4 if config.position == "half_rotary" else 2)
+        frequency = config.rotary_base ** -torch.linspace(0, 1, rotated)
+        frequency = F.pad(frequency, (0, config.head_dim // 2 - rotated))  # frequency 0: not rotated
         positions_T = torch.arange(max_tokens, dtype=torch.float32)
         cos_TD, sin_TD = (None, None) if first_window else rotation(positions_T, frequency)
         self.first_window = first_window
-        for name, tensor in {"still_D": (frequency == 0).repeat(2), "frequency": frequency, "positions_T": positions_T,
+        for name, tensor in {"unrotated_D": (frequency == 0).repeat(2), "frequency": frequency, "positions_T": positions_T,
                              "cos_TD": cos_TD, "sin_TD": sin_TD}.items():
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, x_BTHD: Tensor, window: int | None = None) -> Tensor:
-        """(B, T, H, D) -> (B, T, H, D), rotated in float32: positions in bfloat16 would run together."""
+        """Rotate queries or keys, (B, T, H, D) -> the same. In float32: bfloat16 cannot tell position 257 from 256."""
         x, tokens = x_BTHD.float(), x_BTHD.size(1)
-        if self.first_window:  # YaRN: the window of this step decides
+        if self.first_window:  # YaRN: angles depend on the current window, so they cannot be a table
             cos_TD, sin_TD = rotation(self.positions_T[:tokens], yarn_frequencies(self.frequency, self.first_window, window))
         else:
             cos_TD, sin_TD = self.cos_TD[:tokens], self.sin_TD[:tokens]
-        partner = x.roll(x.size(-1) // 2, dims=-1)
+        partner = x.roll(x.size(-1) // 2, dims=-1)  # x_{i + D/2} beside x_i; sin carries the sign of each half
         return torch.addcmul(x * cos_TD[:, None], partner, sin_TD[:, None]).type_as(x_BTHD)
 
 
 def rotation(positions_T: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines, and sines with the sign of each half, (T, D) each."""
+    """Return cosines and signed sines of position * frequency, (T, D) each; the sines of the second half are negative."""
     angle_TF = torch.outer(positions_T, frequency)
     cos, sin = angle_TF.cos(), angle_TF.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
 
 
 def has_long_window(config: Model, layer: int) -> bool:
-    """Whether a layer has no sliding window, or the long one."""
+    """True if the layer's attention uses the long sliding window, or none."""
     return config.window_tokens is None or layer in config.full_attention_layers
 
 
 class ValueMix(nn.Module):
-    """a v + b e of a value embedding e, a and b learned from 1/2 (speedrun, Dec 2024)."""
+    """Learned mixture of values and value embeddings, a v + b e; a and b start at 1/2 (speedrun, Dec 2024)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = parameter(torch.tensor([0.5, 0.5]), "scalar")
 
     def forward(self, v_BTHD: Tensor, embed_BTC: Tensor, x_BTC: Tensor) -> Tensor:
-        """(B, T, H, D), (B, T, C), (B, T, C) -> (B, T, H, D); called like ValueGates, which read x."""
+        """(B, T, H, D), (B, T, C), (B, T, C) -> (B, T, H, D). Same signature as ValueGates, which read x."""
         del x_BTC
-        own, embed = self.weight.to(v_BTHD.dtype)
-        return own * v_BTHD + embed * embed_BTC.view_as(v_BTHD)
+        value_share, embed_share = self.weight.to(v_BTHD.dtype)
+        return value_share * v_BTHD + embed_share * embed_BTC.view_as(v_BTHD)
 
 
-def offset_keys(k_BTHD: Tensor, still_D: Tensor, starts_BT: Tensor | None) -> Tensor:
-    """The dimensions of keys that rotary embedding leaves alone (`still_D`) taken from the token before, within a document:
-    what followed the present token earlier is found in one layer (speedrun, Dec 2025)."""
+def offset_keys(k_BTHD: Tensor, unrotated_D: Tensor, starts_BT: Tensor | None) -> Tensor:
+    """Take the dimensions of each key that rotary leaves alone from the previous token of the same document, (B, T, H, D) ->
+    (B, T, H, D). A query then matches the token *after* an earlier occurrence of its own token: an induction head in one
+    layer, where otherwise two are needed (speedrun, Dec 2025)."""
     previous = torch.cat((k_BTHD[:, :1], k_BTHD[:, :-1]), dim=1)
-    take = still_D if starts_BT is None else still_D & ~starts_BT[:, :, None, None]
+    take = unrotated_D if starts_BT is None else unrotated_D & ~starts_BT[:, :, None, None]
     return torch.where(take, previous, k_BTHD)
 
 
@@ -217,15 +226,15 @@ class Attention(nn.Module):
         self.q, self.k, self.v = (Linear(config.dim, config.dim, config=config) for _ in range(3))
         self.out = Linear(config.dim, config.dim, config=config, zero=True, axis=-2)
         self.head_dim, self.attend = config.head_dim, attend
-        on_sphere, far = config.geometry == "sphere", has_long_window(config, layer)
-        # On the sphere queries and keys are unit vectors: scores need sqrt(D) to have variance 1, not 1 / sqrt(D).
+        on_sphere, is_long = config.geometry == "sphere", has_long_window(config, layer)
+        # On the sphere q and k are unit vectors, and q . k has variance 1/D: the scale is sqrt(D) instead of 1 / sqrt(D).
         self.scale = config.attention_scale or config.head_dim ** (0.5 if on_sphere else -0.5)
         self.norm_qk = SphereQK(config) if on_sphere else rms_norm if config.qk_norm else None
         self.paired = layer in config.paired_heads
-        first_window = (config.long_window_tokens if far else config.window_tokens) if config.yarn else None
+        first_window = (config.long_window_tokens if is_long else config.window_tokens) if config.yarn else None
         length = max_tokens * (2 if self.paired else 1)
         self.rotary = Rotary(config, length, first_window=first_window) if "rotary" in config.position else None
-        self.offsets_keys = config.key_offset and far and not self.paired
+        self.offsets_keys = config.key_offset and is_long and not self.paired
         self.mix_value = (ValueGates(config) if config.value_gates else ValueMix()) if mixes_value_embed else None
         self.dynamic = DynamicHeads(config) if layer in config.dynamic_heads else None
         self.exclusive = ExclusiveHeads(config) if config.xsa and not self.paired else None
@@ -234,24 +243,24 @@ class Attention(nn.Module):
 
     def forward(self, x_BTC: Tensor, inputs: LayerInputs) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        # Queries, keys, values: (B, T, H, D) each, the values with the tokens' value embeddings.
-        read_BTC = x_BTC if self.gains is None else self.gains[0].to(x_BTC.dtype) * x_BTC
-        q, k, v = (project(read_BTC).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
+        # Project to queries, keys and values, (B, T, H, D) each; mix the value embeddings in.
+        input_BTC = x_BTC if self.gains is None else self.gains[0].to(x_BTC.dtype) * x_BTC
+        q, k, v = (project(input_BTC).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
         if self.mix_value is not None:
             v = self.mix_value(v, inputs.value_embed, x_BTC)
-        # Norms and positions. The norm comes first: a rotation keeps lengths, and gains of single dimensions after it would
-        # break relative positions.
+        # Normalise, then rotate. In this order because a rotation keeps lengths, while learned gains after it would scale
+        # the two numbers of a rotated pair differently, and scores would depend on absolute positions.
         if self.norm_qk is not None:
             q, k = self.norm_qk(q), self.norm_qk(k)
-        if self.paired:  # two heads as one sequence of twice the length, (B, 2T, H/2, D), until they are unpaired
+        if self.paired:  # two heads become one of twice the length, (B, 2T, H/2, D), until unpair_heads below
             q, k, v = pair_heads(q), pair_heads(k), pair_heads(v)
         scale = self.scale
         if self.rotary is not None:
             q, k = self.rotary(q, inputs.window), self.rotary(k, inputs.window)
-            if self.rotary.first_window and inputs.window:  # YaRN: a longer window, a sharper softmax
+            if self.rotary.first_window and inputs.window:  # YaRN: more keys need a sharper softmax
                 scale = scale * yarn_softmax_factor(self.rotary.first_window, inputs.window)
         if self.offsets_keys:
-            k = offset_keys(k, self.rotary.still_D, inputs.starts)
+            k = offset_keys(k, self.rotary.unrotated_D, inputs.starts)
         # Attend: softmax(scale q k^T + mask) v.
         y_BTHD = self.attend(q, k, v, inputs.mask, scale)
         if self.dynamic is not None:
@@ -262,7 +271,7 @@ class Attention(nn.Module):
             y_BTHD = self.exclusive(y_BTHD, v)
         if self.gates is not None:
             y_BTHD = self.gates(y_BTHD, x_BTC)
-        # Back to the stream.
+        # Project back to the residual stream.
         y_BTC = self.out(y_BTHD.reshape_as(x_BTC))
         return y_BTC if self.gains is None else self.gains[1].to(y_BTC.dtype) * y_BTC
 
@@ -271,7 +280,7 @@ class Attention(nn.Module):
 
 
 def relu2(x: Tensor) -> Tensor:
-    """max(x, 0)^2; as a product, since .square() differentiates twice as slowly on CPUs."""
+    """max(x, 0)^2. As a product because the backward of .square() takes twice as long on CPUs."""
     return F.relu(x) * x
 
 
@@ -279,12 +288,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu2": relu2, "gelu": F.
 
 
 class MLP(nn.Module):
-    """W_down act(W_up x), or W_down (silu(W_gate x) * W_up x) for SwiGLU."""
+    """Feed-forward layer: W_down act(W_up x), or W_down (silu(W_gate x) * W_up x) for SwiGLU."""
 
     def __init__(self, config: Model) -> None:
         super().__init__()
         hidden = config.mlp_dim or 4 * config.dim
-        # On the sphere W x are cosines of about 1 / sqrt(C): sqrt(C) brings them to where activations bend.
+        # On the sphere W x are cosines of size 1 / sqrt(C); sqrt(C) scales them to 1, where the activation is not linear.
         first = functools.partial(ScaledLinear, constant=config.dim**0.5) if config.geometry == "sphere" else Linear
         self.up = first(config.dim, hidden, config=config)
         self.gate = first(config.dim, hidden, config=config) if config.activation == "swiglu" else None
@@ -300,13 +309,17 @@ class MLP(nn.Module):
 
 # ---- Act one: the sphere -------------------------------------------------------------------------------------------------
 #
-# nGPT (Loshchilov et al. 2024, arXiv 2410.01131): every vector of the stream has length 1, and a layer moves it along the
-# sphere. The optimizer keeps the weights at length 1 along the model dimension (constraint sphere), so that every product
-# here is a cosine, and learned factors give it its size.
+# nGPT (Loshchilov et al. 2024, arXiv 2410.01131): every vector of the residual stream has length 1, and each layer moves it
+# along the sphere. The optimizer keeps the weights at length 1 along the model dimension (constraint `sphere`): every W x
+# is a vector of cosines, which learned factors scale to the size that the next operation needs.
 
 
 class Scale(nn.Module):
-    """Learned factors, `value` at the start, stored as `stored`: Adam's step of lr moves them by lr value / stored."""
+    """Learned factors s that start at `value` and are stored as s * stored / value.
+
+    Adam changes a stored number by about lr a step, whatever its size: a small `stored` makes the factor learn faster
+    (section 2.5 of the paper).
+    """
 
     def __init__(self, size: int, *, value: float = 1.0, stored: float = 1.0) -> None:
         super().__init__()
@@ -319,9 +332,9 @@ class Scale(nn.Module):
 
 
 class ScaledLinear(Linear):
-    """y = constant s * (W x), s learned factors, one for each output: s_u, s_v, s_z of the paper (equations 3, 20, 21).
+    """Linear map with learned factors, y = constant * s * (W x), s (out,): s_u, s_v, s_z of the paper, equations 3, 20, 21.
 
-    Computed as (constant s W) x: a matrix has fewer entries than its outputs for a batch.
+    Computed as (constant * s * W) x, because W has fewer entries than the outputs of a batch.
     """
 
     def __init__(self, fan_in: int, fan_out: int, *, config: Model, role: str = "matrix", constant: float = 1.0,
@@ -335,26 +348,20 @@ class ScaledLinear(Linear):
 
 
 class SphereStep(nn.Module):
-    """h <- n(h + |alpha| (n(x) - h)): from h towards the layer's suggestion, alpha of the way, each dimension its own.
-
-    alpha are the eigen learning rates: equations 10 and 11.
-    """
+    """Residual sum on the sphere: h <- n(h + |alpha| (n(x) - h)), n(x) = x / ||x|| (equations 10 and 11). alpha (C,), the
+    eigen learning rates, are the learned share of the way from h to the layer's output x in each dimension."""
 
     def __init__(self, config: Model) -> None:
         super().__init__()
         self.alpha = Scale(config.dim, value=config.eigen_lr, stored=config.dim**-0.5)
 
     def forward(self, h_BTC: Tensor, x_BTC: Tensor) -> Tensor:
-        """(B, T, C) of length 1, (B, T, C) -> (B, T, C) of length 1."""
+        """Stream h of length 1 and a layer's output x, (B, T, C) each -> (B, T, C) of length 1."""
         return unit(torch.lerp(h_BTC, unit(x_BTC), self.alpha().abs().to(h_BTC.dtype)))
 
 
 class SphereQK(nn.Module):
-    """s_qk n(q), s_qk n(k), the factors shared by both (equations 15 and 16).
-
-    They act before the rotary embedding: after it, factors that differ within a rotated pair would make scores depend on
-    absolute positions.
-    """
+    """Unit queries and keys with shared learned factors, s_qk n(q) and s_qk n(k), before rotary (equations 15 and 16)."""
 
     def __init__(self, config: Model) -> None:
         super().__init__()
@@ -369,16 +376,17 @@ class SphereQK(nn.Module):
 
 
 def residual_sum(config: Model) -> nn.Module | None:
-    """What stands in place of x + y, y the output of attention or MLP; None: the plain sum."""
+    """Return the module that adds a layer's output y to the stream x; None: the plain sum x + y."""
     if config.geometry == "sphere":
         return SphereStep(config)
     return ResidualGrowth(config) if config.residual_growth else None
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); with `x0_skip` the input is first mixed with x0.
+    """Transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    On the sphere both sums are steps along it, and the mixture returns to it: nothing else needs a norm.
+    With `x0_skip` its input is first mixed with x0, the stream before the first block. On the sphere every sum and the
+    mixture return to length 1, so that attention and MLP need no norm of their own.
     """
 
     def __init__(self, config: Model, max_tokens: int, *, mixes_value_embed: bool, attend: Callable, layer: int = 0) -> None:
@@ -397,11 +405,11 @@ class Block(nn.Module):
     def forward(self, x_BTC: Tensor, inputs: LayerInputs) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         if self.skip is not None:
-            stream, start = self.skip.to(x_BTC.dtype)
-            x_BTC = self.norm_mixture(stream * x_BTC + start * inputs.x0)
+            stream_share, x0_share = self.skip.to(x_BTC.dtype)
+            x_BTC = self.norm_mixture(stream_share * x_BTC + x0_share * inputs.x0)
         if self.attention is not None:
-            read_BTC = x_BTC if inputs.attention_input is None else inputs.attention_input
-            y_BTC = self.attention(self.norm1(read_BTC), inputs)
+            input_BTC = x_BTC if inputs.attention_input is None else inputs.attention_input
+            y_BTC = self.attention(self.norm1(input_BTC), inputs)
             x_BTC = x_BTC + y_BTC if self.add1 is None else self.add1(x_BTC, y_BTC)
         if self.inject is not None:
             x_BTC = self.inject(x_BTC, inputs)
@@ -413,14 +421,16 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Decoder-only Transformer; see the module's docstring for the shapes."""
+    """Decoder-only Transformer."""
 
     def __init__(self, config: Model, *, vocab_size: int, max_tokens: int, document_start: int | None = None,
                  prefix_of: list[int] | None = None, on_cuda: bool = False,
                  dtype: torch.dtype = torch.float32) -> None:
-        """`max_tokens` is the longest context; `document_start` the token that opens a document; `prefix_of` each token's
-        longest proper prefix or -1; `dtype` that of the activations (weights have their own). Raises ValueError for
-        combinations that the arguments make impossible.
+        """Build the model and draw its weights from torch's global generator.
+
+        `max_tokens` is the longest context, `document_start` the id of the token that opens a document, `prefix_of` for each
+        token the id of its longest proper prefix or -1, `dtype` that of the activations (config.*_dtype are those of the
+        weights). Raises ValueError for a technique that these arguments do not allow.
         """
         super().__init__()
         if config.document_mask and document_start is None:
@@ -435,7 +445,8 @@ class GPT(nn.Module):
         padded = -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
         embed_dtype, table_dtype = getattr(torch, config.embed_dtype), getattr(torch, config.table_dtype)
 
-        # Embeddings. Here and below the order is that of the random draws, made in float32 whatever the dtype.
+        # Embeddings. The order of the statements is the order of the random draws: changing it changes every loss. Draws are
+        # float32 and then cast, so that weights do not depend on the storage dtype.
         self.embed = parameter((torch.randn(padded, config.dim) * config.embed_std).to(embed_dtype), "embed")
         learned = config.position == "learned"
         self.positions = parameter(torch.randn(max_tokens, config.dim) * 0.02, "embed") if learned else None
@@ -450,13 +461,13 @@ class GPT(nn.Module):
             for _ in range(config.value_embeds))
         self.value_layers = config.value_embed_layers or tuple(range(config.layers - config.value_embeds, config.layers))
 
-        # Blocks, and the connections between them beside the residual stream.
+        # Blocks, and connections between them other than the residual stream.
         self.blocks = nn.ModuleList(Block(config, max_tokens, mixes_value_embed=i in self.value_layers,
                                           attend=KERNELS[self.kernel].attend, layer=i) for i in range(config.layers))
         connected = config.skips or config.dense != "none" or config.backout is not None
         self.streams = Streams(config) if connected or config.shared_attention_input is not None else None
 
-        # Head. Tied, it is the token embedding.
+        # Head: a matrix of its own, or None if it is tied to the token embedding.
         self.norm_final = nn.Identity() if on_sphere else Norm(config)
         self.head = None
         if on_sphere:
@@ -466,24 +477,25 @@ class GPT(nn.Module):
             self.head = Linear(config.dim, padded, config=config, zero=True, role="head")
         self.register_buffer("prefix_of", torch.tensor(prefix_of) if config.prefix_loss else None, persistent=False)
         self.paths = Paths()
-        if on_cuda or config.fp8 != "none":  # fp8 on a CPU is refused here
+        if on_cuda or config.fp8 != "none":  # choose_paths raises ValueError for fp8 on a CPU
             self.paths = choose_paths(config, torch.device("cuda" if on_cuda else "cpu"), dtype)
         if self.paths.relu2 == "triton" or config.fp8 != "none":
             use_fast_products(self)
-        self._roles = {name: param.role for name, param in self.named_parameters()}  # a copy of the model keeps it
+        # As tables by name, because copy.deepcopy drops attributes of parameters.
+        self._roles = {name: param.role for name, param in self.named_parameters()}
         self._axes = {name: param.axis for name, param in self.named_parameters()}
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, *, window: int | None = None,
                 long_window: int | None = None, aux_weights: "AuxLossWeights | None" = None) -> Tensor:
-        """Logits (B, T, V) in float32; with targets the summed cross-entropy in nats, 0-D float32.
+        """Token ids (B, T) -> logits (B, T, V), float32; with targets (B, T), the summed cross-entropy in nats, 0-D float32.
 
-        `window` and `long_window` override the configured sliding windows. With `aux_weights` the loss is what training
-        minimises: with its auxiliary losses, or over sampled classes, as configured.
+        `window` and `long_window`, in tokens, replace the configured sliding windows. With `aux_weights` the loss is the one
+        that training minimises: plus the configured auxiliary losses, or over sampled classes only.
         """
         if tokens_BT.size(1) > self.max_tokens:
             raise ValueError(f"a context of {tokens_BT.size(1)} tokens; this model was built for {self.max_tokens}")
 
-        # Masks: a query sees the keys before it, within its layer's window and its own document.
+        # Masks: causal, within the layer's sliding window and within the document.
         starts_BT = tokens_BT == self.document_start if self.config.document_mask else None
         windows = self.windows(window, long_window)
         masks = self.masks(tokens_BT, starts_BT, windows)
@@ -492,7 +504,7 @@ class GPT(nn.Module):
         x_BTC, ngrams_BTC = self.embed_tokens(tokens_BT, starts_BT)
         inputs = LayerInputs(starts=starts_BT, x0=x_BTC, ngrams=ngrams_BTC)
 
-        # Blocks: each reads the stream and adds to it. `history`, for `streams`: before the first block and after each.
+        # Blocks. `history` holds the stream before the first block and after each; only `streams` reads it.
         history = [x_BTC]
         for i, block in enumerate(self.blocks):
             embed_BTC = None
@@ -514,25 +526,25 @@ class GPT(nn.Module):
         return self.logits(x_BTC) if targets_BT is None else self.loss(x_BTC, targets_BT, aux_weights)
 
     def windows(self, window: int | None, long_window: int | None) -> list[int | None]:
-        """Each layer's sliding window, of the configured ones where none is given; None: it sees everything."""
+        """Return each layer's sliding window in tokens, None: no window. Arguments that are None: as configured."""
         window, long_window = window or self.config.window_tokens, long_window or self.config.long_window_tokens
         return [long_window if window is not None and has_long_window(self.config, i) else window
                 for i in range(self.config.layers)]
 
     def masks(self, tokens_BT: Tensor, starts_BT: Tensor | None, windows: list[int | None]) -> list[Mask]:
-        """Each layer's attention mask; layers with the same window share one."""
+        """Return each layer's attention mask; layers with the same window share one, as a mask may cost O(T^2) to build."""
         document_BT, tokens = None if starts_BT is None else document_index(starts_BT), tokens_BT.size(1)
         masks: dict[tuple[int | None, bool], Mask] = {}
         kinds = [(window, i in self.config.paired_heads) for i, window in enumerate(windows)]
         for window, paired in dict.fromkeys(kinds):
             length, document = tokens, document_BT
-            if paired:  # both heads' tokens stand next to each other
+            if paired:  # two heads are interleaved token by token, see pair_heads
                 length, document = 2 * tokens, None if document_BT is None else document_BT.repeat_interleave(2, dim=1)
             masks[window, paired] = KERNELS[self.kernel].mask(length, window, document, tokens_BT.device)
         return [masks[kind] for kind in kinds]
 
     def embed_tokens(self, tokens_BT: Tensor, starts_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The stream before the first block and the sum of the hashed embeddings, if any: (B, T) -> (B, T, C) each."""
+        """Token ids (B, T) -> the stream before the first block and the sum of n-gram embeddings or None, (B, T, C)."""
         x_BTC = F.embedding(tokens_BT, self.embed).to(self.dtype)
         if self.positions is not None:
             x_BTC = x_BTC + self.positions[:tokens_BT.size(1)].to(self.dtype)
@@ -546,18 +558,19 @@ class GPT(nn.Module):
         return self.norm_mixture(x_BTC), ngrams_BTC
 
     def raw_logits(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., V) in x's dtype, before the softcap."""
+        """Logits before the softcap, (..., C) -> (..., V) in x's dtype."""
         return F.linear(x, self.embed.to(x.dtype)) if self.head is None else self.head(x)
 
     def logits(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., V) in float32, softcapped: in bfloat16 logits between 8 and 16 would be multiples of 1/16."""
+        """Softcapped logits, (..., C) -> (..., V). In float32: between 8 and 16 bfloat16 has only multiples of 1/16."""
         return softcap(self.raw_logits(x).float(), self.config.softcap, self.config.softcap_value)
 
     def loss(self, x_BTC: Tensor, targets_BT: Tensor, aux_weights: "AuxLossWeights | None" = None) -> Tensor:
-        """Summed cross-entropy in nats of the normed stream, 0-D float32; `aux_weights` as in `forward`."""
+        """Return the summed cross-entropy in nats, 0-D float32, of the normalised stream; `aux_weights` as in `forward`."""
         config, targets_N = self.config, targets_BT.flatten()
         if aux_weights is not None and config.sampled_softmax:
             return sampled_cross_entropy(x_BTC.flatten(0, 1), self.head_weight, targets_N, config)
+        # The fused kernel never stores the logits, but auxiliary losses need them.
         has_aux = aux_weights is not None and (config.mtp_weights or config.prefix_loss)
         if self.paths.loss == "triton" and not has_aux:
             z_NV = self.raw_logits(x_BTC.flatten(0, 1))
@@ -574,10 +587,10 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, tokens_T: Tensor, count: int, *, temperature: float = 0.8, top_k: int = 50,
                  generator: torch.Generator | None = None, **windows: int | None) -> Tensor:
-        """`count` tokens sampled after `tokens_T`, the context cropped to max_tokens: (T,) -> (T + count,); windows as in
-        `forward`."""
+        """Sample `count` tokens after the prompt, (T,) -> (T + count,), with a generator on the CPU; the context is cropped
+        to max_tokens; `windows` as in `forward`."""
         for _ in range(count):
-            # forward, not the module's call: a compiled model would be compiled again for every length
+            # self.forward, not self(...): a compiled model would compile one graph per length.
             logits_V = self.forward(tokens_T[None, -self.max_tokens:], **windows)[0, -1, :self.vocab_size]
             best, index = logits_V.topk(min(top_k, self.vocab_size))
             weights = (best / max(temperature, 1e-6)).softmax(dim=-1).cpu()
@@ -585,28 +598,28 @@ class GPT(nn.Module):
             tokens_T = torch.cat((tokens_T, index[pick]))
         return tokens_T
 
-    # ---- What others ask of the model ----
+    # ---- Facts about the model, for the optimizer, the log and the plan ----
 
     @property
     def head_weight(self) -> Tensor:
-        """The output matrix, (V, C)."""
+        """Weight of the output layer, (V, C)."""
         return self.embed if self.head is None else self.head.weight
 
     def roles(self) -> dict[str, str]:
-        """The role of every parameter, by name."""
+        """Return the role of each parameter by name."""
         return dict(self._roles)
 
     def axes(self) -> dict[str, int]:
-        """By name, which dimension of a parameter is the model's: -1, or -2 for the maps that write to the stream."""
+        """Return, by name, the axis of each parameter that is the model dimension: -1, or -2 for output projections."""
         return dict(self._axes)
 
     def factors(self) -> dict[str, Tensor]:
-        """The sphere's learned factors as they act, by module name: eigen learning rates alpha, s_qk, s_u, s_v, s_z."""
+        """Return the learned factors of nGPT by module name: eigen learning rates alpha, s_qk, s_u, s_v, s_z."""
         return {name: module() for name, module in self.named_modules() if isinstance(module, Scale)}
 
     def flops_per_token(self, sequence_tokens: int, window: int | None = None, long_window: int | None = None) -> float:
-        """Floating-point operations of one token's forward and backward: 6 per matrix weight that it meets, 12 C per
-        position it attends to (counted exactly: causal, windowed, not document-masked)."""
+        """Return the floating-point operations of one token's forward and backward: 6 per matrix weight and 12 C per
+        attended position, averaged over the causal mask and the windows (the document mask is not counted)."""
         matrices = sum(p.numel() for name, p in self.named_parameters() if self._roles[name] in ("matrix", "head", "gate"))
         matrices += self.embed.numel() if self.head is None else 0
         windows = self.windows(window, long_window)
@@ -615,50 +628,51 @@ class GPT(nn.Module):
         return 6 * matrices + 12 * self.config.dim * spans
 
     def activation_bytes(self, tokens: int) -> int:
-        """Estimate of what one forward-backward on `tokens` tokens stores: 12 C + 3 hidden numbers a layer, and the logits
-        three times in float32."""
+        """Estimate the bytes of activations that a forward-backward on `tokens` tokens stores: per token 12 C + 3 hidden
+        numbers a layer, and the logits three times in float32."""
         config = self.config
         per_token = config.layers * (12 * config.dim + 3 * (config.mlp_dim or 4 * config.dim))
         return per_token * self.dtype.itemsize * tokens + 12 * len(self.embed) * tokens
 
 
 def mean_span(tokens: int, window: int) -> float:
-    """Mean over t = 1..tokens of min(t, window): how many positions a token attends to."""
+    """Return the mean number of positions that a token attends to: the mean over t = 1..tokens of min(t, window)."""
     window = min(window, tokens)
     return (window * (window + 1) / 2 + (tokens - window) * window) / tokens
 
 
 # =========================================================================================================================
-# Act two: the record's techniques (speedrun, 2025 and 2026), each behind one field of configs/model.py and off by default.
-# Those with parameters start as the identity, or as near to it as the record does.
+# Act two: techniques of the speedrun's record (2025 and 2026), each switched on by one field of configs/model.py. Those with
+# parameters start as the identity, or where the record starts them.
 # =========================================================================================================================
 
 # ---- Positions: `yarn` ---------------------------------------------------------------------------------------------------
 
-YARN_ALPHA, YARN_BETA = 1, 32  # rotations within the first window: below, interpolated; above, unchanged (arXiv 2309.00071)
+# Pairs that turn less than ALPHA times within the first window are interpolated, those above BETA kept (arXiv 2309.00071).
+YARN_ALPHA, YARN_BETA = 1, 32
 
 
 def yarn_frequencies(frequency: Tensor, first_window: int, window: int | None) -> Tensor:
-    """Rotary frequencies at a window w: pairs that turn less than once within the first window w0 are slowed by w0 / w,
-    those that turn 32 times are not (YaRN, Peng et al. 2023, arXiv 2309.00071). (D/2,) -> (D/2,)."""
+    """Return the rotary frequencies (D/2,) for a window w that has grown from w0 = `first_window` (YaRN, Peng et al. 2023,
+    arXiv 2309.00071): slow pairs are slowed by w0 / w, fast ones keep their frequency, a linear blend between."""
     unchanged = (first_window * frequency / (2 * math.pi) - YARN_ALPHA) / (YARN_BETA - YARN_ALPHA)
     share = first_window / (window or first_window)
     return frequency * (share + unchanged.clamp(0, 1) * (1 - share))
 
 
 def yarn_softmax_factor(first_window: int, window: int) -> float:
-    """YaRN's factor of the softmax scale at a window w: 1 + .2 log(w / w0)."""
+    """Return YaRN's factor of the softmax scale for a window w that has grown from w0: 1 + .2 log(w / w0)."""
     return 1 + 0.2 * math.log(window / first_window)
 
 
 # ---- Attention heads: `head_gates`, `xsa`, `value_gates`, `paired_heads`, `dynamic_heads` --------------------------------
 
-GATE_DIMS = 12  # gates of heads read so many leading dimensions of the layer's input (speedrun, Aug 2025)
-VALUE_GATE_DIMS = 6  # gates of value embeddings read so many of the input and of the embedding (speedrun, Jan 2026)
+GATE_DIMS = 12  # number of leading dimensions of the layer's input that head gates read (speedrun, Aug 2025)
+VALUE_GATE_DIMS = 6  # the same of value gates, from the input and from the value embedding (speedrun, Jan 2026)
 
 
 class HeadGates(nn.Module):
-    """y_h <- 2 sigmoid(w_h . x) y_h: a head can close where it has nothing to add (speedrun, Aug 2025)."""
+    """Gate on the output of each attention head: y_h <- 2 sigmoid(w_h . x) y_h, at the start 1 (speedrun, Aug 2025)."""
 
     def __init__(self, config: Model) -> None:
         super().__init__()
@@ -672,10 +686,8 @@ class HeadGates(nn.Module):
 
 
 class ExclusiveHeads(nn.Module):
-    """XSA: y_h loses the share tanh(alpha_h) of its component along the token's own value, which the stream has already.
-
-    arXiv 2603.09078, with a learned share (speedrun, 2026).
-    """
+    """Exclusive self-attention (XSA, arXiv 2603.09078): remove from y_h the share tanh(alpha_h) of its component along the
+    token's own value, which the residual stream already holds; alpha_h is learned from 0 (speedrun, 2026)."""
 
     def __init__(self, config: Model) -> None:
         super().__init__()
@@ -683,12 +695,12 @@ class ExclusiveHeads(nn.Module):
 
     def forward(self, y_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
         """(B, T, H, D) twice -> (B, T, H, D)."""
-        along = (y_BTHD * v_BTHD).sum(-1, keepdim=True) / v_BTHD.square().sum(-1, keepdim=True).clamp_min(1e-8)
-        return y_BTHD - self.alpha.tanh()[:, None].to(y_BTHD.dtype) * along * v_BTHD
+        coefficient = (y_BTHD * v_BTHD).sum(-1, keepdim=True) / v_BTHD.square().sum(-1, keepdim=True).clamp_min(1e-8)
+        return y_BTHD - self.alpha.tanh()[:, None].to(y_BTHD.dtype) * coefficient * v_BTHD
 
 
 class ValueGates(nn.Module):
-    """v_h + 2 sigmoid(w_h . [x, e]) e_h of a value embedding e, in place of ValueMix (speedrun, Jan 2026)."""
+    """Gated value embedding e, instead of ValueMix: v_h + 2 sigmoid(w_h . [x, e]) e_h (speedrun, Jan 2026)."""
 
     def __init__(self, config: Model) -> None:
         super().__init__()
@@ -697,35 +709,32 @@ class ValueGates(nn.Module):
 
     def forward(self, v_BTHD: Tensor, embed_BTC: Tensor, x_BTC: Tensor) -> Tensor:
         """(B, T, H, D), (B, T, C), (B, T, C) -> (B, T, H, D)."""
-        read = torch.cat((x_BTC[..., :self.dims], embed_BTC[..., :self.dims]), dim=-1)
-        gate_BTH = 2 * F.linear(read, self.weight.to(read.dtype)).sigmoid()
+        inputs = torch.cat((x_BTC[..., :self.dims], embed_BTC[..., :self.dims]), dim=-1)
+        gate_BTH = 2 * F.linear(inputs, self.weight.to(inputs.dtype)).sigmoid()
         return v_BTHD + gate_BTH[..., None] * embed_BTC.view_as(v_BTHD)
 
 
 def pair_heads(x_BTHD: Tensor) -> Tensor:
-    """Heads h and h + H/2 as one of twice the length, tokens t of both next to each other: (B, T, H, D) -> (B, 2T, H/2, D).
-
-    So a query sees the keys of both: those of earlier tokens, and of its own token the first head's, or both (speedrun,
-    Dec 2025).
-    """
+    """Interleave heads h and h + H/2 token by token into one head of twice the length, (B, T, H, D) -> (B, 2T, H/2, D): each
+    query then sees the keys of both heads (speedrun, Dec 2025)."""
     B, T, H, D = x_BTHD.shape
     return x_BTHD.reshape(B, 2 * T, H // 2, D)
 
 
 def unpair_heads(x_BTHD: Tensor) -> Tensor:
-    """The inverse: (B, 2T, H/2, D) -> (B, T, H, D)."""
+    """Undo pair_heads: (B, 2T, H/2, D) -> (B, T, H, D)."""
     B, T, H, D = x_BTHD.shape
     return x_BTHD.reshape(B, T // 2, 2 * H, D)
 
 
 class DynamicHeads(nn.Module):
-    """Heads that use each other's attention: with A_h(t, s) the attention of head h, y_h(t) gains
+    """Dynamic head composition: mix the attention weights A_g(t, s) of all heads g and add to the output y_h(t)
 
         b_h(t) sum_s [sum_g a_g(t) A_g(t, s)] v_h(s),    a = rms_norm(1 + W_a x), b = W_b x, starting at b = 0.
 
-    Dynamic head composition (Xiao et al. 2024, arXiv 2405.08553) in the speedrun's form of 2026: rank one, by the query's
-    token alone, over the last `dynamic_window` tokens w, whose attention is normalised among themselves. Queries in blocks
-    of w see their own block and the one before, so that B H T 2w attention is materialised.
+    Xiao et al. 2024 (arXiv 2405.08553) in the speedrun's form of 2026: rank one, weights a and b of the query's token only,
+    over the last w = `dynamic_window` tokens, with a softmax of its own. Computed in blocks of w queries, each of which sees
+    its own block and the one before: B H T 2w attention weights are stored, not B H T^2.
     """
 
     def __init__(self, config: Model) -> None:
@@ -735,31 +744,31 @@ class DynamicHeads(nn.Module):
 
     def forward(self, qkv_BTHD: tuple[Tensor, Tensor, Tensor], x_BTC: Tensor, starts_BT: Tensor | None,
                 scale: float) -> Tensor:
-        """Queries, keys, values (B, T, H, D) and the layer's input (B, T, C) -> what y gains, (B, T, H, D)."""
+        """Queries, keys, values (B, T, H, D) and the layer's input (B, T, C) -> the addition to y, (B, T, H, D)."""
         T, w = x_BTC.size(1), min(self.window, x_BTC.size(1))
         q, k, v = (in_blocks(x.float(), w) for x in qkv_BTHD)  # (B, N, w, H, D)
-        read, write = F.linear(x_BTC, self.weight.to(x_BTC.dtype)).float().chunk(2, dim=-1)
+        a_BTH, b_BTH = F.linear(x_BTC, self.weight.to(x_BTC.dtype)).float().chunk(2, dim=-1)
         scores_BNHts = torch.einsum("bnthd,bnshd->bnhts", q, with_previous(k)) * scale
         attention = scores_BNHts.masked_fill(~local_mask(T, w, starts_BT, q.device), -torch.inf).softmax(-1)
-        mixed = torch.einsum("bnth,bnhts->bnts", in_blocks(rms_norm(1 + read), w), attention)
+        mixed = torch.einsum("bnth,bnhts->bnts", in_blocks(rms_norm(1 + a_BTH), w), attention)
         y = torch.einsum("bnts,bnshd->bnthd", mixed, with_previous(v)).flatten(1, 2)[:, :T]
-        return (y * write[..., None]).type_as(qkv_BTHD[2])
+        return (y * b_BTH[..., None]).type_as(qkv_BTHD[2])
 
 
 def in_blocks(x_BT: Tensor, size: int) -> Tensor:
-    """(B, T, ...) -> (B, N, size, ...), zeros after the end."""
+    """Cut into blocks of `size` tokens, padded with zeros at the end: (B, T, ...) -> (B, N, size, ...)."""
     missing = -x_BT.size(1) % size
     return F.pad(x_BT, (0, 0) * (x_BT.ndim - 2) + (0, missing)).unflatten(1, (-1, size))
 
 
 def with_previous(x_BNw: Tensor) -> Tensor:
-    """Each block behind the one before it, the first behind zeros: (B, N, w, ...) -> (B, N, 2w, ...)."""
+    """Prepend to each block the block before it, zeros to the first: (B, N, w, ...) -> (B, N, 2w, ...)."""
     return torch.cat((torch.cat((torch.zeros_like(x_BNw[:, :1]), x_BNw[:, :-1]), dim=1), x_BNw), dim=2)
 
 
 def local_mask(tokens: int, window: int, starts_BT: Tensor | None, device: torch.device) -> Tensor:
-    """True where a block's query i sees key j of its own block or the one before: i - window < j <= i, j >= 0, same
-    document. (B or 1, N, 1, w, 2w)."""
+    """Return the mask of blockwise attention, (B or 1, N, 1, w, 2w): true where query i sees key j of its own block or the
+    one before, that is i - window < j <= i, j >= 0, and both in the same document."""
     i = in_blocks(torch.arange(-(-tokens // window) * window, device=device)[None], window)[..., None]
     j = torch.cat((i - window, i), dim=2).transpose(2, 3)
     visible = (j <= i) & (i - j < window) & (j >= 0)
@@ -771,17 +780,17 @@ def local_mask(tokens: int, window: int, starts_BT: Tensor | None, device: torch
 
 # ---- Hashed embeddings: `bigram_signs`, `inject` -------------------------------------------------------------------------
 
-INJECT_START = 0.05  # weight of hashed embeddings wherever they are injected (speedrun, 2026)
+INJECT_START = 0.05  # first weight of n-gram embeddings in each layer (speedrun, 2026)
 
 
 def random_signs(rows: int, dim: int, *, seed: int) -> Tensor:
-    """(rows, dim) of +-1, the same everywhere, without a draw from the run's generator."""
+    """Return a table (rows, dim) of +-1 that depends on `seed` only and leaves the global generator alone."""
     return torch.randint(0, 2, (rows, dim), generator=torch.Generator().manual_seed(seed)).float() * 2 - 1
 
 
 class Inject(nn.Module):
-    """x + a x0 + b e after attention, e the hashed embeddings: the token's identity once more; a starts at 0, b at .05
-    (speedrun, 2026)."""
+    """Add the token's identity again after attention: x + a x0 + b e with the n-gram embeddings e; a is learned from 0, b
+    from .05 (speedrun, 2026)."""
 
     def __init__(self, config: Model) -> None:
         super().__init__()
@@ -801,8 +810,8 @@ MUDD_DIM, MUDD_SCALE = 64, 0.1  # the speedrun's inner width and scale of dynami
 
 
 class ResidualGrowth(nn.Module):
-    """a x + b y, a and b learned, a from the root of `residual_growth`: the stream grows by that factor in a layer, so that
-    later layers write relatively less (speedrun, 2026: 1.1)."""
+    """Residual sum a x + b y with learned a and b, a from sqrt(residual_growth): two sums a layer make the stream grow by
+    that factor, so that later layers change it relatively less (speedrun, 2026: 1.1)."""
 
     def __init__(self, config: Model) -> None:
         super().__init__()
@@ -815,9 +824,9 @@ class ResidualGrowth(nn.Module):
 
 
 class Streams(nn.Module):
-    """Connections between blocks beside the residual stream.
+    """Connections between blocks other than the residual stream.
 
-    In `history`, entry 0 is the stream before the first block and entry i + 1 that after block i, (B, T, C) each.
+    `history` is a list of (B, T, C): entry 0 is the stream before the first block, entry i + 1 the stream after block i.
     """
 
     def __init__(self, config: Model) -> None:
@@ -830,28 +839,28 @@ class Streams(nn.Module):
         self.mixtures = nn.ModuleList(mixture(config, i + 2) for i in range(config.layers)) if mixture else None
 
     def add_skips(self, x_BTC: Tensor, layer: int, history: list[Tensor]) -> Tensor:
-        """The layer's input with the skips that end there: learned shares of what earlier layers wrote."""
+        """Add to a layer's input the learned shares of earlier streams whose skip ends at this layer."""
         for (source, target), weight in zip(self.pairs, self.skips, strict=True):
             if target == layer:
                 x_BTC = x_BTC + weight.to(x_BTC.dtype) * history[source + 1]
         return x_BTC
 
     def attention_input(self, layer: int, history: list[Tensor]) -> Tensor | None:
-        """The one earlier stream that attention of all later layers reads, if any (speedrun, 2026)."""
+        """Return the stream that attention reads in all layers after `shared_attention_input`, or None (speedrun, 2026)."""
         return history[self.shared_layer + 1] if self.shared_layer is not None and layer > self.shared_layer else None
 
     def mix(self, x_BTC: Tensor, layer: int, history: list[Tensor]) -> Tensor:
-        """The layer's output mixed with all earlier streams."""
+        """Return the mixture of a layer's output and all earlier streams, with `dense`; else the output."""
         return x_BTC if self.mixtures is None else self.mixtures[layer]([*history, x_BTC])
 
     def subtract_backout(self, x_BTC: Tensor, history: list[Tensor]) -> Tensor:
-        """The last stream without a learned share of an earlier one (speedrun, Oct 2025)."""
+        """Subtract from the last stream a learned share of an earlier one (speedrun, Oct 2025)."""
         return x_BTC if self.backout is None else x_BTC - self.backout.to(x_BTC.dtype) * history[self.backout_layer + 1]
 
 
 class StaticMixture(nn.Module):
-    """sum_j a_j x_j over all streams so far, a_j learned, at the start the last alone (DenseFormer, Pagliardini et al. 2024,
-    arXiv 2402.02622, equation 2)."""
+    """Learned sum of all streams so far, sum_j a_j x_j; it starts as the last stream alone (DenseFormer, Pagliardini et al.
+    2024, arXiv 2402.02622, equation 2)."""
 
     def __init__(self, config: Model, streams: int) -> None:
         super().__init__()
@@ -864,8 +873,8 @@ class StaticMixture(nn.Module):
 
 
 class DynamicMixture(StaticMixture):
-    """The same with weights that each token chooses: a_j + s W_2 gelu(W_1 norm(x)) (MUDD, Xiao et al. 2025,
-    arXiv 2502.12170, its way into the residual stream); W_2 starts at 0."""
+    """StaticMixture with weights per token, a_j + s W_2 gelu(W_1 norm(x)); W_2 starts at 0 (MUDD, Xiao et al. 2025,
+    arXiv 2502.12170, of its four ways the one into the residual stream)."""
 
     def __init__(self, config: Model, streams: int) -> None:
         super().__init__(config, streams)
@@ -880,22 +889,21 @@ class DynamicMixture(StaticMixture):
         return sum(w[..., None] * x for w, x in zip(weight_BTS.unbind(-1), history, strict=True))
 
 
-# ---- Losses of training alone: `mtp_weights`, `prefix_loss`, `sampled_softmax` -------------------------------------------
+# ---- Losses used in training only: `mtp_weights`, `prefix_loss`, `sampled_softmax` ---------------------------------------
 
 
 class AuxLossWeights(NamedTuple):
-    """How much of the auxiliary losses a step has, as 0-D tensors so that a changing number compiles once."""
+    """Weights of the auxiliary losses in one step, as 0-D tensors: a changed Python number would recompile the model."""
 
     mtp: Tensor
-    """How many further tokens are predicted: 1.5 is the next but one, and half of the one after."""
+    """Number of further tokens that are predicted; 1.5: the next but one, and the one after at half its weight."""
     prefix: Tensor
-    """Weight of the prefix loss."""
+    """Factor of the prefix loss."""
 
 
 def multi_token_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, weights: tuple[float, ...], reach: Tensor) -> Tensor:
-    """Multi-token prediction with the same head: sum over k of w_k clamp(reach - k + 1, 0, 1) times the cross-entropy of the
-    k-th token after the next, within the row (Gloeckle et al. 2024, arXiv 2404.19737; weights as in the speedrun, Dec 2025).
-    0-D."""
+    """Multi-token prediction with the same head, 0-D: sum over k of w_k clamp(reach - k + 1, 0, 1) times the cross-entropy
+    of the k-th token after the next, within the row (Gloeckle et al. 2024, arXiv 2404.19737; speedrun, Dec 2025)."""
     total = logits_BTV.new_zeros(())
     for k, weight in enumerate(weights, start=1):
         loss = F.cross_entropy(logits_BTV[:, :-k].flatten(0, 1), targets_BT[:, k:].flatten(), reduction="sum")
@@ -904,18 +912,20 @@ def multi_token_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, weights: t
 
 
 def prefix_cross_entropy(logits_NV: Tensor, targets_N: Tensor, prefix_of_V: Tensor) -> Tensor:
-    """Cross-entropy of each target's longest proper prefix that is itself a token, where there is one: partial credit for
-    the right letters (speedrun, Jul 2026). 0-D."""
+    """Summed cross-entropy, 0-D, of the longest proper prefix of each target that is a token itself; targets without one are
+    skipped. It rewards tokens that begin with the right letters (speedrun, Jul 2026)."""
     return F.cross_entropy(logits_NV, prefix_of_V[targets_N], reduction="sum", ignore_index=-1)
 
 
 def sampled_cross_entropy(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, config: Model) -> Tensor:
-    """Cross-entropy against `sampled_softmax` classes drawn uniformly without replacement, each standing for V / count.
+    """Summed cross-entropy, 0-D, against `sampled_softmax` classes drawn uniformly without replacement.
 
-    The target is always there and never counted twice. With all classes it is the full cross-entropy (importance
-    sampling: Bengio & Senecal 2003; Jean et al. 2015, arXiv 1412.2007). 0-D.
+    Each drawn class stands for V / count classes, hence the added logarithm. The target is always included and its draw
+    masked, so that with all classes drawn this is the full cross-entropy (importance sampling: Bengio & Senecal 2003; Jean
+    et al. 2015, arXiv 1412.2007).
     """
     classes, count, cap = weight_VC.size(0), config.sampled_softmax, (config.softcap, config.softcap_value)
+    # On the CPU, whose generator's state a checkpoint saves.
     drawn_S = torch.randperm(classes, device="cpu")[:count].to(targets_N.device)
     target_N = softcap((x_NC * F.embedding(targets_N, weight_VC).to(x_NC.dtype)).sum(-1).float(), *cap)
     others_NS = softcap(F.linear(x_NC, weight_VC[drawn_S].to(x_NC.dtype)).float(), *cap)
@@ -927,7 +937,7 @@ def sampled_cross_entropy(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, co
 
 
 def use_fast_products(model: GPT) -> None:
-    """Give linear maps the products that `model.paths` chose, in place. Changes no parameter and draws no random number."""
+    """Replace matrix products by the kernels that `model.paths` chose, in place; parameters stay as they are."""
     config = model.config
     for mlp in (block.mlp for block in model.blocks):
         if model.paths.relu2 == "triton":

@@ -97,7 +97,7 @@ def test_still_dimensions_are_those_that_rotary_leaves():
     rotary = Rotary(replace(CONFIG, position="half_rotary"), T)
     x = torch.randn(1, T, 1, D)
     moved = (rotary(x) - x).abs().amax((0, 1, 2)) > 1e-6
-    assert torch.equal(~moved, rotary.still_D) and rotary.still_D.sum() == D // 2
+    assert torch.equal(~moved, rotary.unrotated_D) and rotary.unrotated_D.sum() == D // 2
 
 
 @pytest.mark.parametrize("window", [1, 3, 6, 7, 30])
