@@ -426,12 +426,9 @@ class GPT(nn.Module):
     def __init__(self, config: Model, *, vocab_size: int, max_tokens: int, document_start: int | None = None,
                  prefix_of: list[int] | None = None, on_cuda: bool = False,
                  dtype: torch.dtype = torch.float32) -> None:
-        """Build the model and draw its weights from torch's global generator.
-
-        `max_tokens` is the longest context, `document_start` the id of the token that opens a document, `prefix_of` for each
-        token the id of its longest proper prefix or -1, `dtype` that of the activations (config.*_dtype are those of the
-        weights). Raises ValueError for a technique that these arguments do not allow.
-        """
+        """Draw the weights. `max_tokens` is the longest context, `document_start` the id of the token that opens a document,
+        `prefix_of` the id of each token's longest proper prefix (-1: none), `dtype` that of the activations. Raises ValueError
+        for a technique that these arguments do not allow."""
         super().__init__()
         if config.document_mask and document_start is None:
             raise ValueError("document_mask needs a source with document starts; use --model.no_document_mask")

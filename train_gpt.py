@@ -12,8 +12,8 @@ import time
 from configs.cli import fail, parse
 
 if __name__ == "__main__":
-    BEGAN = time.time()
-    RUN = parse(sys.argv[1:])  # before torch is imported: --help and typing errors answer at once
+    START_SECONDS = time.time()
+    RUN = parse(sys.argv[1:])  # before the slow import of torch, so that --help and typing errors answer at once
 
 # ruff: noqa: E402
 import math
@@ -50,17 +50,18 @@ from optim.sharded import NonFiniteError, ShardedOptimizer
 CACHE = Path(__file__).resolve().parent / ".cache"
 CHECKPOINT = "checkpoint.safetensors"
 RNG = "rng/torch"
-LAYER_TOKENS = 4096  # most that layers are measured on: uncompiled attention may hold T x T scores
-GPU_SIGNAL_POLL_STEPS = 16  # agreeing on a signal waits for the device; on CPUs it is free
+LAYER_TOKENS = 4096  # at most so many for the metrics of layers: uncompiled attention may store T x T scores
+GPU_SIGNAL_POLL_STEPS = 16  # asking all ranks for a signal waits for the GPU; on CPUs it is done after every step
 
 
 class DivergedError(RuntimeError):
     """The loss or a gradient is not finite."""
 
 
-def main(run: Run, began: float | None = None) -> None:
-    """Train as `run` says; `began` is when the process did, in seconds since 1970."""
-    began = began or time.time()
+def main(run: Run, start_seconds: float | None = None) -> None:
+    """Train one run from its config to its summary. `start_seconds` is the process's start as a Unix time."""
+    start_seconds = start_seconds or time.time()
+    # Build the trainer and print the plan.
     trainer = Trainer(run)
     rank, world_size = trainer.comm.rank, trainer.comm.world_size
     if rank == 0:
@@ -69,7 +70,7 @@ def main(run: Run, began: float | None = None) -> None:
             print(format_schedule(trainer.schedule.values, run.train.steps), flush=True)
     if run.run.dry_run:
         return
-    # Rank 0 chooses and makes the folder: of runs without a name each takes the next number.
+    # Open the run folder. Rank 0 alone chooses it: runs without a name are numbered, and two ranks would take two numbers.
     identity, folder = run.run, None
     if rank == 0:
         folder = open_run_folder(identity.dir, identity.name, fallback_name=run.preset, resume=identity.resume)
@@ -77,21 +78,23 @@ def main(run: Run, began: float | None = None) -> None:
     resumed = identity.resume and (folder / CHECKPOINT).exists()
     if resumed:
         trainer.load(folder / CHECKPOINT)
+    # The log comes after loading: it cuts metrics.jsonl back to the checkpoint's step.
     log = Log(run, folder, trainer.progress, device=trainer.device, rank=rank, world_size=world_size)
     if identity.resume:
         log.say(f"resuming {folder} at step {trainer.progress.step}" if resumed
                 else f"no checkpoint in {folder}: starting at step 0")
     if trainer.compiled and run.train.warmup_steps:
         trainer.warm_up()
+    # Train; end with a summary, or with the command that continues the run.
     try:
-        ended = train(trainer, log)
+        finished = train(trainer, log)
     except NonFiniteError as error:
-        saved = folder / CHECKPOINT
-        good = f"the last good checkpoint is {saved}" if saved.exists() else "no checkpoint was written yet"
-        raise DivergedError(f"{error}; {good}. Lower --optim.matrix.lr or the lr of "
-                            "the embeddings, or start from lr 0 (--schedule.lr '0=0 5%=1 ...')") from error
-    if ended:
-        log.finish(sample=trainer.sample(), wall_seconds=time.time() - began, parameters=trainer.parameters,
+        checkpoint = folder / CHECKPOINT
+        advice = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "no checkpoint was written yet"
+        raise DivergedError(f"{error}; {advice}. Lower --optim.matrix.lr or --optim.embed.lr, or warm the learning rate up "
+                            "from 0: --schedule.lr '0=0 5%=1 100%=0.1'") from error
+    if finished:
+        log.finish(sample=trainer.sample(), wall_seconds=time.time() - start_seconds, parameters=trainer.parameters,
                    data_hash=trainer.source.data_hash)
     else:
         log.say(f"interrupted at step {trainer.progress.step}; saved. Continue with --run.name {folder.name} --run.resume")
@@ -99,7 +102,8 @@ def main(run: Run, began: float | None = None) -> None:
 
 
 def train(trainer: "Trainer", log: Log) -> bool:
-    """The timed loop. True if the run ended, False if a signal cut it short; a checkpoint is written in both cases."""
+    """Run the timed loop and save a checkpoint; return True if all steps are done, False if a signal interrupted it. Raises
+    NonFiniteError if the loss or a gradient is NaN or infinite; the last checkpoint then stays as it is."""
     run, progress = trainer.run, trainer.progress
     poll_steps = GPU_SIGNAL_POLL_STEPS if trainer.device.type == "cuda" else 1
     interruption, interrupted = Interruption(), False
@@ -107,17 +111,18 @@ def train(trainer: "Trainer", log: Log) -> bool:
     clock = Clock(trainer.device, progress.train_seconds)
     while not (interrupted or progress.is_finished(run)):
         step = progress.step + 1
-        validates, measures = is_validation_step(run.train, step), is_due(step, run.log.layers_every_steps)
-        nats = trainer.step(batches, remember=measures or (validates and run.log.diagnostics))
+        validates, measures_layers = is_validation_step(run.train, step), is_due(step, run.log.layers_every_steps)
+        nats = trainer.step(batches, remember=measures_layers or (validates and run.log.diagnostics))
         log.bar.update()
-        # At some steps: the training loss, measures of layers, a validation.
+        # Log the training loss. Not at every step, because reading a number waits for the GPU.
         if is_due(step, run.log.every_steps) or validates:
             values = trainer.last_values()
-            loss = trainer.comm.sum(nats.item())[0] / values.batch_tokens  # waits for the device
+            loss = trainer.comm.sum(nats.item())[0] / values.batch_tokens
             progress.train_seconds = clock.seconds
             log.training(loss, flops_per_token=trainer.model.flops_per_token(values.sequence_tokens, **values.windows))
             check_finite(loss, step)
-        if measures:
+        # Measure layers and validate, with the clock stopped.
+        if measures_layers:
             with clock.paused():
                 log.write(trainer.layer_metrics())
         if validates:
@@ -126,7 +131,8 @@ def train(trainer: "Trainer", log: Log) -> bool:
                 progress.record_score(score, run.run.target_loss_nats)
                 log.validation(score, trainer.measures.of_roles(trainer.last_values()) if run.log.diagnostics else {})
                 check_finite(score.nats_per_token, step)
-        # A checkpoint; after a signal too, on which all ranks must agree, because all of them save.
+        # Save a checkpoint, also after a signal: on all ranks or none, because saving is a collective. Gradients are checked
+        # first, so that a checkpoint never holds the weights after a bad step.
         saves = progress.is_finished(run) or is_due(step, run.run.checkpoint_every_steps)
         polls = is_due(step, poll_steps)
         if polls or saves:
@@ -142,18 +148,18 @@ def train(trainer: "Trainer", log: Log) -> bool:
 
 
 def is_due(step: int, every_steps: int) -> bool:
-    """Whether something that happens every so many steps, 0 meaning never, happens after this one."""
+    """True if an event with a period of `every_steps` (0: never) is due after step number `step`, counted from 1."""
     return every_steps > 0 and step % every_steps == 0
 
 
 def is_validation_step(train: Train, step: int) -> bool:
-    """Whether the weights after `step` steps are validated: always at the end."""
-    late = train.final_val_every_steps and step >= 0.9 * train.steps
-    return step == train.steps or is_due(step, train.final_val_every_steps if late else train.val_every_steps)
+    """True if the weights are validated after step number `step`; always after the last one."""
+    is_late = train.final_val_every_steps and step >= 0.9 * train.steps
+    return step == train.steps or is_due(step, train.final_val_every_steps if is_late else train.val_every_steps)
 
 
 def check_finite(loss: float, step: int) -> None:
-    """Raise NonFiniteError where the loss is NaN or infinite."""
+    """Raise NonFiniteError if the loss of a step is NaN or infinite."""
     if not math.isfinite(loss):
         raise NonFiniteError(f"loss is {loss} at step {step}")
 
@@ -162,19 +168,19 @@ class Trainer:
     """Model, optimizer and data of one run, on one rank."""
 
     def __init__(self, run: Run) -> None:
-        """Build everything that the run needs; nothing is written to disk but the tokenizer's cache."""
+        """Build the source, the model and the optimizer. Writes nothing to disk except the cached tokens and tokenizer."""
         self.run, self.schedule, self.progress = run, Schedule(run), Progress()
         self.comm = Comm(choose_device(run.run.device, local_rank()))
         self.device = self.comm.device
         on_cuda = self.device.type == "cuda"
         self.compiled = run.run.compile == "on" or (run.run.compile == "auto" and on_cuda)
-        # Each machine's first rank opens the source before the others do, so that caches are built once.
+        # Tokens. The first rank of each machine opens the source before its other ranks, so that caches are built once.
         if local_rank() > 0:
             self.comm.barrier()
         self.source = open_source(run.data, cache_dir=CACHE)
         if local_rank() == 0:
             self.comm.barrier()
-        # The model, long enough for every step of the schedule; its draws come first from the seed.
+        # Model: long enough for the longest sequence of the schedule. Seeded here, right before the first random draw.
         torch.manual_seed(run.run.seed)
         lengths = [self.schedule.values(step).sequence_tokens for step in range(run.train.steps)]
         pieces = self.source.tokenizer.pieces if run.model.prefix_loss and self.source.tokenizer else None
@@ -186,16 +192,16 @@ class Trainer:
             self.model.head.weight.data.copy_(self.model.embed)
         self.model.to(self.device)
         self.parameters = sum(p.numel() for p in self.model.parameters())
-        # The optimizer takes over the storage of all parameters.
+        # Optimizer. It moves every parameter into its own storage, so the model must be on its device by now.
         groups = build_groups(dict(self.model.named_parameters()), self.model.roles(), run.optim, self.model.axes())
         self.group_table = format_groups(groups)
         self.optimizer = ShardedOptimizer(groups, self.comm, compile_updates=self.compiled, hooks=build_hooks(run))
         self.measures = StepMetrics(self.comm)
         if self.compiled:
-            self.model.compile(dynamic=False)
+            self.model.compile(dynamic=False)  # one graph per shape: dynamic shapes cost speed, and warm_up sees all shapes
 
     def start_batches(self) -> Batches:
-        """The stream of training batches, from the present step on."""
+        """Return the stream of training batches, started at the current step."""
         batches = Batches(self.source.train, order=self.run.data.order, seed=self.run.run.seed,
                           document_start=self.source.document_start, rank=self.comm.rank,
                           world_size=self.comm.world_size, plan=self.schedule.portions,
@@ -207,47 +213,50 @@ class Trainer:
     # ---- Step ----
 
     def step(self, batches: Batches, *, remember: bool = False) -> Tensor:
-        """One optimizer step: this rank's summed nats before it, 0-D; with `remember` it can be measured afterwards."""
+        """Take one optimizer step; return this rank's summed cross-entropy before it, in nats, 0-D. `remember` copies the
+        weights first, so that `self.measures` can measure the step."""
         progress, train, values = self.progress, self.run.train, self.schedule.values(self.progress.step)
-        # Data: this rank's rows of the global batch, prepared by a thread during the step before.
+        # Data: this rank's rows of the global batch, which a thread prepared during the previous step.
         inputs, targets, position = batches.next()
-        # Gradients of the loss, added up over micro-batches.
+        # Gradients: added up over micro-batches.
         nats = self.gradients(inputs, targets, values)
-        # A tied head: both tables, equal and trained alike, get the sum of their gradients and stay equal. Gradients that
-        # wait for a later step are not shared yet: what they add up to is, once.
+        # Tied head: embedding and head are two tensors with equal weights and optimizers; they stay equal because both get the
+        # sum of their gradients. With update_every > 1 it is taken once, at the step that uses the added-up gradients.
         tied = progress.step < train.tied_until_frac * train.steps
         if tied and is_due(progress.step + 1, self.run.optim.embed.update_every):
             embed, head = self.model.embed.grad, self.model.head.weight.grad
             head.copy_(embed.add_(head))
-        # Update: gradients are summed over ranks, each rank updates its slice of the weights and sends it to all.
+        # Update: sum the gradients over ranks; each rank updates its slice of the weights and sends it to all others.
         if remember:
             self.measures.remember(self.optimizer.banks)
         self.optimizer.step(values, progress.step + 1)
         self.optimizer.zero_grad()
-        # Progress: what a resumed run must know.
+        # Progress: the state, besides tensors, that a resumed run needs.
         progress.step += 1
         progress.tokens += values.batch_tokens
         progress.position = asdict(position)
         return nats
 
     def gradients(self, inputs: Tensor, targets: Tensor, values: Values) -> Tensor:
-        """Accumulate this rank's gradients of the step's loss; its own summed nats, 0-D."""
+        """Add this rank's gradients of the step's loss to the buffers; return its summed cross-entropy in nats, 0-D.
+        Inputs and targets are (rows, T) on the CPU."""
+        # Divided by the tokens of the global batch: the optimizer's sum over ranks is then the mean over all tokens.
         scale = 1 / values.batch_tokens if self.run.train.loss_reduction == "mean" else 1.0
         total = torch.zeros((), device=self.device)
-        # As tensors, because a compiled model would be compiled again for other Python numbers.
+        # As tensors: a compiled model is compiled anew whenever a Python number changes.
         aux_weights = AuxLossWeights(*(torch.full((), x, device=self.device) for x in (values.mtp, values.prefix_loss)))
         for x, y in micro_batches(inputs, targets, self.run.train.micro_tokens):
             x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
             nats = self.model(x, y, aux_weights=aux_weights, **values.windows)
             (nats * scale).backward()
-            total += nats.detach()
+            total += nats.detach()  # on the device: .item() here would wait for it in every micro-batch
         return total
 
     # ---- Validate and measure ----
 
     @torch.no_grad()
     def validate(self) -> Score:
-        """The referee's score of the present weights."""
+        """Return the validation score of the current weights (of their average, if the run keeps one). A collective."""
         values = self.last_values()
         with self.optimizer.evaluation_weights():
             return evaluate(partial(self.model, **values.windows), self.source,
@@ -256,30 +265,30 @@ class Trainer:
                             device=self.device, sum_over_ranks=lambda x: self.comm.sum(x)[0])
 
     def last_values(self) -> Values:
-        """What held at the last step; before the first, what will hold there."""
+        """Return the scheduled values of the last step taken; before the first step, those of the first."""
         return self.schedule.values(max(0, self.progress.step - 1))
 
     def layer_metrics(self) -> Metrics:
-        """How the last step turned each hidden matrix; on rank 0 also features, spectra and factors of every layer, on the
-        validation text's first tokens, and the angles that groups should turn by. A collective."""
-        values, turns = self.last_values(), self.measures.turns("matrix")
+        """Return, on rank 0, spectra and rotation angles of the weights, the equilibrium angles that theory predicts, and
+        the activations' RMS on the first validation tokens; {} on other ranks. A collective."""
+        values, angles = self.last_values(), self.measures.turns("matrix")
         if self.comm.rank > 0:
             return {}
-        measures = weight_metrics(self.model)
-        for name, of_matrix in turns.items():
-            measures |= in_row(name, of_matrix)
+        metrics = weight_metrics(self.model)
+        for name, of_matrix in angles.items():
+            metrics |= in_row(name, of_matrix)
         groups = {bank.group.role: bank.group for bank in self.optimizer.banks}
-        measures |= {metric_name(role, EQUILIBRIUM): angle for role, group in groups.items()
+        metrics |= {metric_name(role, EQUILIBRIUM): angle for role, group in groups.items()
                      if (angle := equilibrium_angle(group, values)) is not None}
         count = min(values.sequence_tokens, LAYER_TOKENS)
         tokens = torch.from_numpy(self.source.validation[:count].astype("int64")).to(self.device)[None]
-        return measures | activation_metrics(self.model, tokens, **values.windows)
+        return metrics | activation_metrics(self.model, tokens, **values.windows)
 
     def sample(self) -> tuple[str, str] | None:
-        """Text: a prompt and what the model makes of it; None on other ranks than 0, and if it is not asked for."""
+        """Return a prompt and the model's continuation; None on ranks other than 0, or if log.sample_tokens is 0."""
         generate = partial(self.model.generate, count=self.run.log.sample_tokens, **self.last_values().windows,
                            generator=torch.Generator().manual_seed(self.run.run.seed))
-        with self.optimizer.evaluation_weights():  # on all ranks, though one samples
+        with self.optimizer.evaluation_weights():  # a collective, so on all ranks, though only rank 0 samples
             if self.comm.rank > 0 or not self.run.log.sample_tokens:
                 return None
             return sample_text(self.source, generate, device=self.device)
@@ -287,7 +296,7 @@ class Trainer:
     # ---- Save and resume ----
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint, atomically. A collective: every rank must call it."""
+        """Write a checkpoint; the file appears whole or not at all. A collective: all ranks gather their optimizer state."""
         tensors = self.optimizer.state.tensors()
         if self.comm.rank == 0:
             meta = {"progress": asdict(self.progress), "config": flatten(config_to_dict(self.run)),
@@ -296,11 +305,13 @@ class Trainer:
         self.comm.barrier()
 
     def load(self, path: Path) -> None:
-        """Continue from a checkpoint. Raises ValueError if it is corrupt, of another model, or of another run."""
+        """Load a checkpoint. Raises ValueError if it is corrupt, or of another model, config or data."""
+        # Read: header, checksum, tensors.
         tensors, meta = load_checkpoint(path)
-        # Everything is compared before anything is changed.
+        # Compare names, shapes, config and data before anything changes, so that an error leaves the trainer as it was.
         match_tensors(self.optimizer.state.shapes() | {RNG: tuple(torch.get_rng_state().shape)}, tensors, what=str(path))
         check_same_run(meta, self.run, self.source.data_hash, path)
+        # Restore weights, optimizer state, the generator (sampled softmax draws from it) and the position in the data.
         self.optimizer.state.load(tensors)
         torch.set_rng_state(tensors[RNG])
         self.progress = Progress(**meta["progress"])
@@ -308,7 +319,7 @@ class Trainer:
     # ---- Before the first step ----
 
     def plan(self) -> str:
-        """What the run will do: groups, data, sizes, memory."""
+        """Return the printed plan of the run: parameter groups, data, sizes, FLOPs, memory."""
         model, train, values = self.model, self.run.train, self.last_values()
         state_bytes = sum(t.nbytes for b in self.optimizer.banks for t in (b.weights, b.grads, *b.state.values()))
         activation_bytes = model.activation_bytes(min(train.micro_tokens, train.batch_tokens // self.comm.world_size))
@@ -320,7 +331,7 @@ class Trainer:
             activation_bytes=activation_bytes)
 
     def warm_up(self) -> None:
-        """Run every shape of the schedule on random tokens, so that all is compiled, then undo it."""
+        """Compile every shape of the schedule by steps on random tokens, then restore weights and optimizer state."""
         snapshot = self.optimizer.state.snapshot()
         generator = torch.Generator().manual_seed(0)
         shapes = {(v.batch_tokens, v.sequence_tokens, v.window_tokens, v.long_window_tokens): v
@@ -330,9 +341,9 @@ class Trainer:
             tokens = torch.randint(self.source.vocab_size, (rows, values.sequence_tokens), generator=generator)
             for _ in range(self.run.train.warmup_steps):
                 self.gradients(tokens, tokens, values)
-                self.optimizer.step(values, (step + 1) * self.optimizer.period)  # so that every group is updated
+                self.optimizer.step(values, (step + 1) * self.optimizer.period)  # a count at which every group is updated
                 self.optimizer.zero_grad()
-            with torch.no_grad():  # as validation does
+            with torch.no_grad():  # validation runs without gradients, which is a graph of its own
                 x = next(micro_batches(tokens, tokens, self.run.train.micro_tokens))[0].to(self.device)
                 self.model(x, x, **values.windows)
         self.optimizer.state.restore(snapshot)
@@ -340,7 +351,7 @@ class Trainer:
 
 if __name__ == "__main__":
     try:
-        main(RUN, BEGAN)
+        main(RUN, START_SECONDS)
     except ValueError as error:
         fail(str(error))
     except DivergedError as error:
