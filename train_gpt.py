@@ -220,8 +220,8 @@ class Trainer:
         inputs, targets, position = batches.next()
         # Gradients: added up over micro-batches.
         nats = self.gradients(inputs, targets, values)
-        # Tied head: embedding and head are two tensors with equal weights and optimizers; they stay equal because both get the
-        # sum of their gradients. With update_every > 1 it is taken once, at the step that uses the added-up gradients.
+        # Tied head: embedding and head are two tensors with equal weights and optimizers. They stay equal because both get
+        # the sum of their gradients: at the step that uses them, where update_every > 1.
         tied = progress.step < train.tied_until_frac * train.steps
         if tied and is_due(progress.step + 1, self.run.optim.embed.update_every):
             embed, head = self.model.embed.grad, self.model.head.weight.grad
