@@ -426,8 +426,8 @@ class GPT(nn.Module):
     def __init__(self, config: Model, *, vocab_size: int, max_tokens: int, document_start: int | None = None,
                  prefix_of: list[int] | None = None, on_cuda: bool = False,
                  dtype: torch.dtype = torch.float32) -> None:
-        """Draw the weights. `max_tokens`: longest context; `document_start`: id of the token that opens a document; `prefix_of`:
-        id of each token's longest proper prefix or -1; `dtype`: of the activations. Raises ValueError if they do not fit."""
+        """Draw the weights. `max_tokens`: longest context; `document_start`: id of the token that opens a document;
+        `prefix_of`: id of each token's longest proper prefix or -1; `dtype`: of the activations. Raises ValueError."""
         super().__init__()
         if config.document_mask and document_start is None:
             raise ValueError("document_mask needs a source with document starts; use --model.no_document_mask")
