@@ -31,7 +31,7 @@ from data.evaluate import Score, evaluate, sample_text
 from data.orders import Position
 from data.run.checkpoint import check_same_run, load_checkpoint, match_tensors, save_checkpoint
 from data.run.clock import Clock, Interruption
-from data.run.diagnostics import Metrics, activation_metrics, in_row, weight_metrics
+from data.run.diagnostics import Metrics, activation_metrics, row_metrics, weight_metrics
 from data.run.environment import choose_device, device_name
 from data.run.folder import open_run_folder
 from data.run.log import Log, Progress
@@ -267,7 +267,7 @@ class Trainer:
             return {}
         measures = weight_metrics(self.model)
         for name, of_matrix in turns.items():
-            measures |= in_row(name, of_matrix)
+            measures |= row_metrics(name, of_matrix)
         groups = {bank.group.role: bank.group for bank in self.optimizer.banks}
         measures |= {metric_name(role, EQUILIBRIUM): angle for role, group in groups.items()
                      if (angle := equilibrium_angle(group, values)) is not None}
