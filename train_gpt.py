@@ -79,7 +79,7 @@ def main(run: Run, began: float | None = None) -> None:
         trainer.load(folder / CHECKPOINT)
     log = Log(run, folder, trainer.progress, device=trainer.device, rank=rank, world_size=world_size)
     if identity.resume:
-        log.say(f"resuming {folder} at step {trainer.progress.step}" if resumed
+        log.info(f"resuming {folder} at step {trainer.progress.step}" if resumed
                 else f"no checkpoint in {folder}: starting at step 0")
     if trainer.compiled and run.train.warmup_steps:
         trainer.warm_up()
@@ -94,7 +94,7 @@ def main(run: Run, began: float | None = None) -> None:
         log.finish(sample=trainer.sample(), wall_seconds=time.time() - began, parameters=trainer.parameters,
                    data_hash=trainer.source.data_hash)
     else:
-        log.say(f"interrupted at step {trainer.progress.step}; saved. Continue with --run.name {folder.name} --run.resume")
+        log.info(f"interrupted at step {trainer.progress.step}; saved. Continue with --run.name {folder.name} --run.resume")
     trainer.comm.close()
 
 
