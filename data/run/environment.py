@@ -177,7 +177,7 @@ def _gpus() -> tuple[list[dict[str, object]], str | None]:
 
 
 def _git_state(root: Path) -> dict[str, object] | None:
-    """Return commit, branch and dirty: True if tracked files differ from the commit. None outside git or without a commit."""
+    """Return commit, branch, and whether tracked files differ from the commit; None outside git or without a commit."""
     commit = _output("git", "-C", str(root), "rev-parse", "--verify", "HEAD")
     if commit is None:
         return None

@@ -77,7 +77,7 @@ def test_a_truncated_file_is_refused(tmp_path, keep, message):
         read_shard(tmp_path / "a.bin")
 
 
-def test_a_missing_file_and_a_token_are_named(tmp_path):
+def test_a_missing_file_and_a_token_outside_the_vocabulary_are_named(tmp_path):
     with pytest.raises(ValueError, match="cannot read shard .*b.bin: No such file"):
         read_shard(tmp_path / "b.bin")
     write_shard(tmp_path / "a.bin", np.array([1, 99, 100, 5]))

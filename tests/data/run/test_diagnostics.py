@@ -84,7 +84,7 @@ def test_factors_of_the_sphere_as_they_act():
     assert features["diag/block0/stream_rms"] == pytest.approx(0.25)  # length 1 in 16 dimensions
 
 
-# ---- Healthy ranges ---------------------------------------------------------------------------------------------------------------
+# ---- Healthy ranges -----------------------------------------------------------------------------------------------------
 
 
 def test_alarms_name_the_metric_the_range_and_the_reason():

@@ -62,7 +62,7 @@ def test_resuming_drops_what_will_be_repeated(tmp_path):
 def test_a_log_shorter_than_its_checkpoint_says_is_refused(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("{}\n")
-    with pytest.raises(ValueError, match=r"metrics.jsonl has 3 bytes but had 50 when the checkpoint was written"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl has 3 bytes, but had 50 when the checkpoint was written"):
         open_log(tmp_path, metrics_bytes=50)
     assert path.read_text() == "{}\n"
 
