@@ -20,7 +20,7 @@ PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
-    """A vocabulary with end-of-text as its last token, and the encoding of text into it."""
+    """Vocabulary with end-of-text as its last token, and the encoding of text into its tokens."""
 
     name: str
     """Name with all that changes the tokens: of a BPE its size, and the hash of its training text."""

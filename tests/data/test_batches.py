@@ -120,7 +120,7 @@ def test_mistakes_are_named(options, message):
 
 
 def slow_contiguous(shards, batch, steps):
-    """The stream as modded-nanogpt's track 3 reads it."""
+    """Yield the batches of B + 1 tokens as modded-nanogpt's track 3 reads them."""
     shard = position = 0
     for _ in range(steps):
         while position + batch + 1 >= len(shards[shard]):
@@ -242,7 +242,7 @@ def test_documents_agree_with_the_slow_twin(sequence, longest):
 
 
 def test_documents_are_clipped_as_long_as_the_step_says():
-    """And go on where the step before stopped."""
+    """Each step continues after the last document of the step before it."""
     lengths = [3, 8]
     taken = read(open_batches(order="documents", plan=lambda step: (24, 6, lengths[step]), total_steps=2), steps=2)
     begun = [sum(token == START for row in inputs for token in row) for inputs, *_ in taken]

@@ -45,7 +45,7 @@ def test_features_are_those_of_the_forward_pass_and_nothing_is_left_behind():
 
 
 def test_a_compiled_model_is_measured_too():
-    """A graph that was made before the hooks does not call them."""
+    """A graph that was compiled before the hooks were registered does not call them."""
     plain = activation_metrics(model := build(CONFIG), TOKENS)
     model.compile(backend="eager")
     with torch.no_grad():

@@ -40,7 +40,7 @@ class FakeRun:
 
 
 def fake_wandb(monkeypatch, *, key=True, broken=None):
-    """A module in the place of wandb; its `runs` are those begun, its `begun` their arguments."""
+    """Replace wandb by a fake module; `runs` are the runs that were begun, `begun` their arguments."""
     def init(**arguments):
         if broken == "init":
             raise RuntimeError("no")

@@ -38,7 +38,7 @@ watched.log({})
 
 
 def run_watched(folder, mode, *more, **variables):
-    """What a process that logs two records prints; wandb's variables, key files and home are its own."""
+    """Return the output of a process that logs two steps; wandb's variables, key files and home are its own."""
     folder.mkdir(exist_ok=True)
     for name in ("code.txt", "config.json", "metrics.jsonl"):
         (folder / name).write_text(name)
@@ -52,7 +52,7 @@ def run_watched(folder, mode, *more, **variables):
 
 
 def read_wandb(path):
-    """The records of a .wandb file: LevelDB's log format (32 KiB blocks of fragments) after seven bytes."""
+    """Return the records of a .wandb file: LevelDB's log format (32 KiB blocks of fragments) after seven bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, position, payload, records = path.read_bytes(), 7, b"", []
@@ -74,12 +74,12 @@ def items(updates):
 
 
 def fields(records, kind):
-    """The messages of one kind among the records."""
+    """Return the messages of one kind among the records."""
     return [getattr(record, kind) for record in records if record.HasField(kind)]
 
 
 def own(row):
-    """A history row without the columns that wandb adds."""
+    """Return a history row without the columns that wandb adds."""
     return {key: value for key, value in row.items() if key[0] != "_"}
 
 
