@@ -31,7 +31,7 @@ from data.evaluate import Score, evaluate, sample_text
 from data.orders import Position
 from data.run.checkpoint import check_same_run, load_checkpoint, match_tensors, save_checkpoint
 from data.run.clock import Clock, Interruption
-from data.run.diagnostics import Metrics, activation_metrics, in_row, weight_metrics
+from data.run.diagnostics import Metrics, activation_metrics, row_metrics, weight_metrics
 from data.run.environment import choose_device, device_name
 from data.run.folder import open_run_folder
 from data.run.log import Log, Progress
@@ -81,8 +81,8 @@ def main(run: Run, start_seconds: float | None = None) -> None:
     # The log comes after loading: it cuts metrics.jsonl back to the checkpoint's step.
     log = Log(run, folder, trainer.progress, device=trainer.device, rank=rank, world_size=world_size)
     if identity.resume:
-        log.say(f"resuming {folder} at step {trainer.progress.step}" if resumed
-                else f"no checkpoint in {folder}: starting at step 0")
+        log.info(f"resuming {folder} at step {trainer.progress.step}" if resumed
+                 else f"no checkpoint in {folder}: starting at step 0")
     if trainer.compiled and run.train.warmup_steps:
         trainer.warm_up()
     # Train; end with a summary, or with the command that continues the run.
@@ -97,7 +97,7 @@ def main(run: Run, start_seconds: float | None = None) -> None:
         log.finish(sample=trainer.sample(), wall_seconds=time.time() - start_seconds, parameters=trainer.parameters,
                    data_hash=trainer.source.data_hash)
     else:
-        log.say(f"interrupted at step {trainer.progress.step}; saved. Continue with --run.name {folder.name} --run.resume")
+        log.info(f"interrupted at step {trainer.progress.step}; saved. Continue with --run.name {folder.name} --run.resume")
     trainer.comm.close()
 
 
@@ -276,7 +276,7 @@ class Trainer:
             return {}
         metrics = weight_metrics(self.model)
         for name, of_matrix in angles.items():
-            metrics |= in_row(name, of_matrix)
+            metrics |= row_metrics(name, of_matrix)
         groups = {bank.group.role: bank.group for bank in self.optimizer.banks}
         metrics |= {metric_name(role, EQUILIBRIUM): angle for role, group in groups.items()
                      if (angle := equilibrium_angle(group, values)) is not None}

@@ -1,1 +1,1 @@
-"""Tokens: shards, corpora, tokenizers, sources, their order and batches, and the referee; data/run is what a run leaves."""
+"""Data pipeline: shards, corpora, tokenizers, sources, orders, batches and evaluation; data/run writes a run's files."""

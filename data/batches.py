@@ -1,4 +1,7 @@
-"""Which tokens each step sees: this rank's rows of the global batch, prepared one step ahead."""
+"""Training batches: this rank's rows of each step's global batch, prepared one step ahead by a background thread.
+
+Letters in shapes: n = rows of this rank, T = tokens of a sequence.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,25 +11,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.orders import Contiguous, Documents, Position, Rows, Shuffled
+from data.orders import Contiguous, Documents, Position, RowRequest, Shuffled
 from data.shards import check_vocabulary
 
 Batch = tuple[Tensor, Tensor, Position]
 
 
 class Batches:
-    """The training batches of one rank, in steps.
+    """Training batches of one rank, step after step.
 
-    Row i of a global batch of N rows belongs to the rank r with N r // R <= i < N (r + 1) // R, R the world size: the
-    ranks' rows, one rank after another, are the batch of a single rank.
+    A global batch of N rows is split into contiguous ranges: rank r of R ranks gets the rows i with
+    N r // R <= i < N (r + 1) // R. The rows of all ranks, in the order of the ranks, are the batch of a single rank.
     """
 
     def __init__(self, source_arrays: Sequence[np.ndarray], *, order: Literal["contiguous", "shuffled", "documents"],
                  seed: int, document_start: int | None, rank: int, world_size: int,
                  plan: Callable[[int], tuple[int, int, int]], total_steps: int, pin: bool = False,
                  vocab_size: int | None = None) -> None:
-        """`plan` maps a step to its (batch_tokens, sequence_tokens, max_document_tokens); tokens are checked against
-        `vocab_size`."""
+        """Choose the order in which the flat token arrays `source_arrays` are read; no token is read yet.
+
+        `plan` maps a step to its (batch_tokens of all ranks, sequence_tokens, max_document_tokens). `document_start` is
+        the token that begins each document. `pin` puts batches into page-locked memory. With `vocab_size` every token is
+        checked against it. Raises ValueError for order "documents" without a `document_start`.
+        """
         if order == "documents" and document_start is None:
             raise ValueError("--data.order documents needs a source with document starts: shards or text")
         make_order = {"contiguous": lambda: Contiguous(source_arrays),
@@ -36,52 +43,60 @@ class Batches:
         self._shards, self._vocab_size, self._pin = source_arrays, vocab_size, pin
         self._rank, self._world_size = rank, world_size
         self._plan, self._total_steps = plan, total_steps
+        # One thread and one batch ahead: a batch begins where the one before it ended, so two cannot be built at once.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._next: Future[Batch] | None = None
         self._step = 0
 
     def start(self, step: int, position: Position) -> None:
-        """Begin to prepare the batch of `step`, which reads from `position` on."""
+        """Begin to build the batch of `step`, reading from `position` on, and return without waiting for it."""
         self._step = step
         self._next = self._worker.submit(self._build, step, position) if step < self._total_steps else None
 
     def next(self) -> Batch:
-        """(inputs, targets, position after them) of the next step; int64 (n, T) each, n may be 0 on some ranks.
+        """Return (inputs, targets, position after them) of the next step, and begin to build the step after it.
 
-        Raises ValueError, when the step comes that they concern, for data too short and tokens outside the vocabulary.
+        Both tensors are int64 (n, T) on the CPU; n is 0 on some ranks if the batch has fewer rows than there are ranks.
+        Raises ValueError if the data are too short for the batch or hold a token outside the vocabulary.
         """
         assert self._next is not None, "start() comes first, and there is no batch after the last step"
         batch = self._next.result()
+        # From here on the thread builds the next batch while the caller computes with this one.
         self.start(self._step + 1, batch[2])
         return batch
 
     def close(self) -> None:
-        """Stop the worker."""
+        """Stop the background thread."""
         self._worker.shutdown(wait=True, cancel_futures=True)
 
     def _build(self, step: int, position: Position) -> Batch:
-        batch_tokens, sequence_tokens, longest = self._plan(step)
+        # Size of the global batch.
+        batch_tokens, sequence_tokens, max_document_tokens = self._plan(step)
         count = batch_tokens // sequence_tokens
         if count < 1:
             raise ValueError(f"a batch of {batch_tokens} tokens holds no sequence of {sequence_tokens}; "
                              "raise --train.batch_tokens")
-        mine = range(count * self._rank // self._world_size, count * (self._rank + 1) // self._world_size)
-        inputs, targets, after = self._order.take(position, Rows(count, sequence_tokens, longest), mine)
+        # This rank's rows. The position after the batch is the same on every rank, so ranks need not communicate.
+        own_rows = range(count * self._rank // self._world_size, count * (self._rank + 1) // self._world_size)
+        request = RowRequest(count, sequence_tokens, max_document_tokens)
+        inputs, targets, position_after = self._order.read(position, request, own_rows)
+        # Vocabulary. Checked here, because an embedding lookup outside its table stops a GPU without a readable error.
         if self._vocab_size is not None and max(inputs.max(initial=0), targets.max(initial=0)) >= self._vocab_size:
-            self._check_in_vocabulary(self._vocab_size)
+            self._raise_out_of_vocabulary(self._vocab_size)
+        # A copy to int64, the index type of torch: the arrays may be read-only views of a memory-mapped file.
         inputs, targets = (torch.from_numpy(np.array(part, dtype=np.int64, order="C")) for part in (inputs, targets))
-        if self._pin:  # so that the copy to the GPU can overlap with its work
+        if self._pin:  # only from page-locked memory does a copy to the GPU overlap with its work
             inputs, targets = inputs.pin_memory(), targets.pin_memory()
-        return inputs, targets, after
+        return inputs, targets, position_after
 
-    def _check_in_vocabulary(self, vocab_size: int) -> None:
+    def _raise_out_of_vocabulary(self, vocab_size: int) -> None:
         """Raise ValueError with file and position of the first token outside the vocabulary."""
         for number, shard in enumerate(self._shards):
-            check_vocabulary(shard, vocab_size, what=str(getattr(shard, "filename", f"token array {number}")))
+            check_vocabulary(shard, vocab_size, file_name=str(getattr(shard, "filename", f"token array {number}")))
 
 
 def micro_batches(inputs: Tensor, targets: Tensor, micro_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of (n, T) tensors in portions of at most `micro_tokens` tokens, at least one row."""
+    """Split (n, T) tensors into (inputs, targets) views of at most `micro_tokens` tokens each, but at least one row."""
     rows = max(1, micro_tokens // inputs.size(1))
     if len(inputs):
         yield from zip(inputs.split(rows), targets.split(rows), strict=True)

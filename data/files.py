@@ -1,4 +1,4 @@
-"""Whole files or none: what stands under a name is always complete."""
+"""Atomic writing: under its name a file is always complete, or absent."""
 
 import os
 from collections.abc import Iterator
@@ -8,23 +8,25 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes the place of `path`, durably, once the block ends without error.
+    """Yield a temporary path beside `path`; when the block ends without error, it replaces `path` and is safely on disk.
 
-    Folders on the way are made. `shared`: the path is this process's own, so that several may fill one cache at once;
-    else a later attempt overwrites what a kill left. Raises ValueError where the file cannot be written.
+    Missing parent folders are created. With `shared` the temporary name holds the process id, so that several processes
+    may write the same cache file at once; without it a later write overwrites the temporary file of a killed process.
+    Raises ValueError if the file cannot be written.
     """
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial" if shared else f"{path.name}.partial")
+    temporary_path = path.with_name(f"{path.name}.{os.getpid()}.partial" if shared else f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        _sync(aside)
-        os.replace(aside, path)
+        yield temporary_path
+        # Contents first, then the name: after a power cut the name must never point to a file that is not on disk.
+        _sync(temporary_path)
+        os.replace(temporary_path, path)
         if os.name == "posix":  # elsewhere a directory cannot be opened, and need not be
             _sync(path.parent)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}") from None
     finally:
-        aside.unlink(missing_ok=True)
+        temporary_path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -1,8 +1,15 @@
-"""Three orders in which training tokens are seen, each an endless stream of rows of T + 1 tokens.
+"""Orders: three ways to turn the training tokens into an endless stream of rows of T + 1 tokens.
 
-An order answers `take(position, rows, mine)`: of the rows that follow `position` in the stream, the inputs and targets,
-each (n, T), of those in the range `mine`, and the position after all of them. The stream does not depend on who asks: ranks
-take ranges of the same rows, and a position is enough to go on.
+    contiguous  slices of each shard, one after another
+    shuffled    all windows of T + 1 tokens of an epoch, in random order
+    documents   rows packed with documents, each row beginning at the start of a document
+
+Every order has a method `read(position, request, own_rows)`. It takes the next `request.count` rows of the stream after
+`position` and returns inputs and targets, each (n, T), of those in the range `own_rows`, and the position after all of
+them. Targets are the inputs shifted by one token: that is why a row has T + 1.
+
+The stream does not depend on the rank: all ranks read ranges of the same rows and compute the same position after them.
+A position alone is enough to continue the stream, so a checkpoint stores nothing else of the data.
 """
 
 from bisect import bisect_left
@@ -15,41 +22,44 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """How far a stream of rows was read: what a checkpoint must hold."""
+    """Place in a stream of rows, stored in every checkpoint."""
 
     epoch: int = 0
+    """Number of finished passes over the training tokens."""
     shard: int = 0
+    """Number of the token array; always 0 in the shuffled order, which draws from all shards."""
     index: int = 0
-    """contiguous: the next token of the shard; documents: its next document; shuffled: the next window of the epoch."""
+    """contiguous: next token of the shard; documents: next document of the shard; shuffled: next window of the epoch."""
     sequence_tokens: int = 0
-    """shuffled: T of this epoch's windows; 0 before the first."""
+    """shuffled: T of this epoch's windows; 0 before the first epoch."""
 
 
-class Rows(NamedTuple):
-    """What a step takes of the stream."""
+class RowRequest(NamedTuple):
+    """Rows of one step, over all ranks."""
 
     count: int
+    """Number of rows."""
     sequence_tokens: int
     """T."""
     max_document_tokens: int
-    """documents: longer ones are clipped."""
+    """documents: only this many tokens of a document are used; the other orders ignore it."""
 
 
-Taken = tuple[np.ndarray, np.ndarray, Position]
+OwnRows = tuple[np.ndarray, np.ndarray, Position]
 
 
 def _next_shard(position: Position, shards: int) -> Position:
-    """The start of the next shard, or of the next epoch."""
+    """Return the start of the next shard; after the last shard, the start of the next epoch."""
     wraps = position.shard + 1 >= shards
     return Position(position.epoch + wraps, 0 if wraps else position.shard + 1)
 
 
-def _longest(shards: Sequence[np.ndarray]) -> str:
+def _describe_longest(shards: Sequence[np.ndarray]) -> str:
     return f"the longest of {len(shards)} token arrays holds {max(map(len, shards)):,} tokens"
 
 
 class Contiguous:
-    """Slices of the stream in turn: a batch is B + 1 tokens of one shard, and the next begins at its last.
+    """Slices of the stream in turn: a batch of B tokens is B + 1 tokens of one shard, and the next begins at its last.
 
     A shard's tail of B + 1 tokens or fewer is dropped, so that 2^19 tokens a batch make 190 batches of a shard of
     10^8 (modded-nanogpt, track 3). The last shard is followed by the first.
@@ -58,127 +68,142 @@ class Contiguous:
     def __init__(self, shards: Sequence[np.ndarray]) -> None:
         self._shards = shards
 
-    def take(self, position: Position, rows: Rows, mine: range) -> Taken:
-        """See the module. Raises ValueError where no shard holds a batch."""
-        sequence_tokens = rows.sequence_tokens
-        batch_tokens = rows.count * sequence_tokens
+    def read(self, position: Position, request: RowRequest, own_rows: range) -> OwnRows:
+        """Return inputs, targets and the position after them. Raises ValueError if no shard holds a batch."""
+        sequence_tokens = request.sequence_tokens
+        batch_tokens = request.count * sequence_tokens
         if max(map(len, self._shards)) <= batch_tokens + 1:
             raise ValueError(f"a contiguous batch needs more than {batch_tokens + 1:,} tokens of one shard, but "
-                             f"{_longest(self._shards)}; lower --train.batch_tokens, or take --data.order shuffled")
+                             f"{_describe_longest(self._shards)}; lower --train.batch_tokens, or take --data.order shuffled")
+        # Not > but >=: track 3 too drops a last batch that ends exactly where its shard ends.
         while position.index + batch_tokens + 1 >= len(self._shards[position.shard]):
             position = _next_shard(position, len(self._shards))
-        first = position.index + mine.start * sequence_tokens
-        tokens = self._shards[position.shard][first:first + len(mine) * sequence_tokens + 1]
-        inputs, targets = (part.reshape(len(mine), sequence_tokens) for part in (tokens[:-1], tokens[1:]))
+        first = position.index + own_rows.start * sequence_tokens
+        tokens = self._shards[position.shard][first:first + len(own_rows) * sequence_tokens + 1]
+        inputs, targets = (part.reshape(len(own_rows), sequence_tokens) for part in (tokens[:-1], tokens[1:]))
         return inputs, targets, replace(position, index=position.index + batch_tokens)
 
 
 class Shuffled:
     """Every window of T + 1 tokens once an epoch, in an order drawn from (seed, epoch, T).
 
-    Windows begin T apart, in each shard at an offset below T that is drawn anew each epoch, and overlap by the one
-    token that is a target in one and an input in the next. A change of T begins a new epoch.
+    Windows begin T apart and overlap by one token, which is a target of the first and an input of the second. In each
+    shard the first window begins at a random offset below T, drawn anew each epoch, so that epochs cut the text at other
+    places. A change of T begins a new epoch.
     """
 
     def __init__(self, shards: Sequence[np.ndarray], seed: int) -> None:
         self._shards, self._seed = shards, seed
-        self._key: tuple[int, int] | None = None
-        self._offsets = self._bounds = self._permutation = np.empty(0, dtype=np.int64)
+        self._drawn: tuple[int, int] | None = None  # (epoch, T) of the arrays below
+        self._offsets = self._first_windows = self._permutation = np.empty(0, dtype=np.int64)
 
-    def take(self, position: Position, rows: Rows, mine: range) -> Taken:
-        """See the module. Raises ValueError where no shard holds a window."""
-        count, sequence_tokens, _ = rows
+    def read(self, position: Position, request: RowRequest, own_rows: range) -> OwnRows:
+        """Return inputs, targets and the position after them. Raises ValueError if no shard holds a window."""
+        count, sequence_tokens, _ = request
         if position.sequence_tokens != sequence_tokens:
             position = Position(position.epoch + (position.index > 0), 0, 0, sequence_tokens)
-        taken = np.empty((len(mine), sequence_tokens + 1), dtype=self._shards[0].dtype)
+        rows = np.empty((len(own_rows), sequence_tokens + 1), dtype=self._shards[0].dtype)
         done = 0
         while True:
-            self._draw(position.epoch, sequence_tokens)
+            self._draw_epoch(position.epoch, sequence_tokens)
+            # A batch may span epochs: this one provides its rows [done, done + portion).
             portion = min(count - done, len(self._permutation) - position.index)
-            low, high = (min(max(row, done), done + portion) for row in (mine.start, mine.stop))
+            # This rank's rows [low, high) among them; low equals high if it has none.
+            low, high = (min(max(row, done), done + portion) for row in (own_rows.start, own_rows.stop))
             start = position.index + low - done
-            self._gather(self._permutation[start:start + high - low], taken[low - mine.start:high - mine.start])
+            windows = self._permutation[start:start + high - low]
+            self._read_windows(windows, rows[low - own_rows.start:high - own_rows.start])
             done += portion
             position = replace(position, index=position.index + portion)
+            # Returns before the next epoch begins: an epoch that ends with its batch is not counted twice.
             if done == count:
-                return taken[:, :-1], taken[:, 1:], position
+                return rows[:, :-1], rows[:, 1:], position
             position = replace(position, epoch=position.epoch + 1, index=0)
 
-    def _draw(self, epoch: int, sequence_tokens: int) -> None:
-        """Draw offsets and permutation of an epoch, unless they are at hand."""
-        if self._key == (epoch, sequence_tokens):
+    def _draw_epoch(self, epoch: int, sequence_tokens: int) -> None:
+        """Draw offsets (shards,) and permutation (windows,) of an epoch, unless they are the ones drawn last."""
+        if self._drawn == (epoch, sequence_tokens):
             return
         lengths = np.array([len(shard) for shard in self._shards])
         if lengths.max() <= sequence_tokens:
-            raise ValueError(f"a window needs {sequence_tokens + 1:,} tokens, but {_longest(self._shards)}; "
+            raise ValueError(f"a window needs {sequence_tokens + 1:,} tokens, but {_describe_longest(self._shards)}; "
                              "lower --data.sequence_tokens")
+        # A generator of its own, seeded by the epoch: a resumed run draws the same without any saved random state.
         generator = np.random.default_rng((self._seed, epoch, sequence_tokens))
+        # Below T, and so low that every shard of more than T tokens has at least one window.
         self._offsets = generator.integers(np.clip(lengths - sequence_tokens, 1, sequence_tokens))
         counts = np.maximum(lengths - 1 - self._offsets, 0) // sequence_tokens
-        self._bounds = np.concatenate([[0], np.cumsum(counts)])
-        self._permutation = generator.permutation(self._bounds[-1])
-        self._key = (epoch, sequence_tokens)
+        # Windows are numbered through all shards: shard s has those from first_windows[s] to first_windows[s + 1] - 1.
+        self._first_windows = np.concatenate([[0], np.cumsum(counts)])
+        self._permutation = generator.permutation(self._first_windows[-1])
+        self._drawn = (epoch, sequence_tokens)
 
-    def _gather(self, windows: np.ndarray, rows: np.ndarray) -> None:
-        """Fill rows (n, T + 1) with the windows of the numbers (n,)."""
-        shard_of = np.searchsorted(self._bounds, windows, side="right") - 1
+    def _read_windows(self, windows: np.ndarray, rows: np.ndarray) -> None:
+        """Write the windows of the given numbers (n,) into `rows` (n, T + 1), in place."""
+        shard_of = np.searchsorted(self._first_windows, windows, side="right") - 1
         width = rows.shape[1]
-        starts = self._offsets[shard_of] + (windows - self._bounds[shard_of]) * (width - 1)
+        starts = self._offsets[shard_of] + (windows - self._first_windows[shard_of]) * (width - 1)
+        # One indexed read for each shard instead of one for each row.
         for shard in np.unique(shard_of):
-            here = shard_of == shard
-            rows[here] = self._shards[shard][starts[here, None] + np.arange(width)]
+            in_shard = shard_of == shard
+            rows[in_shard] = self._shards[shard][starts[in_shard, None] + np.arange(width)]
 
 
 class Documents:
-    """Rows packed with pieces that begin where documents do (the speedrun's alignment, Sep 2025).
+    """Rows packed with pieces that begin where documents begin (modded-nanogpt, Sep 2025).
 
-    A piece is a document's first tokens: at most `max_document_tokens`, and the row's last piece what is left of T + 1.
-    The rest of a clipped document is skipped, and so are documents that cannot fill a row at the end of a shard.
+    A piece is the beginning of a document: at most `max_document_tokens` of it; the last piece of a row is cut where the
+    row ends. No row begins within a document, so the model never predicts tokens whose context lies in an earlier row.
+    The price is that the remainder of a clipped document is skipped, and so are the last documents of a shard if they
+    do not fill a row.
     """
 
     def __init__(self, shards: Sequence[np.ndarray], document_start: int) -> None:
         self._shards, self._document_start = shards, document_start
-        self._indexed: tuple[int, int] | None = None  # shard, longest piece
+        self._indexed: tuple[int, int] | None = None  # (shard, max_document_tokens) of the two below
         self._starts = np.empty(0, dtype=np.int64)
         self._ends: list[int] = []
 
-    def take(self, position: Position, rows: Rows, mine: range) -> Taken:
-        """See the module. Raises ValueError where no shard fills a row."""
-        taken = np.empty((len(mine), rows.sequence_tokens + 1), dtype=self._shards[0].dtype)
-        for row in range(rows.count):
-            position, stop = self._find(position, rows.sequence_tokens + 1, rows.max_document_tokens)
-            if row in mine:
-                self._pack(position.index, stop, taken[row - mine.start])
+    def read(self, position: Position, request: RowRequest, own_rows: range) -> OwnRows:
+        """Return inputs, targets and the position after them. Raises ValueError if no shard fills a row."""
+        rows = np.empty((len(own_rows), request.sequence_tokens + 1), dtype=self._shards[0].dtype)
+        # Rows of other ranks are counted too, because they decide where this rank's rows begin; only its own are read.
+        for row in range(request.count):
+            position, stop = self._find_row(position, request.sequence_tokens + 1, request.max_document_tokens)
+            if row in own_rows:
+                self._fill_row(position.index, stop, rows[row - own_rows.start])
             position = replace(position, index=stop)
-        return taken[:, :-1], taken[:, 1:], position
+        return rows[:, :-1], rows[:, 1:], position
 
-    def _find(self, position: Position, width: int, longest: int) -> tuple[Position, int]:
-        """The first document of the next row of `width` tokens, and the number of the one after its last."""
+    def _find_row(self, position: Position, width: int, max_document_tokens: int) -> tuple[Position, int]:
+        """Return the position of the first document of the next row of `width` tokens, and the document after its last."""
+        # One try more than there are shards: the present one may have too little left, but fill a row from its start.
         for _ in range(len(self._shards) + 1):
-            self._index(position.shard, longest)
+            self._index_shard(position.shard, max_document_tokens)
             before = self._ends[position.index - 1] if position.index else 0
             stop = bisect_left(self._ends, before + width) + 1
             if stop <= len(self._ends):
                 return position, stop
             position = _next_shard(position, len(self._shards))
-        raise ValueError(f"documents clipped to {longest:,} tokens fill no row of {width:,} tokens: lower "
+        raise ValueError(f"documents clipped to {max_document_tokens:,} tokens fill no row of {width:,} tokens: lower "
                          "--data.sequence_tokens, raise --data.max_document_tokens, or take --data.order shuffled")
 
-    def _index(self, shard: int, longest: int) -> None:
-        """Find a shard's documents, and how many tokens of them fit in rows, unless that was the last one indexed."""
-        if self._indexed == (shard, longest):
+    def _index_shard(self, shard: int, max_document_tokens: int) -> None:
+        """Find where a shard's documents start, and the running sum of their clipped lengths, unless indexed last."""
+        if self._indexed == (shard, max_document_tokens):
             return
         tokens = self._shards[shard]
         self._starts = np.flatnonzero(tokens == self._document_start)
         lengths = np.diff(self._starts, append=len(tokens))
-        self._ends = np.cumsum(np.minimum(lengths, longest)).tolist()
-        self._indexed = shard, longest
+        # A running sum, so that the documents of a row are found by bisection; a list, which bisect reads fastest.
+        self._ends = np.cumsum(np.minimum(lengths, max_document_tokens)).tolist()
+        self._indexed = shard, max_document_tokens
 
-    def _pack(self, first: int, stop: int, row: np.ndarray) -> None:
-        """Fill a row (T + 1,) with the clipped documents [first, stop) of the indexed shard."""
+    def _fill_row(self, first: int, stop: int, row: np.ndarray) -> None:
+        """Write the clipped documents [first, stop) of the indexed shard into `row` (T + 1,), in place."""
         tokens, filled = self._shards[self._indexed[0]], 0
         before = self._ends[first - 1] if first else 0
         for start, end in zip(self._starts[first:stop], self._ends[first:stop], strict=True):
-            upto = min(end - before, len(row))
-            row[filled:upto] = tokens[start:start + upto - filled]
-            filled = upto
+            filled_after = min(end - before, len(row))
+            row[filled:filled_after] = tokens[start:start + filled_after - filled]
+            filled = filled_after

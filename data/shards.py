@@ -1,4 +1,7 @@
-"""The speedrun's .bin format: 256 int32 (magic, version, token count, zeros), then the tokens as uint16.
+"""Shards: token files in the speedrun's .bin format.
+
+    bytes 0 to 1023   header of 256 int32: magic number 20240520, version 1, number of tokens, then zeros
+    bytes from 1024   the tokens, uint16 each
 
 All numbers are little-endian. Format: K. Jordan et al., modded-nanogpt (2024), after A. Karpathy, llm.c (2024).
 """
@@ -20,10 +23,14 @@ HEADER_BYTES = 4 * HEADER_INTS
 TOKEN_BYTES = 2
 TOKEN_LIMIT = 2 ** (8 * TOKEN_BYTES)
 SCAN_TOKENS = 2**22
+"""Tokens that are checked at once: 8 MB, so that the temporary array of a whole shard never lies in memory."""
 
 
 def write_shard(path: str | Path, tokens: np.ndarray) -> None:
-    """Write tokens (any integers, flat) as one shard, all or nothing. Raises ValueError for a token outside uint16."""
+    """Write tokens, a flat array of any integer type, as one shard, complete or not at all.
+
+    Raises ValueError for a token that is no uint16, or if the file cannot be written.
+    """
     tokens = np.asarray(tokens)
     misfits = np.flatnonzero((tokens < 0) | (tokens >= TOKEN_LIMIT))
     if len(misfits):
@@ -31,24 +38,25 @@ def write_shard(path: str | Path, tokens: np.ndarray) -> None:
         raise ValueError(f"token {tokens[at]} at position {at} does not fit {path}: shards hold 0 to {TOKEN_LIMIT - 1}")
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    with atomic_write(Path(path), shared=True) as aside, aside.open("wb") as file:
+    with atomic_write(Path(path), shared=True) as temporary_path, temporary_path.open("wb") as file:
         header.tofile(file)
         tokens.astype("<u2").tofile(file)
 
 
 def read_shard(path: str | Path, *, vocab_size: int | None = None) -> np.ndarray:
-    """The tokens of a shard, a read-only memory map of uint16; with `vocab_size` all of them are checked against it.
+    """Return the tokens of a shard as a read-only memory map, uint16 (n,).
 
-    Raises ValueError, naming file and field, if the file is missing or not a whole and valid shard.
+    With `vocab_size` all tokens are read and checked against it. Raises ValueError, naming file and field, if the file is
+    missing, incomplete or no shard.
     """
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(_count_tokens(Path(path)),))
     if vocab_size is not None:
-        check_vocabulary(tokens, vocab_size, what=str(path))
+        check_vocabulary(tokens, vocab_size, file_name=str(path))
     return tokens
 
 
 def _count_tokens(path: Path) -> int:
-    """The token count of a shard's header, once header and file size agree."""
+    """Return the token count of a shard's header. Raises ValueError unless header and file size agree."""
     try:
         header, size = np.fromfile(path, dtype="<i4", count=HEADER_INTS), path.stat().st_size
     except OSError as error:
@@ -60,6 +68,7 @@ def _count_tokens(path: Path) -> int:
         raise ValueError(f"{path}: magic number is {magic}, a shard has {MAGIC}; is this a token file?")
     if version != VERSION:
         raise ValueError(f"{path}: version is {version}, only {VERSION} is known")
+    # The exact size: a download that was cut looks like a shard in all but its length.
     if count < 1 or size != HEADER_BYTES + TOKEN_BYTES * count:
         raise ValueError(f"{path}: token count is {count:,}, but the file has {size - HEADER_BYTES:,} bytes of tokens, "
                          f"{TOKEN_BYTES} each: truncated or damaged; delete it and fetch it again")
@@ -67,41 +76,43 @@ def _count_tokens(path: Path) -> int:
 
 
 def is_shard(path: str | Path) -> bool:
-    """Whether a whole shard is there."""
+    """True if the file exists and is a complete shard."""
     try:
         return _count_tokens(Path(path)) > 0
     except ValueError:
         return False
 
 
-def check_vocabulary(tokens: np.ndarray, vocab_size: int, *, what: str) -> None:
-    """Raise ValueError with the first token that is not in the vocabulary, `what` naming the file."""
+def check_vocabulary(tokens: np.ndarray, vocab_size: int, *, file_name: str) -> None:
+    """Raise ValueError if a token (n,) is not below `vocab_size`, with its position and `file_name`."""
     for start in range(0, len(tokens), SCAN_TOKENS):
         part = tokens[start:start + SCAN_TOKENS]
         if part.max() >= vocab_size:
             at = int(np.argmax(part >= vocab_size))
-            raise ValueError(f"{what}: token {part[at]} at position {start + at} is outside the vocabulary of "
+            raise ValueError(f"{file_name}: token {part[at]} at position {start + at} is outside the vocabulary of "
                              f"{vocab_size}")
 
 
-def find_files(patterns: Sequence[str], *, what: str) -> list[Path]:
-    """All files that match the patterns, each once, sorted by path; `what` names the flag that gave them.
+def find_files(patterns: Sequence[str], *, flag: str) -> list[Path]:
+    """Return all files that match the glob patterns, each once, sorted by path.
 
-    Raises ValueError for a pattern without a match, with the nearest name that exists.
+    Raises ValueError for a pattern without a match; it names the `flag` that gave the pattern, and the nearest name that
+    exists.
     """
     paths: set[str] = set()
     for pattern in patterns:
         matches = [name for name in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(name)]
         if not matches:
-            raise ValueError(f"{what}: no file matches {pattern!r}{_advice(pattern)}")
+            raise ValueError(f"{flag}: no file matches {pattern!r}{_suggestion(pattern)}")
         paths.update(matches)
     return [Path(name) for name in sorted(paths)]
 
 
-def _advice(pattern: str) -> str:
-    """What the user probably wants instead of a pattern that matches nothing."""
+def _suggestion(pattern: str) -> str:
+    """Return what the user probably wants instead of a pattern that matches nothing; empty if nothing is near."""
     if "fineweb" in pattern:
         return "; fetch the shards first: python -m scripts.fetch_fineweb --shards 9"
+    # Up to the first folder that exists, so that a mistake in a folder's name is recognised too.
     folder = Path(pattern).expanduser().parent
     while not folder.is_dir():
         pattern, folder = str(folder), folder.parent

@@ -1,4 +1,4 @@
-"""Text to tokens and back: a small trained BPE, raw bytes, or GPT-2's vocabulary. The last token is end-of-text."""
+"""Tokenizers: a small BPE trained on the training text, raw bytes, or GPT-2's. The last token is always end-of-text."""
 
 import base64
 import hashlib
@@ -13,19 +13,21 @@ from data.files import atomic_write
 from data.shards import TOKEN_LIMIT
 
 BYTE_VALUES = 256
-# How text is cut before pairs are merged: the pattern of OpenAI's cl100k_base (tiktoken, 2022).
+# Text is cut by this pattern before pairs are merged, so no token crosses a cut: OpenAI's cl100k_base (tiktoken, 2022).
 PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]"
            r"|\s+(?!\S)|\s+")
 
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
-    """A vocabulary, the end-of-text token last, and the map from text into it."""
+    """Vocabulary with end-of-text as its last token, and the encoding of text into its tokens."""
 
     name: str
+    """Name with all that changes the tokens: of a BPE its size, and the hash of its training text."""
     pieces: tuple[bytes, ...]
-    """The bytes of every token; those of end-of-text are empty."""
+    """Bytes of every token; empty for end-of-text."""
     encode_text: Callable[[str], np.ndarray]
+    """Function from text to its tokens (n,), of any integer type."""
 
     @property
     def vocab_size(self) -> int:
@@ -34,45 +36,48 @@ class Tokenizer:
 
     @property
     def end_of_text(self) -> int:
-        """The token that opens each document."""
+        """Token that stands before each document."""
         return len(self.pieces) - 1
 
     def encode(self, text: bytes | str) -> np.ndarray:
-        """The tokens of a UTF-8 text, uint16 (n,), without special tokens."""
+        """Return the tokens of a UTF-8 text, uint16 (n,), without end-of-text."""
         return self.encode_text(text.decode() if isinstance(text, bytes) else text).astype(np.uint16)
 
     def decode(self, ids: Iterable[int]) -> bytes:
-        """The bytes of tokens; end-of-text has none. Raises ValueError for a token outside the vocabulary."""
+        """Return the bytes of the tokens; end-of-text has none. Raises ValueError for a token outside the vocabulary."""
         ids = [int(i) for i in ids]
         if unknown := [i for i in ids if not 0 <= i < self.vocab_size]:
             raise ValueError(f"token {unknown[0]} is outside the vocabulary of {self.vocab_size}")
         return b"".join(self.pieces[i] for i in ids)
 
     def token_bytes(self) -> np.ndarray:
-        """Length in bytes of every token, int64 (vocab_size,)."""
+        """Return the length in bytes of every token, int64 (vocab_size,)."""
         return np.array([len(piece) for piece in self.pieces], dtype=np.int64)
 
 
 def prefix_tokens(vocabulary: Sequence[bytes]) -> list[int]:
-    """For each token's bytes the number of its longest proper prefix in the vocabulary, or -1.
+    """Return for each token the number of the longest other token that its bytes begin with, or -1.
 
-    In sorted order every prefix precedes its extensions: a stack of open prefixes finds them all in one pass.
+    In sorted order every prefix stands before its extensions, so one pass with a stack of open prefixes is enough.
     """
-    prefix_of, open_ = [-1] * len(vocabulary), []
+    prefix_of, open_prefixes = [-1] * len(vocabulary), []
     for text, token in sorted((text, token) for token, text in enumerate(vocabulary)):
-        while open_ and not (text.startswith(open_[-1][0]) and text != open_[-1][0]):
-            open_.pop()
-        prefix_of[token] = open_[-1][1] if open_ else -1
+        # Close the prefixes that this text does not extend; an equal text is no proper prefix.
+        while open_prefixes and not (text.startswith(open_prefixes[-1][0]) and text != open_prefixes[-1][0]):
+            open_prefixes.pop()
+        prefix_of[token] = open_prefixes[-1][1] if open_prefixes else -1
         if text:
-            open_.append((text, token))
+            open_prefixes.append((text, token))
     return prefix_of
 
 
 def load_tokenizer(kind: Literal["bpe", "bytes", "gpt2"], *, train_text: bytes = b"", vocab_tokens: int = 1024,
                    cache_dir: Path) -> Tokenizer:
-    """The tokenizer of a kind; bpe is trained on `train_text` (UTF-8) to `vocab_tokens`, or found in `cache_dir`.
+    """Return the tokenizer of a kind.
 
-    Raises ValueError for a vocabulary that the kind cannot have, and where gpt2 can be neither found nor downloaded.
+    A bpe is trained on `train_text` (UTF-8) until it has `vocab_tokens` tokens, end-of-text not counted; `cache_dir` keeps
+    it. The other kinds ignore these arguments. Raises ValueError if a BPE cannot have so many tokens, or if gpt2 is not in
+    tiktoken's cache and cannot be downloaded.
     """
     if kind == "bytes":
         pieces = tuple(bytes([value]) for value in range(BYTE_VALUES))
@@ -94,11 +99,12 @@ def _load_gpt2() -> Tokenizer:
 
 
 def _load_bpe(text: bytes, vocab_tokens: int, cache_dir: Path) -> Tokenizer:
-    """Merges learned from `text`: fewer than asked for, where a short text has no more pairs to merge."""
+    """Return the BPE trained on `text`, from the cache if it is there; a short text has fewer pairs to merge than asked."""
     import tiktoken
 
     if not BYTE_VALUES <= vocab_tokens < TOKEN_LIMIT:
         raise ValueError(f"a BPE has {BYTE_VALUES} tokens (the bytes) to {TOKEN_LIMIT - 1}, got {vocab_tokens}")
+    # The cache's file is named after all that decides the merges.
     key = hashlib.sha256(b"\0".join((PATTERN.encode(), str(vocab_tokens).encode(), text))).hexdigest()[:16]
     path = cache_dir / f"bpe-{key}.txt"
     pieces = _read_pieces(path)
@@ -111,7 +117,7 @@ def _load_bpe(text: bytes, vocab_tokens: int, cache_dir: Path) -> Tokenizer:
 
 
 def _train_pieces(text: str, vocab_tokens: int) -> list[bytes]:
-    """Byte-pair encoding (Gage 1994; Sennrich et al. 2016, arXiv 1508.07909): pieces in order of their merge."""
+    """Train a byte-pair encoding (Gage 1994; Sennrich et al. 2016, arXiv 1508.07909); return its pieces in merge order."""
     import rustbpe
 
     trainer = rustbpe.Tokenizer()
@@ -121,19 +127,19 @@ def _train_pieces(text: str, vocab_tokens: int) -> list[bytes]:
 
 
 def _encoder(encoding: object) -> Callable[[str], np.ndarray]:
-    """Ordinary encoding: text that looks like a special token stays text."""
+    """Return the encoding function; text that looks like a special token, as <|endoftext|>, is encoded as plain text."""
     return lambda text: encoding.encode_to_numpy(text, disallowed_special=())
 
 
 def _write_pieces(path: Path, pieces: Sequence[bytes]) -> None:
-    """One base64 line per piece, under a line with the sha256 of all that follows."""
+    """Write one base64 line per piece, after a line with the SHA-256 of all that follows."""
     body = b"\n".join(base64.b64encode(piece) for piece in pieces)
-    with atomic_write(path, shared=True) as aside:
-        aside.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+    with atomic_write(path, shared=True) as temporary_path:
+        temporary_path.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
 
 
 def _read_pieces(path: Path) -> list[bytes] | None:
-    """What `_write_pieces` wrote; None where there is nothing, or something damaged."""
+    """Return the pieces that `_write_pieces` wrote; None if the file is missing or damaged."""
     if not path.exists():
         return None
     digest, _, body = path.read_bytes().partition(b"\n")

@@ -1,1 +1,1 @@
-"""What a run leaves behind: its folder, checkpoint, log and measurements."""
+"""Files and prints of a run: its folder, plan, log, metrics, diagnostics, checkpoint, clock, environment and wandb run."""

@@ -1,4 +1,4 @@
-"""Training time, and the signals that end it."""
+"""Training time, and the signals that interrupt a run."""
 
 import signal
 import time
@@ -9,40 +9,45 @@ import torch
 
 
 class Clock:
-    """Training seconds, counted from its construction on; what runs under `paused` does not count."""
+    """Stopwatch of training seconds: it runs from its construction on, except in blocks under `paused`."""
 
     def __init__(self, device: torch.device, seconds: float = 0.0) -> None:
-        """Start at so many seconds: those of the run's earlier parts, where it is resumed."""
+        """Start at `seconds`: the training time of a resumed run before its checkpoint."""
         self._device, self._seconds = device, seconds
-        self._since: float | None = self._now()
+        self._since: float | None = self._read_synchronized()
 
-    def _now(self) -> float:
-        # A GPU works behind the program's back: what was launched before this moment must also end before it.
+    def _read_synchronized(self) -> float:
+        # A GPU works behind the program: kernels launched before this moment count for the time before it.
         if self._device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        """Seconds counted so far; the device is not waited for."""
+        """Training seconds so far; does not wait for the device."""
         return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop counting for the block, and wait for the device before and after it."""
-        self._seconds, self._since = self._seconds + self._now() - self._since, None
+        """Stop the clock during the block, and wait for the device before and after it."""
+        self._seconds, self._since = self._seconds + self._read_synchronized() - self._since, None
         yield
-        self._since = self._now()
+        self._since = self._read_synchronized()
 
 
 class Interruption:
-    """SIGINT and SIGTERM become a flag that the loop reads between steps; a second signal acts as usual."""
+    """Flag that SIGINT (Ctrl-C) or SIGTERM sets; the training loop reads it between steps and saves a checkpoint.
+
+    A second signal ends the process at once.
+    """
 
     def __init__(self) -> None:
+        """Replace the handlers of both signals."""
         self.received = False
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
+            signal.signal(number, self._receive)
 
-    def _note(self, number: int, _frame: object) -> None:
+    def _receive(self, number: int, _frame: object) -> None:
         self.received = True
+        # The default handler again, so that a run that hangs can still be stopped.
         signal.signal(number, signal.SIG_DFL)

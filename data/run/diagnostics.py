@@ -1,6 +1,6 @@
-"""What happens inside a model, layer by layer: sizes of features, spectra of weights, learned factors of the sphere.
+"""Diagnostics of every layer: RMS of activations, spectra of weights, and the learned factors of the sphere.
 
-Keys are `diag/ROW/MEASURE`, a row being a layer or a matrix, which the report draws as maps of rows over steps.
+Keys are `diag/ROW/MEASURE`, where a row is a layer or a matrix. The report draws each measure as a map of rows over steps.
 """
 
 import math
@@ -12,15 +12,15 @@ Metrics = dict[str, float]
 
 
 def rms(x: Tensor) -> float:
-    """Root mean square of all entries."""
+    """Return the root mean square of all entries. Waits for the device."""
     return x.float().square().mean().sqrt().item()
 
 
 @torch.no_grad()
 def activation_metrics(model: nn.Module, tokens_BT: Tensor, **windows: int | None) -> Metrics:
-    """RMS of the stream after each block and of what its attention and MLP add; RMS and largest size of the logits.
+    """Return the RMS of activations in one forward pass, and the RMS and the largest absolute value of the logits.
 
-    The pass is run plainly even where the model is compiled: a graph made before does not call hooks.
+    Each block is measured at three places: the residual stream after it, the output of its attention, and of its MLP.
     """
     measures: Metrics = {}
     handles = []
@@ -28,6 +28,7 @@ def activation_metrics(model: nn.Module, tokens_BT: Tensor, **windows: int | Non
         for name, module in (("stream", block), ("attention", block.attention), ("mlp", block.mlp)):
             if module is not None:
                 handles.append(_hook_rms(module, f"diag/block{i}/{name}_rms", measures))
+    # Not model(...): a graph that was compiled before the hooks were registered does not call them.
     try:
         logits = model.forward(tokens_BT, **windows)
     finally:
@@ -37,7 +38,7 @@ def activation_metrics(model: nn.Module, tokens_BT: Tensor, **windows: int | Non
 
 
 def _hook_rms(module: nn.Module, key: str, measures: Metrics) -> torch.utils.hooks.RemovableHandle:
-    """From now on the module writes the RMS of what it returns into `measures[key]`, until the handle is removed."""
+    """Write the RMS of every output of the module into `measures[key]`, until the returned handle is removed."""
     def write(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
         measures[key] = rms(output)
 
@@ -46,32 +47,38 @@ def _hook_rms(module: nn.Module, key: str, measures: Metrics) -> torch.utils.hoo
 
 @torch.no_grad()
 def weight_metrics(model: nn.Module) -> Metrics:
-    """Spectral and Frobenius norm and condition number of every hidden matrix; and on the sphere mean, least and greatest
-    size of the factors as they act: eigen learning rates |alpha|, s_qk, s_u, s_v, s_z.
+    """Return spectral norm, Frobenius norm and condition number of every hidden matrix.
 
-    By SVD in float64 on the CPU, O(m n min(m, n)) a matrix: .1 s for 768 x 768 on one core, .2 s for 3072 x 768.
+    On the sphere also the mean, smallest and largest absolute value of each learned factor: the eigen learning rates
+    alpha, and the scales s_qk, s_u, s_v and s_z (nGPT, Loshchilov et al. 2024, arXiv 2410.01131).
+
+    Cost of the SVD of an (m, n) matrix on the CPU: O(m n min(m, n)), .1 s for 768 x 768 on one core, .2 s for 3072 x 768.
     """
     measures: Metrics = {}
     roles = model.roles()
     for name, parameter in model.named_parameters():
         if roles[name] == "matrix":
-            measures |= in_row(name, spectrum(parameter))
+            measures |= row_metrics(name, spectrum(parameter))
     for name, factors in model.factors().items():
         sizes = factors.abs()
-        measures |= in_row(name, {"factor": sizes.mean().item(), "factor_least": sizes.min().item(),
-                                  "factor_greatest": sizes.max().item()})
+        measures |= row_metrics(name, {"factor": sizes.mean().item(), "factor_least": sizes.min().item(),
+                                       "factor_greatest": sizes.max().item()})
     return measures
 
 
-def in_row(name: str, measures: Metrics) -> Metrics:
-    """The measures under the keys of a parameter's or module's row: that of blocks.0.attention.q.weight is 0.attention.q."""
+def row_metrics(name: str, measures: Metrics) -> Metrics:
+    """Return the measures of a parameter or module under their keys: blocks.0.attention.q.weight has row 0.attention.q."""
     row = name.removeprefix("blocks.").removesuffix(".weight")
     return {f"diag/{row}/{measure}": value for measure, value in measures.items()}
 
 
 def spectrum(W: Tensor) -> Metrics:
-    """Spectral and Frobenius norm and condition number of a matrix: 0 if it is zero, NaN if it is not finite."""
-    exact = W.cpu().double()
+    """Return spectral norm, Frobenius norm and condition number of a matrix; NaN if it is not finite.
+
+    The condition number is the largest over the smallest singular value; 0 for a zero matrix.
+    """
+    exact = W.cpu().double()  # float64: in float32 no condition number beyond about 1e7 can be measured
+    # svdvals raises for a matrix with NaN or infinity, but diagnostics must not stop a run.
     values = torch.linalg.svdvals(exact) if exact.isfinite().all() else torch.full((1,), math.nan)
     return {"spectral": values[0].item(), "frobenius": values.norm().item(),
             "condition": (values[0] / values[-1].clamp_min(1e-30)).item()}

@@ -1,4 +1,4 @@
-"""What a run's numbers rest on: the device, the machine, the versions, and the text of the code."""
+"""Environment of a run: device, machine, versions, and the source text of the code; all that is needed to repeat it."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 # Dense bfloat16 tensor-core peak in floating-point operations per second, accumulating in float32 (NVIDIA's data
-# sheets; where they quote sparse rates, half of it). None: a part whose name contains a listed one but is slower.
+# sheets; where they quote sparse rates, half of it). None: a GPU whose name contains a listed one, but that is slower.
 PEAK_FLOPS: dict[str, float | None] = {
     "B200": 2250e12, "GH200": 989.4e12, "H200": 989.4e12, "H200 NVL": 835.5e12,
     "H100": 989.4e12, "H100 PCIe": 756e12, "H100 NVL": 835.5e12,
@@ -19,17 +19,22 @@ PEAK_FLOPS: dict[str, float | None] = {
     "RTX 4090": 165.2e12, "RTX 4090 D": None, "RTX 4090 Laptop": None, "RTX 3090": 71e12, "RTX 3090 Ti": None,
 }
 RECORDED_VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TORCH", "PYTORCH", "NCCL")
-NOT_OURS = {"tests", "site-packages"}
-HEADER = re.compile(r"======== (?P<path>.+) \((?P<characters>\d+) characters\)\n")
+"""Beginnings of the environment variables that are recorded; all others may hold secrets."""
+EXCLUDED_FOLDERS = {"tests", "site-packages"}
+FILE_HEADER = re.compile(r"======== (?P<path>.+) \((?P<characters>\d+) characters\)\n")
 
 
-def choose_device(wanted: str, local_rank: int) -> torch.device:
-    """The device by name, `auto` meaning CUDA, else MPS, else CPU. Raises ValueError where it is not there."""
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """Return the device called cpu, mps or cuda; auto is the first of CUDA, MPS and CPU that this machine has.
+
+    On CUDA it is the GPU numbered `local_rank`, which becomes the process's current one. Raises ValueError if the machine
+    has no such device.
+    """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = next(name for name, usable in available.items() if usable) if wanted == "auto" else wanted
-    if not available[kind]:
-        names = [name for name, usable in available.items() if usable]
-        raise ValueError(f"device {kind} is not on this machine; available: {names}")
+    usable = [kind for kind, is_usable in available.items() if is_usable]
+    kind = usable[0] if name == "auto" else name
+    if kind not in usable:
+        raise ValueError(f"this machine has no {kind} device; choose auto or one of: {', '.join(usable)}")
     if kind == "cuda":
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
@@ -37,23 +42,30 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """The hardware's own name, or the device type."""
+    """Return the name of the GPU, as "NVIDIA H100 80GB HBM3", or the device type."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Most memory allocated so far: on the GPU, else resident in the process; None where the system does not tell."""
+    """Return the largest memory in use so far, in bytes; None if the system does not report it.
+
+    On a GPU it is the memory allocated by torch, elsewhere the resident memory of the process.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         return None
     import resource
 
+    # macOS reports bytes, Linux KiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def describe_environment() -> dict[str, object]:
-    """Machine, versions and repository state, ready for JSON; None where something cannot be known. No host name."""
+    """Return machine, versions and repository state as JSON values; None for what cannot be known.
+
+    The host name is left out, because run folders are published.
+    """
     gpus, gpu_driver = _gpus() if torch.cuda.is_available() else ([], None)
     return {
         "python": platform.python_version(),
@@ -61,7 +73,7 @@ def describe_environment() -> dict[str, object]:
         "cuda": torch.version.cuda,
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": _cpu_model(),
-        # Cores that this process may run on, where the system tells; else all of them.
+        # Cores that this process may use: in a container or a batch job they are fewer than the machine's.
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": _memory_bytes(),
         "gpus": gpus,
@@ -73,47 +85,49 @@ def describe_environment() -> dict[str, object]:
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bfloat16 peak, in operations per second, of the GPU that CUDA calls `device_name`; None if unknown.
+    """Return the dense bfloat16 peak of a GPU, in operations per second; None if it is not listed.
 
-    Names match as whole words (an RTX A4000 is no A40), and the longest listed name wins.
+    `device_name` is the name that CUDA reports. Listed names match as whole words (an RTX A4000 is no A40), and the longest
+    match wins.
     """
     matches = [name for name in PEAK_FLOPS if re.search(rf"\b{re.escape(name)}\b", device_name, re.IGNORECASE)]
     return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 
 def code_files(root: Path) -> list[Path]:
-    """Every Python file under `root` that this process has imported, and its main file; tests and libraries apart."""
+    """Return the Python files under `root` that this process runs: main file and imports, without tests and libraries."""
     root = root.resolve()
     libraries = [Path(p).resolve() for p in (sys.prefix, sys.base_prefix)]
+    # A virtual environment often lies in the repository itself.
     inner_libraries = [p for p in libraries if p != root and p.is_relative_to(root)]
-    named = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
-    loaded = {Path(name).resolve() for name in named if isinstance(name, str) and name.endswith(".py")}
+    file_names = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    loaded = {Path(name).resolve() for name in file_names if isinstance(name, str) and name.endswith(".py")}
     return sorted(
         path for path in loaded
         if path.is_relative_to(root) and path.is_file()
-        and NOT_OURS.isdisjoint(path.relative_to(root).parts)
+        and EXCLUDED_FOLDERS.isdisjoint(path.relative_to(root).parts)
         and not any(path.is_relative_to(p) for p in inner_libraries)
     )
 
 
 def code_text(files: list[Path], root: Path) -> str:
-    """One text of all files, each under a header with its path relative to `root` and its length.
+    """Join the files into one text: each after a header line with its path relative to `root` and its length in characters.
 
-    The length makes `split_code` exact even where a file contains lines that look like a header.
+    The length makes `split_code` exact even if a file contains a line that looks like a header.
     """
     parts = []
     for path in files:
-        source = path.read_bytes().decode("utf-8")  # bytes: line ends stay what they are
+        source = path.read_bytes().decode("utf-8")  # not read_text, which would change line ends
         name = path.resolve().relative_to(root.resolve()).as_posix()
         parts.append(f"======== {name} ({len(source)} characters)\n{source}\n")
     return "".join(parts)
 
 
 def split_code(text: str) -> dict[str, str]:
-    """The inverse of `code_text`: relative path to source. Raises ValueError where the text is not of that form."""
+    """Return relative path -> source: the inverse of `code_text`. Raises ValueError if the text has another form."""
     sources, position = {}, 0
     while position < len(text):
-        header = HEADER.match(text, position)
+        header = FILE_HEADER.match(text, position)
         if header is None:
             raise ValueError(f"not a code text: no header at character {position}: {text[position:position + 40]!r}")
         end = header.end() + int(header["characters"])
@@ -125,17 +139,17 @@ def split_code(text: str) -> dict[str, str]:
 
 
 def code_hash(text: str) -> str:
-    """The first 16 hexadecimal digits of the text's SHA-256: equal hashes, equal code."""
+    """Return the first 16 hexadecimal digits of the text's SHA-256; runs with equal hashes had the same code."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints, stripped; None if it is missing, fails or takes over ten seconds."""
+    """Return the stripped output of a command; None if it does not exist, fails, or takes more than ten seconds."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
-    return done.stdout.strip()
+    return process.stdout.strip()
 
 
 def _cpu_model() -> str:
@@ -155,18 +169,18 @@ def _memory_bytes() -> int | None:
 
 
 def _gpus() -> tuple[list[dict[str, object]], str | None]:
-    """Name and memory of each GPU that CUDA offers, and the driver's version."""
+    """Return name and memory of each GPU that CUDA reports, and the version of the driver."""
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    printed = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    output = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return ([{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
-            printed.splitlines()[0] if printed else None)
+            output.splitlines()[0] if output else None)
 
 
 def _git_state(root: Path) -> dict[str, object] | None:
-    """Commit, branch and whether tracked files differ from the commit; None outside git or before the first commit."""
+    """Return commit, branch, and whether tracked files differ from the commit; None outside git or without a commit."""
     commit = _output("git", "-C", str(root), "rev-parse", "--verify", "HEAD")
     if commit is None:
         return None
-    branch = _output("git", "-C", str(root), "branch", "--show-current") or None  # none on a detached head
+    branch = _output("git", "-C", str(root), "branch", "--show-current") or None  # empty on a detached head
     changes = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
     return {"commit": commit, "branch": branch, "dirty": changes != ""}

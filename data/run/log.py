@@ -1,4 +1,4 @@
-"""What rank 0 writes down during a run: metrics.jsonl, summary.json, the wandb run, and lines on the terminal."""
+"""Log of a run, on rank 0: metrics.jsonl, summary.json, the wandb run, and lines on the terminal."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -19,32 +19,43 @@ from data.evaluate import Score
 from data.run import environment
 from data.run.folder import write_json, write_text
 from data.run.metrics import METRICS_KEYS, MFU, STEP_MS, SUMMARY_KEYS, TOKENS_PER_SECOND, TRAIN_LOSS, VAL_BITS, VAL_LOSS
-from data.run.wandb import open_dashboard
+from data.run.plan import format_rows
+from data.run.wandb import open_wandb
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(slots=True)
 class Progress:
-    """What changes during a run, beside weights and optimizer state; saved in every checkpoint."""
+    """State of a run beside its weights and optimizer state; saved in every checkpoint."""
 
     step: int = 0
+    """Number of finished steps."""
     tokens: int = 0
+    """Training tokens so far, over all ranks."""
     train_seconds: float = 0.0
+    """Training time so far; validation, checkpoints and compilation are not counted."""
     position: dict = field(default_factory=dict)
+    """Fields of the `data.orders.Position` after the last step; empty before the first."""
     val_loss_nats: float | None = None
+    """Last validation loss, in nats per token; None before the first validation."""
     val_bits_per_byte: float | None = None
+    """Last validation loss in bits per byte; None if the number of bytes is not known."""
     best_val_loss_nats: float | None = None
+    """Lowest validation loss, in nats per token."""
     target_step: int | None = None
+    """Step of the first validation whose loss reached the target; None if there was none."""
     target_seconds: float | None = None
+    """Training time at `target_step`."""
     metrics_bytes: int = 0
+    """Length of metrics.jsonl when the checkpoint was written: a resumed run writes the lines after it again."""
 
     def is_finished(self, run: Run) -> bool:
-        """Whether all steps are done, or the target is reached where that ends the run."""
+        """True if all steps are done, or the target is reached and run.stop_at_target is set."""
         return self.step >= run.train.steps or (run.run.stop_at_target and self.target_step is not None)
 
     def record_score(self, score: Score, target: float | None) -> None:
-        """Take over a validation's score: the last, the best, and when the target was first reached."""
+        """Store the score of a validation, and whether it is the first to reach `target`, in nats per token."""
         self.val_loss_nats, self.val_bits_per_byte = score.nats_per_token, score.bits_per_byte
         self.best_val_loss_nats = min(score.nats_per_token, self.best_val_loss_nats or math.inf)
         if target is not None and self.target_step is None and score.nats_per_token <= target:
@@ -52,56 +63,60 @@ class Progress:
 
 
 class Log:
-    """The run's records, written on rank 0; on other ranks every method does nothing."""
+    """Writer of a run's files and terminal lines on rank 0; on other ranks every method does nothing."""
 
     def __init__(self, run: Run, folder: Path, progress: Progress, *, device: torch.device, rank: int,
                  world_size: int) -> None:
-        """Write config, code and environment, and open the logs; lines that a resumed run will repeat are cut off."""
+        """Write config.json, env.json and code.txt, and open metrics.jsonl, the wandb run and the progress bar.
+
+        `progress` is read at every record, so the caller must update it in place.
+        """
         self.run, self.folder, self.progress, self.active = run, folder, progress, rank == 0
         self._device, self._world_size = device, world_size
         self._last = (progress.step, progress.tokens, progress.train_seconds)
         self._alarmed: set[str] = set()
         if self.active:
+            # First of all, so that even a run that crashes at its first step has its code, config and environment.
             code, machine = environment.code_text(environment.code_files(ROOT), ROOT), environment.describe_environment()
             self._code_hash = environment.code_hash(code)
             write_json(folder / "config.json", config_to_dict(run))
             write_json(folder / "env.json", machine)
             write_text(folder / "code.txt", code)
             self._metrics = open_metrics(folder / "metrics.jsonl", progress.metrics_bytes)
-            self._dashboard = None if run.log.wandb == "disabled" else open_dashboard(
+            self._wandb = None if run.log.wandb == "disabled" else open_wandb(
                 run, folder=folder, environment=machine, code_hash=self._code_hash, resume=progress.step > 0)
         self.bar = tqdm(total=run.train.steps, initial=progress.step, unit="step", dynamic_ncols=True,
                         disable=not self.active or not sys.stderr.isatty())
 
-    def say(self, text: str) -> None:
-        """Print a line, above the progress bar."""
+    def info(self, text: str) -> None:
+        """Print a line above the progress bar."""
         if self.active:
             tqdm.write(text)
 
     def write(self, record: Mapping[str, object]) -> None:
-        """Append a line to metrics.jsonl, with step, tokens and training seconds before the record; the same to wandb.
+        """Append a record to metrics.jsonl, after step, tokens and training seconds, and send it to wandb.
 
-        What leaves its band is said, each measure once; how many do stands in the line, where any does.
+        An alarm is printed for a metric that leaves its healthy range, only the first time; the key "alarms" of the line is
+        the number of metrics that are outside now.
         """
         if not self.active:
             return
         line = {name: getattr(self.progress, name) for name in METRICS_KEYS} | record
         if self.run.log.diagnostics:
-            sentences = alarms(record, lr_shares(self.run.optim, record, self.progress.step))
-            for sentence in sentences:
-                name = sentence.split(" ")[0]
+            alarms = find_alarms(record, lr_fractions(self.run.optim, record, self.progress.step))
+            for name, message in alarms.items():
                 if name not in self._alarmed:
-                    self.say(f"alarm at step {self.progress.step}: {sentence}")
-                self._alarmed.add(name)
-            if sentences:
-                line["alarms"] = len(sentences)
+                    self.info(format_rows([(f"alarm at step {self.progress.step}:", message)]))
+            self._alarmed |= alarms.keys()
+            if alarms:
+                line["alarms"] = len(alarms)
         self._metrics.write(json.dumps(strict_json(line), allow_nan=False).encode() + b"\n")
-        self._metrics.flush()  # at once, so that readers see whole lines
-        if self._dashboard:
-            self._dashboard.log(line)
+        self._metrics.flush()  # at once, so that whoever reads the file during the run sees whole lines
+        if self._wandb:
+            self._wandb.log(line)
 
     def training(self, loss_nats: float, *, flops_per_token: float) -> None:
-        """Record the training loss of the last step, and the speed since the last such record."""
+        """Record the training loss of the last step, in nats per token, and the speed since the previous call."""
         if not self.active:
             return
         progress, (step, tokens, seconds) = self.progress, self._last
@@ -109,34 +124,37 @@ class Log:
         elapsed = max(progress.train_seconds - seconds, 1e-9)
         speed = (progress.tokens - tokens) / elapsed
         record = {TRAIN_LOSS: loss_nats, STEP_MS: 1000 * elapsed / (progress.step - step), TOKENS_PER_SECOND: speed}
-        text = f"loss {loss_nats:.3f}, {speed:,.0f} tokens/s"
+        text = f"loss {loss_nats:.3f} nats, {speed:,.0f} tokens/s"
         if peak := environment.peak_flops(environment.device_name(self._device)):
             record[MFU] = speed * flops_per_token / (peak * self._world_size)
             text += f", MFU {record[MFU]:.1%}"
         self.write(record)
-        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.set_postfix_str(text, refresh=False)  # not now: the bar redraws itself a few times a second
 
     def validation(self, score: Score, group_measures: Mapping[str, Mapping[str, float]]) -> None:
-        """Record a validation, and by role the optimizer's measures of the step before it."""
+        """Record and print a validation.
+
+        `group_measures` are the optimizer's measures of the step before it, by role and measure.
+        """
         self.write({VAL_LOSS: score.nats_per_token, VAL_BITS: score.bits_per_byte}
                    | {f"optim/{role}/{name}": value for role, measures in group_measures.items()
                       for name, value in measures.items()})
-        bits = "" if score.bits_per_byte is None else f", {score.bits_per_byte:.4f} bits/byte"
-        self.say(f"step {self.progress.step}/{self.run.train.steps}: validation {score.nats_per_token:.4f} "
-                 f"nats/token{bits}, {self.progress.train_seconds:.1f} s")
+        self.info(f"step {self.progress.step}/{self.run.train.steps}: validation "
+                  f"{format_loss(score.nats_per_token, score.bits_per_byte)}, {self.progress.train_seconds:.1f} s")
 
     def metrics_bytes(self) -> int:
-        """Length of metrics.jsonl, all of it safely on disk; 0 on other ranks."""
+        """Return the length of metrics.jsonl, after waiting until all of it is on disk; 0 on other ranks."""
         if not self.active:
             return 0
         os.fsync(self._metrics.fileno())
         return self._metrics.tell()
 
     def finish(self, *, sample: tuple[str, str] | None, wall_seconds: float, parameters: int, data_hash: str) -> None:
-        """Write summary.json, and print it with the sampled (prompt, continuation)."""
+        """Write summary.json, and print it with the sample, a (prompt, continuation), if there is one."""
         if not self.active:
             return
         self.bar.close()
+        # summary.json.
         progress, run = self.progress, self.run
         summary = {name: getattr(progress, name) for name in SUMMARY_KEYS if hasattr(progress, name)} | {
             "steps": progress.step, "target_loss_nats": run.run.target_loss_nats, "seed": run.run.seed,
@@ -145,28 +163,53 @@ class Log:
             "data_hash": data_hash, "device": environment.device_name(self._device), "world_size": self._world_size}
         assert summary.keys() == set(SUMMARY_KEYS)
         write_json(self.folder / "summary.json", {key: summary[key] for key in SUMMARY_KEYS})
-        lines = [f"{name:>20}  {value}" for name, value in summary.items()]
+        # The terminal.
+        rows = summary_rows(summary)
         if sample:
-            lines.append(f"{'sample':>20}  {'|'.join(sample)!r}")
-        files = " ".join(sorted(path.name for path in self.folder.iterdir()))
-        self.say("\n".join([*lines, f"{'files':>20}  {self.folder}/: {files}"]))
-        if self._dashboard:
+            rows += [("prompt", repr(sample[0])), ("sample", repr(sample[1]))]
+        rows.append(("files", " ".join([f"{self.folder}:", *sorted(path.name for path in self.folder.iterdir())])))
+        self.info(format_rows(rows))
+        # wandb.
+        if self._wandb:
             if sample:
-                self._dashboard.add_sample(progress.step, prompt=sample[0], text=sample[1])
-            self._dashboard.finish(summary)
+                self._wandb.add_sample(progress.step, prompt=sample[0], text=sample[1])
+            self._wandb.finish(summary)
+
+
+def format_loss(nats: float, bits: float | None) -> str:
+    """Return a loss for print, as "loss 2.1234 nats/token, 1.2345 bits/byte"; without bits if they are None."""
+    return f"loss {nats:.4f} nats/token" + ("" if bits is None else f", {bits:.4f} bits/byte")
+
+
+def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the (label, text) rows that are printed at the end of a run, from the values of summary.json."""
+    target = "none" if summary["target_loss_nats"] is None else "{target_loss_nats:g} nats/token, not reached"
+    if summary["target_step"] is not None:
+        target = "{target_loss_nats:g} nats/token, reached at step {target_step} after {target_seconds:.1f} s of training"
+    memory = "unknown" if summary["peak_memory_bytes"] is None else f"{summary['peak_memory_bytes'] / 2**20:,.0f} MiB"
+    rows = {
+        "validation": format_loss(summary["val_loss_nats"], summary["val_bits_per_byte"])
+                      + "; lowest loss {best_val_loss_nats:.4f}",
+        "target loss": target,
+        "training": "{steps:,} steps, {tokens:,} tokens, {train_seconds:.1f} s of training; {wall_seconds:.1f} s in all",
+        "model": "{parameters:,} parameters, seed {seed}",
+        "machine": "{world_size} x {device}, peak memory of rank 0 " + memory,
+        "hashes": "config {config_hash}, code {code_hash}, data {data_hash}"}
+    return [(label, text.format_map(summary)) for label, text in rows.items()]
 
 
 def open_metrics(path: Path, offset: int) -> BinaryIO:
-    """A metrics.jsonl to append to, cut off at the length that it had at the checkpoint: what follows is repeated.
+    """Open a metrics.jsonl to append to, cut off at `offset`: its length in bytes when the checkpoint was written.
 
-    Raises ValueError if the file is shorter.
+    A resumed run repeats the steps after its checkpoint and writes their lines again. Raises ValueError if the file is
+    shorter.
     """
     file = open(path, "ab")
     size = file.tell()
     if size < offset:
         file.close()
-        raise ValueError(f"{path} has {size} bytes but the checkpoint was taken at {offset}: cut or replaced? "
-                         "Restore it, or start anew under another --run.name")
+        raise ValueError(f"{path} has {size} bytes, but had {offset} when the checkpoint was written; "
+                         "restore the file, or start anew under another --run.name")
     file.truncate(offset)
     file.seek(offset)
     return file
@@ -175,54 +218,62 @@ def open_metrics(path: Path, offset: int) -> BinaryIO:
 # ---- Alarms ---------------------------------------------------------------------------------------------------------------
 
 
-class Band(NamedTuple):
-    """Where a measure should lie, and why; `low` falls as a group's lr does."""
+class HealthyRange(NamedTuple):
+    """Range in which a metric of a healthy run lies."""
 
     pattern: str
+    """Name of the metric, with the wildcard *."""
     low: float
+    """Smallest healthy value, at the group's peak lr; it falls in proportion to the lr."""
     high: float
-    why: str
+    """Largest healthy value."""
+    reason: str
+    """Meaning of a value outside the range, printed with the alarm."""
 
 
-# Bands that healthy runs stay in: below, nothing is learned; above, it is not stable.
-BANDS = (
+HEALTHY_RANGES = (
     # Kosson et al. 2023 (arXiv 2305.17212): in equilibrium weights turn by about sqrt(2 lr wd), a few hundredths; by much
     # more they are replaced at each step, by much less they stand still.
-    Band("optim/matrix/angle", 1e-5, 0.5, "the matrices turn so much in a step"),
-    Band("optim/head/angle", 1e-6, 0.7, "the head turns so much in a step"),
-    Band("optim/*/weight_rms", 0.0, 1e3, "weights grow"),
-    Band("diag/logits/rms", 0.0, 30.0, "the softmax is one-hot on most tokens, and its gradient gone"),
-    Band("diag/logits/largest", 0.0, 200.0, "logits beyond a hundred leave bfloat16 no resolution"),
-    Band("diag/block*/stream_rms", 1e-3, 1e3, "the stream vanishes or explodes"),
-    Band("diag/*/spectral", 0.0, 1e3, "weights grow"),
-    # Matrices that start at zero are all but of rank one after Adam's first step (1e11); in float32 more is a lost rank.
-    Band("diag/*/condition", 0.0, 1e14, "the matrix has lost directions for good"),
+    HealthyRange("optim/matrix/angle", 1e-5, 0.5, "angle in radians that the matrices turn in one step"),
+    HealthyRange("optim/head/angle", 1e-6, 0.7, "angle in radians that the head turns in one step"),
+    HealthyRange("optim/*/weight_rms", 0.0, 1e3, "the weights grow without bound"),
+    HealthyRange("diag/logits/rms", 0.0, 30.0, "the softmax is one-hot on most tokens, and its gradient vanishes"),
+    HealthyRange("diag/logits/largest", 0.0, 200.0, "bfloat16 rounds logits beyond 128 to whole numbers"),
+    HealthyRange("diag/block*/stream_rms", 1e-3, 1e3, "the residual stream vanishes or explodes"),
+    HealthyRange("diag/*/spectral", 0.0, 1e3, "the weights grow without bound"),
+    # Matrices that start at zero are almost of rank one after Adam's first step (1e11); in float32 more is a lost rank.
+    HealthyRange("diag/*/condition", 0.0, 1e14, "the matrix has lost rank"),
 )
 
 
-def alarms(record: Mapping[str, object], shares: Mapping[str, float] | None = None) -> list[str]:
-    """A sentence, its name first, for every number of a record that is outside its band or not finite. `shares`: by role,
-    what the group's lr is of its peak, 0 where it rested in this step; 1 where a role is not named."""
-    sentences = []
+def find_alarms(record: Mapping[str, object], fractions: Mapping[str, float] | None = None) -> dict[str, str]:
+    """Return a message for every optim/ and diag/ metric of a record that is not finite or outside its healthy range.
+
+    `fractions` are the `lr_fractions` by role; a role that is not among them counts as at its peak lr.
+    """
+    messages = {}
     for name, value in record.items():
         if not isinstance(value, int | float) or not name.startswith(("optim/", "diag/")):
             continue
         if not math.isfinite(value):
-            sentences.append(f"{name} is {value}")
+            messages[name] = f"{name} is {value}"
             continue
-        share = (shares or {}).get(name.split("/")[1], 1.0)
-        for band in BANDS:
-            if fnmatchcase(name, band.pattern) and not share * band.low <= value <= band.high:
-                sentences.append(f"{name} is {value:.3g}, outside {share * band.low:.3g} to {band.high:g}: {band.why}")
-    return sentences
+        fraction = (fractions or {}).get(name.split("/")[1], 1.0)
+        for pattern, low, high, reason in HEALTHY_RANGES:
+            if fnmatchcase(name, pattern) and not fraction * low <= value <= high:
+                messages[name] = f"{name} is {value:.3g}, outside {fraction * low:.3g} to {high:g}: {reason}"
+    return messages
 
 
-def lr_shares(optim: Optim, record: Mapping[str, object], step: int) -> dict[str, float]:
-    """Of every group whose lr a record holds: that over its peak, 0 if the group rested in this step."""
-    shares = {}
+def lr_fractions(optim: Optim, record: Mapping[str, object], step: int) -> dict[str, float]:
+    """Return lr over peak lr of every group whose lr is in the record; 0 if the group was not updated in this step.
+
+    A small lr turns weights little, and a group that is not updated not at all: neither is an alarm.
+    """
+    fractions = {}
     for role in (f.name for f in fields(optim)):
         group, lr = getattr(optim, role), record.get(f"optim/{role}/lr")
         if lr is not None:
-            rested = step % group.update_every > 0 or not group.lr
-            shares[role] = 0.0 if rested else min(1.0, lr / group.lr)
-    return shares
+            is_idle = step % group.update_every > 0 or not group.lr
+            fractions[role] = 0.0 if is_idle else min(1.0, lr / group.lr)
+    return fractions

@@ -1,6 +1,6 @@
-"""The names of what metrics.jsonl and summary.json hold, and reading metrics.jsonl back.
+"""Metrics: the keys of metrics.jsonl and summary.json, and a reader of metrics.jsonl.
 
-Every line of metrics.jsonl has METRICS_KEYS; its other keys are those below, `optim/ROLE/MEASURE` and `diag/ROW/MEASURE`.
+Every line of metrics.jsonl has METRICS_KEYS. Its other keys are those below, `optim/ROLE/MEASURE` and `diag/ROW/MEASURE`.
 """
 
 import json
@@ -20,28 +20,30 @@ VAL_BITS = "val/bits_per_byte"
 STEP_MS = "time/step_ms"
 TOKENS_PER_SECOND = "time/tokens_per_second"
 MFU = "time/mfu_frac"
+"""Model FLOPs utilisation: floating-point operations per second, as a fraction of the GPUs' bfloat16 peak."""
 MEASURES = ("lr", "update_rms", "weight_rms", "weight_size", "angle")
-"""What the optimizer measures of each group, at each validation."""
+"""Measures of each optimizer group, at each validation: `optim/ROLE/MEASURE`."""
 EQUILIBRIUM = "equilibrium_angle"
-"""Beside a group's angle, where layers are measured and weights decay: the angle of rotational equilibrium."""
+"""Angle of rotational equilibrium, beside the group's angle; only where layers are measured and weights decay."""
 LAYER_MEASURES = ("stream_rms", "attention_rms", "mlp_rms", "rms", "largest", "spectral", "frobenius", "condition", "angle",
                   "update_ratio", "factor", "factor_least", "factor_greatest")
-"""What is measured of layers, matrices and factors: `diag/ROW/MEASURE`."""
+"""Measures of layers, matrices and factors: `diag/ROW/MEASURE`."""
 
 
 def metric_name(role: str, measure: str) -> str:
-    """The metric that holds a measure of the group of one role."""
+    """Return the key of a measure of the optimizer group with this role."""
     return f"optim/{role}/{measure}"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of a metrics.jsonl; a last line that is still being written, or was cut by a kill, is left out.
+    """Return all records of a metrics.jsonl.
 
-    Raises ValueError naming a missing file, or the line that is not a JSON object.
+    Raises ValueError if the file is missing, or a line is no JSON object.
     """
     if not path.is_file():
-        raise ValueError(f"there is no {path}; the run's folder, as in runs/NAME, holds it once the run has begun")
+        raise ValueError(f"there is no {path}; give the folder of a run that has begun, as runs/NAME")
     records = []
+    # The part after the last line end is left out: it is being written, or was cut by a kill.
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line)

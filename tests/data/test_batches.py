@@ -38,10 +38,10 @@ def open_batches(shards=SHARDS, *, order="shuffled", rank=0, world_size=1, batch
 def read(batches: Batches, step: int = 0, position: Position | None = None, steps: int = STEPS) -> list[tuple]:
     """(inputs, targets, position after) of each step as plain lists."""
     batches.start(step, position or Position())
-    taken = [batches.next() for _ in range(step, steps)]
+    batches_read = [batches.next() for _ in range(step, steps)]
     batches.close()
-    assert all(x.dtype == y.dtype == torch.int64 and x.is_contiguous() and y.is_contiguous() for x, y, _ in taken)
-    return [(x.tolist(), y.tolist(), position) for x, y, position in taken]
+    assert all(x.dtype == y.dtype == torch.int64 and x.is_contiguous() and y.is_contiguous() for x, y, _ in batches_read)
+    return [(x.tolist(), y.tolist(), position) for x, y, position in batches_read]
 
 
 def growing(step: int) -> tuple[int, int, int]:
@@ -120,7 +120,7 @@ def test_mistakes_are_named(options, message):
 
 
 def slow_contiguous(shards, batch, steps):
-    """The stream as modded-nanogpt's track 3 reads it."""
+    """Yield the batches of B + 1 tokens as modded-nanogpt's track 3 reads them."""
     shard = position = 0
     for _ in range(steps):
         while position + batch + 1 >= len(shards[shard]):
@@ -159,7 +159,7 @@ def test_contiguous_skips_shards_that_are_too_short():
 
 
 def epochs_of(taken) -> dict[int, list[list[int]]]:
-    """Windows of T + 1 tokens by epoch, told from the position before and after each row."""
+    """Windows of T + 1 tokens by epoch, recognised by the position before and after each row."""
     windows: dict[int, list[list[int]]] = {}
     for inputs, targets, position in taken:
         assert len(inputs) == 1
@@ -174,8 +174,8 @@ def test_shuffled_sees_every_window_once_an_epoch():
         rows, wanted = sorted(epochs[epoch]), []
         for shard in SHARDS:
             stream = shard.tolist()
-            mine = [row for row in rows if any(stream[i:i + 7] == row for i in range(len(stream) - 6))]
-            first = min(next(i for i in range(len(stream) - 6) if stream[i:i + 7] == row) for row in mine)
+            shard_rows = [row for row in rows if any(stream[i:i + 7] == row for i in range(len(stream) - 6))]
+            first = min(next(i for i in range(len(stream) - 6) if stream[i:i + 7] == row) for row in shard_rows)
             assert first < 6
             wanted += [stream[i:i + 7] for i in range(first, len(stream) - 6, 6)]
         assert rows == sorted(wanted)
@@ -216,7 +216,7 @@ def test_an_epoch_that_ends_with_a_batch_is_not_entered_twice():
 
 def slow_documents(shards, width, longest, rows):
     """Rows of `width` tokens, document after document, one token at a time."""
-    made = []
+    packed = []
     while True:
         for shard in shards:
             starts = [i for i, token in enumerate(shard) if token == START]
@@ -226,10 +226,10 @@ def slow_documents(shards, width, longest, rows):
                     if len(row) < width:
                         row.append(token)
                 if len(row) == width:
-                    made.append(row)
+                    packed.append(row)
                     row = []
-            if len(made) >= rows:
-                return made[:rows]
+            if len(packed) >= rows:
+                return packed[:rows]
 
 
 @pytest.mark.parametrize("sequence", [4, 6, 12, 24])
@@ -242,7 +242,7 @@ def test_documents_agree_with_the_slow_twin(sequence, longest):
 
 
 def test_documents_are_clipped_as_long_as_the_step_says():
-    """And go on where the step before stopped."""
+    """Each step continues after the last document of the step before it."""
     lengths = [3, 8]
     taken = read(open_batches(order="documents", plan=lambda step: (24, 6, lengths[step]), total_steps=2), steps=2)
     begun = [sum(token == START for row in inputs for token in row) for inputs, *_ in taken]

@@ -1,4 +1,4 @@
-"""The referee: each token once, and the same score for all ranks and micro-batches."""
+"""Validation: each token is predicted once, and the score does not depend on ranks and micro-batches."""
 
 import math
 from types import SimpleNamespace
@@ -46,16 +46,16 @@ def fake_nats(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (torch.sin(inputs * 1.7 + targets) * places + 9).sum()
 
 
-def referee(nats_of, tokens=TOKENS, *, world_size=1, micro_tokens=16, validation_bytes=311) -> Score:
+def score_on_ranks(summed_loss, tokens=TOKENS, *, world_size=1, micro_tokens=16, validation_bytes=311) -> Score:
     source = SimpleNamespace(validation=tokens, validation_bytes=validation_bytes)
     partial = []
 
     def run(rank: int, total) -> Score:
-        return evaluate(nats_of, source, sequence_tokens=8, micro_tokens=micro_tokens, rank=rank, world_size=world_size,
+        return evaluate(summed_loss, source, sequence_tokens=8, micro_tokens=micro_tokens, rank=rank, world_size=world_size,
                         device=CPU, sum_over_ranks=total)
 
     for rank in range(world_size):
-        run(rank, lambda mine: partial.append(mine) or mine)
+        run(rank, lambda nats: partial.append(nats) or nats)
     return run(0, lambda _: sum(partial))
 
 
@@ -64,9 +64,9 @@ def referee(nats_of, tokens=TOKENS, *, world_size=1, micro_tokens=16, validation
 def test_the_score_depends_on_neither_ranks_nor_micro_batches(world_size, micro_tokens):
     rows = [TOKENS[i:i + 9].astype(np.int64) for i in range(0, 103, 8)]
     nats = sum(fake_nats(torch.tensor(r[None, :-1]), torch.tensor(r[None, 1:])).item() for r in rows)
-    got = referee(fake_nats, world_size=world_size, micro_tokens=micro_tokens)
-    assert got.nats_per_token == pytest.approx(nats / 103, rel=1e-6) and got.tokens == 103
-    assert got.bits_per_byte == pytest.approx(nats / math.log(2) / 311, rel=1e-6)
+    score = score_on_ranks(fake_nats, world_size=world_size, micro_tokens=micro_tokens)
+    assert score.nats_per_token == pytest.approx(nats / 103, rel=1e-6) and score.tokens == 103
+    assert score.bits_per_byte == pytest.approx(nats / math.log(2) / 311, rel=1e-6)
 
 
 def test_a_uniform_model_has_the_closed_form():
@@ -74,20 +74,21 @@ def test_a_uniform_model_has_the_closed_form():
         logits = torch.zeros(*inputs.shape, 50)
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
-    got = referee(uniform)
-    assert got.nats_per_token == pytest.approx(math.log(50), rel=1e-6)
-    assert got.bits_per_byte == pytest.approx(math.log2(50) * 103 / 311, rel=1e-6)
+    score = score_on_ranks(uniform)
+    assert score.nats_per_token == pytest.approx(math.log(50), rel=1e-6)
+    assert score.bits_per_byte == pytest.approx(math.log2(50) * 103 / 311, rel=1e-6)
 
 
 def test_sums_run_in_float64():
     """A float32 sum of so many equal summands would stop growing at 2^24."""
     nats = 2.0**24 + 2
-    assert referee(lambda x, y: torch.tensor(nats), micro_tokens=8).nats_per_token == 13 * nats / 103
-    assert referee(lambda x, y: torch.tensor(nats), micro_tokens=8, world_size=13).nats_per_token == 13 * nats / 103
+    assert score_on_ranks(lambda x, y: torch.tensor(nats), micro_tokens=8).nats_per_token == 13 * nats / 103
+    assert score_on_ranks(lambda x, y: torch.tensor(nats), micro_tokens=8, world_size=13).nats_per_token == 13 * nats / 103
 
 
 def test_unknown_bytes_give_no_bits():
-    assert referee(lambda x, y: torch.tensor(103.0 / 7), validation_bytes=None) == Score(pytest.approx(1.0), None, 103)
+    score = score_on_ranks(lambda x, y: torch.tensor(103.0 / 7), validation_bytes=None)
+    assert score == Score(pytest.approx(1.0), None, 103)
 
 
 def test_a_sample_continues_the_validation_text():

@@ -29,10 +29,10 @@ def test_the_bytes_are_the_speedruns(tmp_path):
     assert raw[12:1024] == bytes(1012) and raw[1024:] == b"\x50\xc4\x07\x00"
 
 
-@pytest.mark.parametrize("stranger", [-1, 65_536])
-def test_tokens_outside_uint16_are_refused(tmp_path, stranger):
-    with pytest.raises(ValueError, match=f"token {stranger} at position 2"):
-        write_shard(tmp_path / "a.bin", np.array([1, 2, stranger]))
+@pytest.mark.parametrize("token", [-1, 65_536])
+def test_tokens_outside_uint16_are_refused(tmp_path, token):
+    with pytest.raises(ValueError, match=f"token {token} at position 2"):
+        write_shard(tmp_path / "a.bin", np.array([1, 2, token]))
     assert not os.listdir(tmp_path)
 
 
@@ -77,7 +77,7 @@ def test_a_truncated_file_is_refused(tmp_path, keep, message):
         read_shard(tmp_path / "a.bin")
 
 
-def test_a_missing_file_and_a_stranger_are_named(tmp_path):
+def test_a_missing_file_and_a_token_outside_the_vocabulary_are_named(tmp_path):
     with pytest.raises(ValueError, match="cannot read shard .*b.bin: No such file"):
         read_shard(tmp_path / "b.bin")
     write_shard(tmp_path / "a.bin", np.array([1, 99, 100, 5]))
@@ -86,12 +86,12 @@ def test_a_missing_file_and_a_stranger_are_named(tmp_path):
         read_shard(tmp_path / "a.bin", vocab_size=100)
 
 
-def test_files_are_found_once_in_order(tmp_path):
+def test_files_are_listed_once_in_order(tmp_path):
     for name in ("b.txt", "a.txt", "c.md"):
         (tmp_path / name).write_text("x")
     (tmp_path / "folder.txt").mkdir()
-    found = find_files([f"{tmp_path}/*.txt", f"{tmp_path}/a.txt"], what="--data.train_files")
-    assert [path.name for path in found] == ["a.txt", "b.txt"]
+    paths = find_files([f"{tmp_path}/*.txt", f"{tmp_path}/a.txt"], flag="--data.train_files")
+    assert [path.name for path in paths] == ["a.txt", "b.txt"]
 
 
 @pytest.mark.parametrize(("pattern", "message"), [
@@ -104,4 +104,4 @@ def test_a_pattern_without_match_gets_advice(tmp_path, pattern, message):
     (tmp_path / "book.txt").write_text("x")
     (tmp_path / "texts").mkdir()
     with pytest.raises(ValueError, match=message):
-        find_files([f"{tmp_path}/{pattern}"], what="--data.val_files")
+        find_files([f"{tmp_path}/{pattern}"], flag="--data.val_files")

@@ -17,9 +17,10 @@ ROLES = {"wte.weight": "embed", "a.weight": "matrix", "b.weight": "matrix", "hea
 
 
 def table(**roles: RuleConfig) -> dict[str, str]:
-    """Lines of the printed table by role."""
+    """Lines of the printed table by role, and the settings of the roles' rules as one text by "settings"."""
     optim = dataclasses.replace(Optim(), **roles)
-    return {line.split()[0]: line for line in format_groups(build_groups(PARAMS, ROLES, optim)).splitlines()}
+    groups_text, settings = format_groups(build_groups(PARAMS, ROLES, optim)).split("\n\n")
+    return {line.split()[0]: line for line in groups_text.splitlines()} | {"settings": " ".join(settings.split())}
 
 
 def test_every_parameter_is_in_one_group():
@@ -61,10 +62,10 @@ def test_no_parameters_no_groups():
 def test_table_counts_and_lists_the_rules_settings():
     lines = table(embed=Adam(lr=0.25, weight_decay=0.5, decay="cautious"),
                   head=Adam(update_every=2, extra=Extra(row_floor=0.3)))
-    assert lines["matrix"].split()[1:5] == ["2", "64", "muon", "0.03"] and "unit=rms_operator" in lines["matrix"]
+    assert lines["matrix"].split()[1:5] == ["2", "64", "muon", "0.03"] and "unit=rms_operator" in lines["settings"]
     assert lines["embed"].split()[1:5] == ["1", "28", "adam", "0.25"] and "0.5 cautious" in lines["embed"]
-    assert lines["embed"].endswith("beta1=0.8 beta2=0.95 eps=1e-10")
-    assert "none" in lines["head"] and lines["head"].endswith("update_every=2 row_floor=0.3")
+    assert "adam for embed: beta1=0.8 beta2=0.95 eps=1e-10 adam for head:" in lines["settings"]
+    assert "none" in lines["head"] and lines["settings"].endswith("update_every=2 row_floor=0.3")
 
 
 # ---- Numbers by name -----------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def test_every_cut_is_noticed(tmp_path):
     good = path.read_bytes()
     for length in range(len(good)):
         path.write_bytes(good[:length])
-        with pytest.raises(ValueError, match=r"is cut or no safetensors file.*delete it"):
+        with pytest.raises(ValueError, match=r"is truncated or no safetensors file.*delete it"):
             load_checkpoint(path)
 
 
@@ -108,12 +108,12 @@ def test_foreign_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=f"{path} is a safetensors file of another program"):
         load_checkpoint(path)
     torch.save({"x": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match=f"{path} is cut or no safetensors file"):
+    with pytest.raises(ValueError, match=f"{path} is truncated or no safetensors file"):
         load_checkpoint(path)
     path.write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
-    with pytest.raises(ValueError, match=f"{path} is cut or no safetensors file"):
+    with pytest.raises(ValueError, match=f"{path} is truncated or no safetensors file"):
         load_checkpoint(path)
-    with pytest.raises(ValueError, match=f"{tmp_path} is cut or no safetensors file"):
+    with pytest.raises(ValueError, match=f"{tmp_path} is truncated or no safetensors file"):
         load_checkpoint(tmp_path)
 
 
@@ -129,12 +129,12 @@ def test_damaged_headers_are_named(tmp_path, header, message):
 
 
 def test_matching():
-    found = {"a": torch.zeros(2, 3), "b": torch.zeros(())}
-    match_tensors({"a": (2, 3), "b": ()}, found, what="c")
+    tensors = {"a": torch.zeros(2, 3), "b": torch.zeros(())}
+    match_tensors({"a": (2, 3), "b": ()}, tensors, what="c")
     with pytest.raises(ValueError, match=r"^c is the checkpoint of another model.*missing: n0, n1, n2 and 2 more\)"):
-        match_tensors({"a": (2, 3), "b": ()} | {f"n{i}": (1,) for i in range(5)}, found, what="c")
+        match_tensors({"a": (2, 3), "b": ()} | {f"n{i}": (1,) for i in range(5)}, tensors, what="c")
     with pytest.raises(ValueError, match=r"unexpected: b; of another shape: a \(2, 3\) instead of \(3, 2\)"):
-        match_tensors({"a": (3, 2)}, found, what="c")
+        match_tensors({"a": (3, 2)}, tensors, what="c")
 
 
 KILLER = """
@@ -150,12 +150,12 @@ def save(step):
     save_checkpoint(path, {"a": torch.full((1 << 20,), float(step)), "b": torch.tensor(step)}, {"step": step})
 
 save(0)
-seen, partials, kills = [0], 0, 0
-while kills < 8 or (kills < 80 and not (partials and seen[-1])):  # at least one kill must come while a file is written
+steps, partials, kills = [0], 0, 0
+while kills < 8 or (kills < 80 and not (partials and steps[-1])):  # at least one kill must come while a file is written
     kills += 1
     child = os.fork()
     if child == 0:
-        for step in range(seen[-1] + 1, 1 << 20):
+        for step in range(steps[-1] + 1, 1 << 20):
             save(step)
     time.sleep(random_.uniform(0.05, 0.25))
     os.kill(child, signal.SIGKILL)
@@ -163,11 +163,11 @@ while kills < 8 or (kills < 80 and not (partials and seen[-1])):  # at least one
     partials += len(list(path.parent.iterdir())) - 1
     tensors, meta = load_checkpoint(path)
     assert (tensors["a"] == meta["step"]).all() and tensors["b"] == meta["step"]
-    assert meta["step"] >= seen[-1]
-    seen.append(meta["step"])
+    assert meta["step"] >= steps[-1]
+    steps.append(meta["step"])
 save(-1)
 assert load_checkpoint(path)[1] == {"step": -1} and [p.name for p in path.parent.iterdir()] == [path.name]
-print(seen[-1], partials)
+print(steps[-1], partials)
 """
 
 
@@ -176,8 +176,8 @@ def test_a_kill_leaves_a_complete_checkpoint(tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLER, str(tmp_path / "c")], env=os.environ | {"PYTHONPATH": str(ROOT)},
                           capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    steps, partials = map(int, done.stdout.split())
-    assert steps > 0 and partials > 0  # else the kills proved nothing
+    last_step, partials = map(int, done.stdout.split())
+    assert last_step > 0 and partials > 0  # else the kills proved nothing
 
 
 def test_a_leftover_of_a_kill_is_overwritten(tmp_path):

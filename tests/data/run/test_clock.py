@@ -12,21 +12,21 @@ from data.run.clock import Clock, Interruption
 
 
 @pytest.fixture
-def now(monkeypatch):
-    """The time, in the test's hand."""
-    now = SimpleNamespace(seconds=100.0)
-    monkeypatch.setattr(clock.time, "perf_counter", lambda: now.seconds)
-    return now
+def fake_time(monkeypatch):
+    """Replace the time by a number that the test sets."""
+    fake_time = SimpleNamespace(seconds=100.0)
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: fake_time.seconds)
+    return fake_time
 
 
-def test_a_pause_does_not_count(now):
+def test_a_pause_does_not_count(fake_time):
     timer = Clock(torch.device("cpu"), 5.0)
-    now.seconds += 2
+    fake_time.seconds += 2
     assert timer.seconds == 7
     with timer.paused():
-        now.seconds += 10
+        fake_time.seconds += 10
         assert timer.seconds == 7
-    now.seconds += 1
+    fake_time.seconds += 1
     assert timer.seconds == 8
 
 

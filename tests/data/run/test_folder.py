@@ -21,7 +21,7 @@ def test_a_name_is_taken_as_it_is(tmp_path):
 
 def test_a_filled_folder_is_refused_unless_resumed(tmp_path):
     (open_plain(tmp_path, "a") / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"a is taken.*--run\.resume.*--run\.name, say a-2$"):
+    with pytest.raises(ValueError, match=r"a holds a run already.*--run\.resume.*--run\.name, for example a-2$"):
         open_plain(tmp_path, "a")
     assert open_plain(tmp_path, "a", resume=True) == tmp_path / "a"
 
@@ -78,8 +78,8 @@ def test_json_is_strict_and_keeps_order(tmp_path):
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, 1)
-    with pytest.raises(RuntimeError), atomic_write(path) as aside:
-        aside.write_text("half")
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary_path:
+        temporary_path.write_text("half")
         raise RuntimeError
     with pytest.raises(TypeError):
         write_json(path, object())

@@ -37,7 +37,7 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
     log = open_log(tmp_path, rank=1)
     log.write({"train/loss_nats": 1.0})
     log.training(1.0, flops_per_token=1.0)
-    log.say("hello")
+    log.info("hello")
     log.bar.update()
     log.finish(sample=None, wall_seconds=1.0, parameters=1, data_hash="d")
     assert log.metrics_bytes() == 0 and not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
@@ -62,7 +62,7 @@ def test_resuming_drops_what_will_be_repeated(tmp_path):
 def test_a_log_shorter_than_its_checkpoint_says_is_refused(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("{}\n")
-    with pytest.raises(ValueError, match=r"metrics.jsonl has 3 bytes but the checkpoint was taken at 50"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl has 3 bytes, but had 50 when the checkpoint was written"):
         open_log(tmp_path, metrics_bytes=50)
     assert path.read_text() == "{}\n"
 
@@ -89,8 +89,9 @@ def test_missing_metrics_are_named(tmp_path):
 
 def test_a_summary_has_exactly_its_keys(tmp_path, capsys):
     log = open_log(tmp_path, step=3)
-    log.progress.val_loss_nats = math.inf
+    log.progress.val_loss_nats, log.progress.best_val_loss_nats = math.inf, 2.0
     log.finish(sample=("once", " upon"), wall_seconds=2.0, parameters=5, data_hash="d")
-    written = json.loads((tmp_path / "summary.json").read_text())
+    written, printed = json.loads((tmp_path / "summary.json").read_text()), capsys.readouterr().out
     assert tuple(written) == SUMMARY_KEYS and written["steps"] == 3 and written["val_loss_nats"] is None
-    assert "'once| upon'" in capsys.readouterr().out
+    assert printed.startswith("validation   loss inf nats/token; lowest loss 2.0000\n") and "sample       ' upon'" in printed
+    assert all(len(line) <= 80 or str(tmp_path) in line for line in printed.splitlines())

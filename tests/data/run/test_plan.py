@@ -12,6 +12,7 @@ from data.run.plan import format_plan, format_schedule
 class Values(NamedTuple):
     lr: float
     window: int | None
+    batch_tokens: int
 
 
 def test_a_plan_names_its_numbers():
@@ -20,15 +21,16 @@ def test_a_plan_names_its_numbers():
     text = format_plan(Run(), source, notes=["and this"], dtype=torch.bfloat16, kernel="sdpa", compiled=False,
                        flops_per_token=2.5e6, state_bytes=3 * 2**20, activation_bytes=2**20, world_size=2, device="cpu",
                        parameters=12345, total_tokens=6789)
-    first, data, *notes, last = text.splitlines()
-    assert first == "preset tiny on 2 x cpu, seed 1, activations bfloat16, attention sdpa, compile off"
-    assert data.endswith("hash beef, 1,500 training tokens, 100 validation tokens, vocabulary 2,000")
-    assert notes == ["read {this}", "and this"]
-    assert last.startswith("12,345 parameters, 2.5 MFLOP a token; ") and " 6,789 tokens; " in last and "3 MiB" in last
+    assert all(len(line) <= 80 for line in text.splitlines())
+    rows = " ".join(text.split())
+    assert rows.startswith("run preset tiny, seed 1, on 2 x cpu numerics activations in bfloat16, attention by sdpa, "
+                           "torch.compile off data random tokens, hash beef; 1,500 training tokens, 100 validation tokens, "
+                           "vocabulary of 2,000 tokens note read {this} note and this model 12,345 parameters, 2.5 million")
+    assert " 6,789 tokens memory 3 MiB per rank for weights" in rows and "about 1 MiB for activations" in rows
 
 
 def test_a_schedule_is_read_at_eleven_steps():
-    header, *rows = format_schedule(lambda step: Values(step / 2, None), 101).splitlines()
-    assert header.split() == ["step", "lr", "window"]
-    assert [row.split() for row in rows] == [[str(step), f"{step / 2:g}", "-"] for step in range(0, 101, 10)]
-    assert len(format_schedule(lambda step: Values(1.0, 2), 1).splitlines()) == 2
+    lines = [line.split() for line in format_schedule(lambda step: Values(step / 2, None, 7), 101).splitlines()]
+    assert lines[-12:] == [["step", "lr"], *([str(step), str(step / 2)] for step in range(0, 101, 10))]
+    assert ["constant", "batch_tokens", "7"] in lines
+    assert format_schedule(lambda step: Values(1.0, 2, 7), 1).endswith("\nstep\n   0")

@@ -1,4 +1,4 @@
-"""The dashboard mirrors the run on wandb, and whatever wandb does, the run goes on."""
+"""The wandb run is a copy of the log, and no error of wandb stops a training run."""
 
 import sys
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from configs.schema import Log, Run
-from data.run.wandb import Dashboard, open_dashboard
+from data.run.wandb import WandbRun, open_wandb
 
 RECORD = {"step": 3, "tokens": 30, "train_seconds": 1.5, "train/loss_nats": 2.5, "val/loss_nats": None}
 
@@ -40,7 +40,7 @@ class FakeRun:
 
 
 def fake_wandb(monkeypatch, *, key=True, broken=None):
-    """A module in the place of wandb; its `runs` are those begun, its `begun` their arguments."""
+    """Replace wandb by a fake module; `runs` are the runs that were begun, `begun` their arguments."""
     def init(**arguments):
         if broken == "init":
             raise RuntimeError("no")
@@ -57,7 +57,7 @@ def fake_wandb(monkeypatch, *, key=True, broken=None):
 
 
 def opened(folder, mode, *, resume=False):
-    return open_dashboard(Run(preset="tiny", log=Log(wandb=mode)), folder=folder, environment={}, code_hash="c0de",
+    return open_wandb(Run(preset="tiny", log=Log(wandb=mode)), folder=folder, environment={}, code_hash="c0de",
                           resume=resume)
 
 
@@ -128,7 +128,7 @@ def test_without_an_experiment_runs_are_grouped_by_preset(tmp_path, monkeypatch)
 def test_records_and_summary_arrive_and_then_it_is_over(monkeypatch):
     fake_wandb(monkeypatch)
     run = FakeRun()
-    watched = Dashboard(run)
+    watched = WandbRun(run)
     watched.log(RECORD)
     watched.log(RECORD | {"val/loss_nats": 2.0})
     watched.add_sample(3, prompt="a", text="b")

@@ -1,4 +1,4 @@
-"""What the real wandb writes down of a run when it is offline, read back from its file."""
+"""Files that the real wandb writes for an offline run, read back."""
 
 import importlib.util
 import json
@@ -10,21 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from data.run import wandb as dashboard
+from data.run import wandb as wandb_log
 from data.run.metrics import read_metrics
 
-ROOT = Path(dashboard.__file__).resolve().parents[2]
+ROOT = Path(wandb_log.__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs wandb")
 
 WATCHED_RUN = """
 import sys
 from pathlib import Path
 from configs.schema import Log, Run
-from data.run.wandb import open_dashboard
+from data.run.wandb import open_wandb
 
 log = Log(wandb=sys.argv[2], wandb_tags=("x",), experiment="wide")
 folder = Path(sys.argv[1])
-watched = open_dashboard(Run(preset="tiny", log=log), folder=folder, environment={"torch": "9"}, code_hash="c0de",
+watched = open_wandb(Run(preset="tiny", log=log), folder=folder, environment={"torch": "9"}, code_hash="c0de",
                          resume=len(sys.argv) > 3)
 if watched is None:
     sys.exit()
@@ -38,7 +38,7 @@ watched.log({})
 
 
 def run_watched(folder, mode, *more, **variables):
-    """What a process that logs two records prints; wandb's variables, key files and home are its own."""
+    """Return the output of a process that logs two steps; wandb's variables, key files and home are its own."""
     folder.mkdir(exist_ok=True)
     for name in ("code.txt", "config.json", "metrics.jsonl"):
         (folder / name).write_text(name)
@@ -52,7 +52,7 @@ def run_watched(folder, mode, *more, **variables):
 
 
 def read_wandb(path):
-    """The records of a .wandb file: LevelDB's log format (32 KiB blocks of fragments) after seven bytes."""
+    """Return the records of a .wandb file: LevelDB's log format (32 KiB blocks of fragments) after seven bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, position, payload, records = path.read_bytes(), 7, b"", []
@@ -74,12 +74,12 @@ def items(updates):
 
 
 def fields(records, kind):
-    """The messages of one kind among the records."""
+    """Return the messages of one kind among the records."""
     return [getattr(record, kind) for record in records if record.HasField(kind)]
 
 
 def own(row):
-    """A history row without the columns that wandb adds."""
+    """Return a history row without the columns that wandb adds."""
     return {key: value for key, value in row.items() if key[0] != "_"}
 
 
@@ -107,9 +107,9 @@ def test_an_offline_run_holds_our_settings(offline):
 
 def test_rows_are_steps_and_never_go_back(offline):
     rows = [items(row.item) for row in fields(offline[2], "history")]
-    shown = [{key: value for key, value in own(row).items() if not key.startswith("samples.")} for row in rows]
-    assert shown == [{"step": step, "tokens": 10 * step, "train_seconds": 0.5, "val/loss_nats": 3.0 - step,
-                      "by_tokens/val_loss_nats": 3.0 - step, "by_seconds/val_loss_nats": 3.0 - step} for step in (1, 2)]
+    logged = [{key: value for key, value in own(row).items() if not key.startswith("samples.")} for row in rows]
+    assert logged == [{"step": step, "tokens": 10 * step, "train_seconds": 0.5, "val/loss_nats": 3.0 - step,
+                       "by_tokens/val_loss_nats": 3.0 - step, "by_seconds/val_loss_nats": 3.0 - step} for step in (1, 2)]
     assert [row["_step"] for row in rows] == [1, 2]
 
 
@@ -160,8 +160,8 @@ def test_a_trained_run_is_mirrored_step_by_step(tmp_path):
     rows = [items(row.item) for row in fields(records, "history")]
     assert list(expected) == [2, 4] and len(rows) == 2 and all("optim/matrix/angle" in row for row in rows)
     for row in rows:
-        shown = {key: value for key, value in own(row).items() if not key.startswith(("by_", "samples."))}
-        assert shown == expected[row["_step"]]
+        logged = {key: value for key, value in own(row).items() if not key.startswith(("by_", "samples."))}
+        assert logged == expected[row["_step"]]
 
 
 def test_without_a_key_one_line_says_so(tmp_path):
