@@ -279,7 +279,7 @@ class Trainer:
             metrics |= row_metrics(name, of_matrix)
         groups = {bank.group.role: bank.group for bank in self.optimizer.banks}
         metrics |= {metric_name(role, EQUILIBRIUM): angle for role, group in groups.items()
-                     if (angle := equilibrium_angle(group, values)) is not None}
+                    if (angle := equilibrium_angle(group, values)) is not None}
         count = min(values.sequence_tokens, LAYER_TOKENS)
         tokens = torch.from_numpy(self.source.validation[:count].astype("int64")).to(self.device)[None]
         return metrics | activation_metrics(self.model, tokens, **values.windows)
@@ -319,16 +319,16 @@ class Trainer:
     # ---- Before the first step ----
 
     def plan(self) -> str:
-        """Return the printed plan of the run: parameter groups, data, sizes, FLOPs, memory."""
+        """Return the printed plan of the run: data, sizes, FLOPs, memory, parameter groups."""
         model, train, values = self.model, self.run.train, self.last_values()
         state_bytes = sum(t.nbytes for b in self.optimizer.banks for t in (b.weights, b.grads, *b.state.values()))
-        activation_bytes = model.activation_bytes(min(train.micro_tokens, train.batch_tokens // self.comm.world_size))
-        return self.group_table + "\n\n" + format_plan(
+        plan = format_plan(
             self.run, self.source, notes=[model.paths.line()] if self.device.type == "cuda" else [], dtype=model.dtype,
             kernel=model.kernel, compiled=self.compiled, world_size=self.comm.world_size, device=device_name(self.device),
             parameters=self.parameters, flops_per_token=model.flops_per_token(values.sequence_tokens, **values.windows),
             total_tokens=self.schedule.tokens_before(train.steps), state_bytes=state_bytes,
-            activation_bytes=activation_bytes)
+            activation_bytes=model.activation_bytes(min(train.micro_tokens, train.batch_tokens // self.comm.world_size)))
+        return f"{plan}\n\n{self.group_table}\n"
 
     def warm_up(self) -> None:
         """Compile every shape of the schedule by steps on random tokens, then restore weights and optimizer state."""
