@@ -7,7 +7,7 @@ from configs.optim import SOAP, Muon, SOAPMuon
 from optim.groups import build_rule
 from optim.newton_schulz import orthogonalize_svd
 from optim.rule import Step
-from optim.zoo.shampoo import eigenbasis, turn_basis
+from optim.zoo.shampoo import eigenbasis, iterate_eigenbasis
 from tests.optim.oracle import directions, gaussian, hyper
 
 
@@ -66,7 +66,7 @@ def test_a_turned_basis_is_orthonormal_sorted_and_converges():
     A = G @ G.mT
     Q = eigenbasis(gaussian(2, 7, 7) @ gaussian(2, 7, 7).mT)
     for _ in range(200):
-        order = turn_basis(A, Q)
+        order = iterate_eigenbasis(A, Q)
         assert sorted(order[0].tolist()) == list(range(7))
     torch.testing.assert_close(Q.mT @ Q, torch.eye(7).expand(2, 7, 7), rtol=0, atol=1e-5)
     inner = Q.mT @ A @ Q

@@ -8,7 +8,7 @@ from configs.optim import Stiefel
 from optim.groups import build_rule
 from optim.newton_schulz import orthogonalize_svd
 from optim.rule import Hyper, Step
-from optim.zoo.stiefel import StiefelSet, solve
+from optim.zoo.stiefel import StiefelSet, solve_dual
 from tests.optim.oracle import FULL, one_role
 
 SHAPES = [(6, 6), (24, 6), (6, 24), (12, 8)]
@@ -62,7 +62,7 @@ def test_square_weights_have_a_closed_form():
 
 def test_twenty_iterations_leave_a_thousandth_where_the_long_side_is_four_times_the_short():
     W, G = orthogonalize_svd(gaussian(4, 128, 32)), gaussian(4, 128, 32, seed=1)
-    A, _ = solve(W, G, torch.zeros(4, 32, 32, dtype=torch.float64), 20)
+    A, _ = solve_dual(W, G, torch.zeros(4, 32, 32, dtype=torch.float64), 20)
     assert residual(W, A).max() < 1e-3
 
 
