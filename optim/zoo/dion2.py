@@ -45,6 +45,7 @@ class Dion2(Rule):
         residual_Kmn = state["residual"]
         total_Kmn = residual_Kmn.float() + grad.float()
         M_Kba = total_Kmn.mT if m > n else total_Kmn
+        # Rows of the shorter side: Newton-Schulz then multiplies k x k matrices in place of b x b.
         selected_Kk = M_Kba.abs().sum(-1).topk(ceil(self.config.rank_frac * M_Kba.size(-2)), dim=-1).indices
         index_Kka = selected_Kk.unsqueeze(-1).expand(-1, -1, M_Kba.size(-1))
         rows_Kka = M_Kba.gather(-2, index_Kka)

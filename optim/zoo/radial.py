@@ -44,7 +44,7 @@ class Shape:
     radial_brake: float = 0.0
     """Share b of the radial part that is removed where a matrix's step would lengthen it; 0: off."""
     row_floor: float = 0.0
-    """Least length f of a row of D, as a share of the length of the weights' row (lr f is the least relative step); 0: off."""
+    """Least length f of a row of D, relative to the same row of W: no row moves by less than lr f of its length; 0: off."""
 
     @property
     def scope(self) -> Scope:
