@@ -2,7 +2,7 @@
 
 Agarwal et al. 2020, arXiv 2002.11803 (who write the rule that gives the length first). For rules A and B:
 
-    A#B:  D = ||D_B||_F  D_A / ||D_A||_F
+    A#B:  D = ||D_B||_F  D_A / ||D_A||_F        D_A, D_B: their directions;   W <- W - lr D
 
 Both rules see the same gradients and keep their own state. Difference to Meta's Distributed Shampoo: lengths are taken over
 whole matrices, not block by block.
@@ -21,34 +21,35 @@ PREFIX = "size_"  # keeps the state names of the two rules apart
 
 
 class Grafted(Rule):
-    """Rule `way`#`size` (Agarwal et al. 2020): the direction comes from `way`, its Frobenius norm from `size`."""
+    """Direction of one rule with the Frobenius norm of another's (Agarwal et al. 2020)."""
 
     scope: Scope = "matrix"  # the two lengths need whole matrices
 
-    def __init__(self, way: Rule, size: Rule) -> None:
-        super().__init__(way.config)
-        self.way, self.size = way, size
+    def __init__(self, direction_rule: Rule, length_rule: Rule) -> None:
+        super().__init__(direction_rule.config)
+        self.direction_rule, self.length_rule = direction_rule, length_rule
 
     @property
     def compiles(self) -> bool:
         """True if both rules compile to one graph."""
-        return self.way.compiles and self.size.compiles
+        return self.direction_rule.compiles and self.length_rule.compiles
 
     @property
     def norm(self) -> Norm:
         """Norm of the rule that gives the direction."""
-        return self.way.norm
+        return self.direction_rule.norm
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
         """Return the state of both rules."""
-        return self.way.init_state(param) | {PREFIX + key: tensor for key, tensor in self.size.init_state(param).items()}
+        lengths = {PREFIX + key: tensor for key, tensor in self.length_rule.init_state(param).items()}
+        return self.direction_rule.init_state(param) | lengths
 
     def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
         """Return D = ||D_B||_F D_A / ||D_A||_F, float32 (K, m, n)."""
-        way_Kmn = self.way.direction(param, grad, state, hyper).float()
+        A_Kmn = self.direction_rule.direction(param, grad, state, hyper).float()
         # The tensors themselves, not copies: the rule updates them in place.
-        size_state = {key.removeprefix(PREFIX): tensor for key, tensor in state.items() if key.startswith(PREFIX)}
-        size_Kmn = self.size.direction(param, grad, size_state, hyper).float()
-        way_Kmn = way_Kmn / way_Kmn.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(TINY)  # so that squares stay finite
-        length = torch.linalg.vector_norm(size_Kmn, dim=(-2, -1), keepdim=True)
-        return way_Kmn * (length / torch.linalg.vector_norm(way_Kmn, dim=(-2, -1), keepdim=True).clamp_min(TINY))
+        length_state = {key.removeprefix(PREFIX): tensor for key, tensor in state.items() if key.startswith(PREFIX)}
+        B_Kmn = self.length_rule.direction(param, grad, length_state, hyper).float()
+        A_Kmn = A_Kmn / A_Kmn.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(TINY)  # so that no square over- or underflows
+        length = torch.linalg.vector_norm(B_Kmn, dim=(-2, -1), keepdim=True)
+        return A_Kmn * (length / torch.linalg.vector_norm(A_Kmn, dim=(-2, -1), keepdim=True).clamp_min(TINY))

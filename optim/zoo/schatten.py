@@ -7,7 +7,7 @@ Nuclear norm at p = 1, Frobenius at 2, spectral at infinity. For G = U diag(s) V
     size(W)    = ||s||_p
 
 The larger p, the flatter the spectrum of the dual: unchanged at p = 2 (normalised SGD), constant at infinity (Muon).
-Everything goes through an SVD in float64. Shapes: K matrices m x n in one stack; r = min(m, n) singular values.
+Each of them takes an SVD, in float64. Shapes: K matrices m x n in one stack; r = min(m, n) singular values.
 """
 
 import math

@@ -31,8 +31,7 @@ class SWAN(Rule):
 
     def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
         """Return D = sqrt(m n) P / ||P||_F, float32 (K, m, n); zero if all rows of G are constant."""
-        whitened = whiten(standardise_rows(grad.float()), steps=self.config.whiten_steps)
-        return Frobenius("rms").dual(whitened)
+        return Frobenius("rms").dual(whiten(standardise_rows(grad.float()), steps=self.config.whiten_steps))
 
 
 def standardise_rows(G_Kmn: Tensor) -> Tensor:

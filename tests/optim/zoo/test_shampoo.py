@@ -26,7 +26,7 @@ def test_shampoo_without_memory_is_the_polar_factor(shape, root, sides):
     torch.testing.assert_close(step, orthogonalize_svd(G), rtol=0, atol=5e-5)
 
 
-def matrix_power_float64(A: Tensor, p: float) -> Tensor:
+def power64(A: Tensor, p: float) -> Tensor:
     values, vectors = torch.linalg.eigh(A)
     return vectors @ torch.diag(values.clamp_min(1e-300) ** p) @ vectors.T
 
@@ -37,7 +37,7 @@ def reference_shampoo(grads: list[Tensor], *, beta: float, mu: float, every: int
     for t, G in enumerate(grads, start=1):
         L, R = beta * L + (1 - beta) * G @ G.T, beta * R + (1 - beta) * G.T @ G
         if (t - 1) % every == 0:
-            roots = [matrix_power_float64(A / (1 - beta**t) + 1e-4 * torch.linalg.eigvalsh(A / (1 - beta**t))[-1]
+            roots = [power64(A / (1 - beta**t) + 1e-4 * torch.linalg.eigvalsh(A / (1 - beta**t))[-1]
                            * torch.eye(len(A)).double(), -0.25) for A in (L, R)]
         M = mu * M + (1 - mu) * G
         steps.append(roots[0] @ (mu * M + (1 - mu) * G) @ roots[1])
@@ -58,8 +58,7 @@ def test_roots_agree_with_float64(exponent):
     G = gaussian(3, 10, 14)
     A = G @ G.mT * torch.tensor([1e-12, 1.0, 1e12]).view(3, 1, 1)
     for root in (matrix_power, inverse_root_newton):
-        for result, gram in zip(root(A, exponent, eps=1e-6), A.double(), strict=True):
+        for P, gram in zip(root(A, exponent, eps=1e-6), A.double(), strict=True):
             lifted = gram + 1e-6 * torch.linalg.eigvalsh(gram)[-1] * torch.eye(10).double()
-            exact = matrix_power_float64(lifted, exponent)
-            torch.testing.assert_close(result.double(), exact, rtol=2e-3, atol=1e-3 * result.abs().max().item())
+            torch.testing.assert_close(P.double(), power64(lifted, exponent), rtol=2e-3, atol=1e-3 * P.abs().max().item())
         assert not root(torch.zeros(1, 4, 4), exponent, eps=0.0).any()
