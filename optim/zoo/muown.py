@@ -8,7 +8,7 @@ arXiv 2605.10797, and the speedrun's track 3, result 23. Weight normalisation, r
     v <- rho v / |v|,  rho = |v| at the start;   W <- g v / |v|
 
 Difference to result 23: there |v| grows by a schedule of its own; here it stays rho, so that lr alone sets the angle of a
-step. Result 23's unit is `match_adam`. Weight decay and constraints act on W, and so on g.
+step. Result 23's unit is `match_adam`. Weight decay and constraints act on W and thereby on g.
 
 State: `momentum` as in Muon (K, m, n); float32 and (K, m, 1): `mean` and `square`, Adam's moments of dL/dg, `gain` g,
 `length` rho. v is not stored: it is rho times the direction of W. Shapes: K matrices m x n in one stack.

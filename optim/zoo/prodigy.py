@@ -8,9 +8,9 @@ Mishchenko & Defazio 2023, arXiv 2306.06101, algorithm 4. With b3 = sqrt(b2), an
     m  <- b1 m + (1 - b1) d G;   v <- b2 v + (1 - b2) d^2 G^2
     D   = d m / (sqrt(v) + d' eps);   W <- (1 - d lr wd) W - lr D;   then d <- d'
 
-lr is a factor on d: leave it at 1, or let a schedule lower it at the end. d never shrinks. Of the options of the public
-code (prodigyopt) this is its default: no bias correction, no safeguard for warm-up, no limit on the growth of d. There all
-parameter groups share one d; here each role has its own.
+lr is a factor on d: leave it at 1, or let a schedule lower it at the end. d never shrinks. The public code (prodigyopt) has
+more options; this is its default, without bias correction, safeguard for warm-up, or limit on the growth of d. Its parameter
+groups share one d; here each role has its own.
 
 State, float32, of the weights' shape: `mean` m, `square` v, `s`, `origin` W0. Shared by the group, scalars: `d` (d' once the
 step has updated it), `d_before` (the step's d), `numerator`.
