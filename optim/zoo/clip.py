@@ -1,4 +1,10 @@
-"""Clipping: each tensor's gradient to the nearest point of a norm's ball."""
+"""Gradient clipping, one tensor at a time: the projection onto the ball of a norm.
+
+    G <- the point nearest to G, in Frobenius distance, of {X: ||X|| <= radius}
+
+Under the Frobenius norm this is the usual rescaling (Pascanu et al. 2012, arXiv 1211.5063), but of each tensor alone, not of
+all together; under the spectral norm it clips singular values, under the sign norm entries. No state.
+"""
 
 from dataclasses import dataclass
 
@@ -11,18 +17,20 @@ from optim.norms import Norm
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """The projection onto {G: ||G|| <= radius}. For the Frobenius norm it is the usual rescaling (Pascanu et al. 2012,
-    arXiv 1211.5063), here of each tensor alone; for the spectral norm it clips singular values."""
+    """Projection of gradients onto the ball {G: ||G|| <= radius}."""
 
     norm: Norm
+    """Norm of the ball."""
     radius: float
+    """Radius of the ball, in units of the norm."""
 
     @property
     def scope(self) -> Scope:
-        """The norm's."""
+        """Smallest part of a tensor that can be clipped alone: that of the norm."""
         return self.norm.scope
 
     def __call__(self, grad: Tensor) -> Tensor:
-        """The nearest gradient of size at most `radius`: (K, m, n) -> a new tensor of its dtype."""
-        wide = grad.to(torch.float32 if grad.device.type == "mps" else torch.float64)  # squares of 1e30 overflow float32
+        """Return the nearest gradient with norm at most `radius`: (K, m, n) -> a new tensor of its dtype."""
+        # In float64, because the norms square the entries and the square of 1e30 overflows float32; MPS has no float64.
+        wide = grad.to(torch.float32 if grad.device.type == "mps" else torch.float64)
         return (self.norm.project(wide / self.radius) * self.radius).to(grad.dtype)

@@ -1,4 +1,15 @@
-"""Muon^2: Adam's second moment before the orthogonalization."""
+"""Muon^2: the momentum is divided by Adam's second moment before it is orthogonalised.
+
+arXiv 2604.09967, and the speedrun's track 3, result 7, whose order of operations and defaults these are. Entry by entry:
+
+    v <- b2 v + (1 - b2) G^2
+    u  = Muon's average of the gradients                 momentum, with Nesterov's look-ahead if configured
+    D  = orthogonalise(u / (sqrt(v) + eps)) * unit;      W <- W - lr D
+
+No bias correction of v: orthogonalisation ignores a common factor.
+
+State: `momentum` as in Muon, `square` v; both (K, m, n), in the dtype of the weights.
+"""
 
 from torch import Tensor
 
@@ -8,21 +19,18 @@ from optim.rule import Hyper, update_second_moment, zeros_like_bank
 
 
 class Muon2(Muon):
-    """D = dual(average / (sqrt(v) + eps)) with v <- b2 v + (1 - b2) g^2, element by element.
-
-    arXiv 2604.09967, and the speedrun's track 3, result 7, whose order and defaults are these. No bias correction: the
-    dual ignores a common factor. As the average is taken before the division, the present v serves all of it.
-    """
+    """Muon^2 (arXiv 2604.09967)."""
 
     config: configs.Muon2
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
-        """The averages of the gradient, and of its square."""
+        """Return momentum and second moment, all zero."""
         return super().init_state(param) | {"square": zeros_like_bank(param)}
 
     def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
-        """dual(average / (sqrt(v) + eps)): float32 (K, m, n)."""
+        """Return D, float32 (K, m, n)."""
         grad = grad.float()
+        # The average is of raw gradients and divided last, so that the newest v scales all of it, old gradients too.
         update_second_moment(state["square"], grad, self.config.beta2)
         average = average_gradient(grad, state, self.config, hyper.momentum)
         return self.dual(average.float() / state["square"].float().sqrt().add_(self.config.eps).clamp_min_(1e-30))

@@ -1,4 +1,18 @@
-"""Shampoo: a norm learned from the Gram matrices of past gradients; without memory it is the spectral norm."""
+"""Shampoo: descent under a norm learned from the Gram matrices of past gradients.
+
+Gupta et al. 2018, arXiv 1802.09568, algorithm 1; one-sided: Shi et al. 2023, arXiv 2309.06497.
+
+    L <- b L + (1 - b) G G^T;   R <- b R + (1 - b) G^T G         b = gram_beta; at b = 1 the sums of the paper
+    D  = Lhat^p u Rhat^p;   W <- W - lr D                        u: average of G; Lhat, Rhat: L, R over 1 - b^t
+
+p = -1/4, and -1/2 if `sides` leaves only L or only R. Without memory, with G = U S V^T, both give D = U V^T: steepest
+descent under the spectral norm (Bernstein & Newhouse 2024, prop. 5). Roots are computed anew every `every_steps` updates.
+Differences to Meta's Distributed Shampoo: eps is a share of the largest eigenvalue, there it is absolute; roots are computed
+at updates 1, 1 + every_steps, ..., there at others; dimensions are never merged, large matrices not cut into blocks.
+
+State: averages as in Muon, in the dtype of the weights; `gram_left` L and `root_left` Lhat^p (K, m, m), `gram_right` R and
+`root_right` Rhat^p (K, n, n), float32. Shapes: K matrices m x n in one stack; k for m or n.
+"""
 
 from typing import ClassVar
 
@@ -10,52 +24,47 @@ from optim.muon import average_gradient, init_average
 from optim.norms import Spectral
 from optim.rule import Hyper, Rule
 
-NEWTON_STEPS = 40
-LARGEST = 1e15  # gradients are clipped here for the Gram matrices alone, whose squares must stay finite in float32
+NEWTON_STEPS = 40  # small eigenvalues of M at least double per step: from 1e-7 to 1 takes fewer than 25
+LARGEST = 1e15  # gradients are clipped here for the Gram matrices alone: their squares must stay finite in float32
 TINY = 1e-30
 
 
 class Shampoo(Rule):
-    """D = L^p u R^p for the average u, with L <- b L + (1 - b) G G^T, R <- b R + (1 - b) G^T G, over 1 - b^t.
-
-    Gupta et al. 2018, arXiv 1802.09568, algorithm 1 (p = -1/4, sums: gram_beta 1); one-sided with p = -1/2 (Shi et al.
-    2023, arXiv 2309.06497). With G = U S V^T and no memory both are U V^T (Bernstein & Newhouse 2024, prop. 5). Roots are
-    refreshed every `every` updates; eigenvalues are lifted by eps times the largest.
-    """
+    """Shampoo (Gupta et al. 2018, algorithm 1), with one or both Gram matrices."""
 
     config: configs.Shampoo
     norm = Spectral()
     compiles: ClassVar[bool] = False
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
-        """The averages; Gram matrices and their roots, float32, (K, m, m) and (K, n, n)."""
+        """Return averages, Gram matrices and roots, all zero."""
         grams = init_grams(param, self.config.sides)
         roots = {key.replace("gram", "root"): torch.zeros_like(gram) for key, gram in grams.items()}
         return init_average(param, self.config) | grams | roots
 
     def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
-        """L^p u R^p: float32 (K, m, n)."""
+        """Return D = Lhat^p u Rhat^p, float32 (K, m, n)."""
         update_grams(grad, state, self.config.gram_beta)
-        sides = chosen(self.config.sides, *param.shape[-2:])
+        sides = get_sides(self.config.sides, *param.shape[-2:])
+        # Roots cost far more than the products below: every `every_steps` updates, beginning with the first.
         if (int(hyper.count) - 1) % self.config.every_steps == 0:
             power = self.config.exponent if self.config.exponent is not None else -0.5 / len(sides)
             weight = 1 - self.config.gram_beta**hyper.count if self.config.gram_beta < 1 else 1.0
+            root = matrix_power if self.config.root == "eigh" else inverse_root_newton
             for side in sides:
-                state[f"root_{side}"].copy_(self._root(state[f"gram_{side}"] / weight, power))
+                state[f"root_{side}"].copy_(root(state[f"gram_{side}"] / weight, power, eps=self.config.eps))
+        # Precondition the average.
         step = average_gradient(grad.float(), state, self.config, hyper.momentum).float()
         if "left" in sides:
             step = state["root_left"] @ step
         return step @ state["root_right"] if "right" in sides else step
 
-    def _root(self, gram: Tensor, power: float) -> Tensor:
-        return (matrix_power if self.config.root == "eigh" else inverse_root_newton)(gram, power, eps=self.config.eps)
-
 
 def matrix_power(gram: Tensor, power: float, *, eps: float) -> Tensor:
-    """(A + eps ||A|| I)^power of symmetric positive semidefinite (K, k, k) by eigh, ||A|| its largest eigenvalue.
+    """Return (A + eps ||A|| I)^power of positive semi-definite A, (K, k, k), by eigh; ||A|| is its largest eigenvalue.
 
-    Eigenvalues that may be float32's rounding have the power 0, as in a pseudo-inverse: what never was a gradient does
-    not blow up.
+    As in a pseudo-inverse, eigenvalues that float32 cannot tell from zero get the power 0: a negative power would blow up
+    directions in which there never was a gradient.
     """
     scale = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp_min(TINY)  # the trace: eigenvalues are <= 1 then
     values, vectors = torch.linalg.eigh(gram / scale)
@@ -68,15 +77,17 @@ def matrix_power(gram: Tensor, power: float, *, eps: float) -> Tensor:
 
 
 def inverse_root_newton(gram: Tensor, power: float, *, eps: float) -> Tensor:
-    """The same for power = -1/p, p whole, by the coupled Newton iteration, of matrix products alone (Iannazzo 2006):
-    M <- T^p M, X <- X T with T = ((p + 1) I - M) / p, from M = A / z, X = z^(-1/p) I, z the norm bound (p + 1) / 2.
+    """Return (A + eps tr(A) I)^power of A (K, k, k), power = -1/p with a whole p, by matrix products alone.
+
+    Coupled Newton iteration (Iannazzo 2006): T = ((p + 1) I - M) / p, X <- X T, M <- T^p M, from M = A / z and
+    X = z^(-1/p) I, with z = 2 ||A||_F / (p + 1).
     """
     p = round(-1 / power)
     eye = torch.eye(gram.size(-1), device=gram.device)
     scale = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
-    A = gram / scale.clamp_min(TINY) + max(eps, 1e-7) * eye
+    A = gram / scale.clamp_min(TINY) + max(eps, 1e-7) * eye  # 1e-7, float32's precision: the iteration needs full rank
     norm = A.norm(dim=(-2, -1), keepdim=True)
-    z = 2 * norm / (p + 1)
+    z = 2 * norm / (p + 1)  # the iteration converges for eigenvalues of M below p + 1; here they are at most (p + 1) / 2
     M, X = A / z, eye * z ** (-1 / p)
     for _ in range(NEWTON_STEPS):
         T = ((p + 1) * eye - M) / p
@@ -89,21 +100,21 @@ def inverse_root_newton(gram: Tensor, power: float, *, eps: float) -> Tensor:
 
 
 def init_grams(param: Tensor, sides: str) -> dict[str, Tensor]:
-    """Zero Gram matrices, float32: `gram_left` (K, m, m) and `gram_right` (K, n, n), as far as `sides` names them."""
+    """Return zero Gram matrices, float32, of the configured `sides`: `gram_left` (K, m, m), `gram_right` (K, n, n)."""
     K, m, n = param.shape
     sizes = {"left": m, "right": n}
-    return {f"gram_{side}": torch.zeros(K, sizes[side], sizes[side], device=param.device) for side in chosen(sides, m, n)}
+    return {f"gram_{side}": torch.zeros(K, sizes[side], sizes[side], device=param.device) for side in get_sides(sides, m, n)}
 
 
-def chosen(sides: str, m: int, n: int) -> tuple[str, ...]:
-    """The sides that `sides` (both, left, right, smaller) means for m x n matrices."""
+def get_sides(sides: str, m: int, n: int) -> tuple[str, ...]:
+    """Return the names of the sides that `sides` (both, left, right or smaller) means for m x n matrices."""
     if sides == "smaller":
         return ("left",) if m <= n else ("right",)
     return ("left", "right") if sides == "both" else (sides,)
 
 
 def update_grams(grad: Tensor, state: dict[str, Tensor], beta: float) -> None:
-    """L <- beta L + (1 - beta) G G^T and R likewise with G^T G, in place; for beta = 1 the plain sums."""
+    """L <- beta L + (1 - beta) G G^T, and R likewise with G^T G, in place; at beta = 1 plain sums."""
     G = grad.float().clamp(-LARGEST, LARGEST)
     share = 1.0 if beta == 1 else 1 - beta
     for side, A in (("left", G), ("right", G.mT)):
@@ -112,16 +123,20 @@ def update_grams(grad: Tensor, state: dict[str, Tensor], beta: float) -> None:
 
 
 def eigenbasis(gram: Tensor) -> Tensor:
-    """Orthonormal eigenvectors of symmetric (K, k, k), as columns, the largest eigenvalue first."""
+    """Return the orthonormal eigenvectors of symmetric (K, k, k) as columns, those of the largest eigenvalues first."""
     scale = gram.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny)
     return torch.linalg.eigh(gram / scale).eigenvectors.flip(-1)
 
 
-def turn_basis(gram: Tensor, basis: Tensor) -> Tensor:
-    """One step of orthogonal iteration towards the eigenvectors, in place: Q <- qr(L Q), its columns sorted first by
-    diag(Q^T L Q), falling. Returns that order (K, k), by which whatever is kept in the basis must be permuted."""
+def iterate_eigenbasis(gram: Tensor, basis: Tensor) -> Tensor:
+    """Take one step of orthogonal iteration towards the eigenvectors of `gram`, in place: Q <- qr(L Q).
+
+    The columns of Q are first sorted by their estimated eigenvalues, diag(Q^T L Q), the largest first. Returns that order,
+    (K, k): permute by it whatever is stored in the coordinates of the basis.
+    """
     scale = gram.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny)
     image = gram / scale @ basis
+    # Sorted, because QR keeps the span of the first columns: strong directions must not be made orthogonal to weak ones.
     order = (basis * image).sum(-2).argsort(dim=-1, descending=True, stable=True)
     basis.copy_(torch.linalg.qr(image.gather(-1, order.unsqueeze(-2).expand_as(image))).Q)
     return order

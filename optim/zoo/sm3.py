@@ -1,4 +1,17 @@
-"""SM3: Adagrad whose memory is a number per row and a number per column."""
+"""SM3: Adagrad with one number per row and one per column in place of one per entry.
+
+SM3-II of Anil et al. 2019, arXiv 1901.11150, with the rows and the columns of a matrix as its sets; 0 / 0 = 0:
+
+    nu_ij = min(r_i, c_j) + g_ij^2
+    r_i  <- max over j of nu_ij;   c_j <- max over i of nu_ij
+    D     = average of g / sqrt(nu);   W <- W - lr D           averaged after the division, as configured (momentum)
+
+nu_ij is at least the sum of all squares of g_ij so far, so steps shrink like Adagrad's; for a vector SM3 is Adagrad.
+Difference to pytorch_optimizer: it adds 1e-30 to nu.
+
+State: `row` sqrt(r) (K, m, 1) and `column` sqrt(c) (K, 1, n), float32; averages as in Muon (K, m, n), in the dtype of the
+weights. Shapes: K matrices m x n in one stack.
+"""
 
 import torch
 from torch import Tensor
@@ -10,27 +23,23 @@ from optim.rule import Hyper, Rule
 
 
 class SM3(Rule):
-    """nu_ij = min(r_i, c_j) + g_ij^2, D = average of g / sqrt(nu), r_i <- max_j nu_ij, c_j <- max_i nu_ij; 0 / 0 is 0.
-
-    nu bounds the sum of all g_ij^2 so far from above, so that steps shrink like Adagrad's. SM3-II of Anil et al. 2019,
-    arXiv 1901.11150, with a matrix's rows and columns as the sets; a vector is Adagrad. The memories are the square roots,
-    float32, which neither over- nor underflow.
-    """
+    """SM3-II (Anil et al. 2019)."""
 
     config: configs.SM3
     norm = Sign()
-    scope = "matrix"
+    scope = "matrix"  # not the norm's single elements: r and c are taken over whole rows and columns
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
-        """sqrt(r) (K, m, 1), sqrt(c) (K, 1, n), and the average of the steps."""
+        """Return zero `row` and `column`, and zero averages of the steps."""
         stack, rows, columns = param.shape
         roots = {"row": param.new_zeros(stack, rows, 1, dtype=torch.float32),
                  "column": param.new_zeros(stack, 1, columns, dtype=torch.float32)}
         return roots | init_average(param, self.config)
 
     def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
-        """The average of g / sqrt(nu): float32 (K, m, n)."""
+        """Return D, the average of g / sqrt(nu), float32 (K, m, n)."""
         grad = grad.float()
+        # State and arithmetic use sqrt(nu), by hypot: squares of very large and small gradients would leave float32.
         root = torch.minimum(state["row"], state["column"]).hypot(grad)
         state["row"].copy_(root.amax(-1, keepdim=True))
         state["column"].copy_(root.amax(-2, keepdim=True))

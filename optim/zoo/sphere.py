@@ -1,4 +1,19 @@
-"""The sphere: weights whose vectors along the model dimension have length 1, by retraction or along great circles."""
+"""Sphere: weights whose vectors along the model dimension have length 1, as in nGPT.
+
+Loshchilov et al. 2024, arXiv 2410.01131. For each vector w with direction d, and t = d - w <w, d> its tangential part:
+
+    retraction normalise    w <- w - lr d;  w <- w / |w|                               nGPT's own
+    retraction geodesic     w <- cos(lr |t|) w - sin(lr |t|) t / |t|                   along the great circle
+
+`tangent` says from what the radial part is removed (x <- x - w <w, x>), each choice including those before it:
+
+    none        nothing: nGPT's own
+    gradient    the gradient, before the rule
+    momentum    also the averages of the gradient, which were tangential at earlier weights
+    dual        also the direction: the step is then steepest descent on the sphere
+
+No state of its own. Shapes: K matrices m x n in one stack, float32; `axis` -1: rows are the vectors, -2: columns.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -11,45 +26,42 @@ from optim.constraint import TINY, Constraint, Scope
 
 @dataclass(frozen=True, slots=True)
 class Sphere(Constraint):
-    """Every vector along the model dimension has length 1 (nGPT, Loshchilov et al. 2024, arXiv 2410.01131).
-
-    `retraction` normalise: w - lr d, divided by its length; geodesic: cos(lr |t|) w - sin(lr |t|) t / |t| along the great
-    circle, with t the part of d that is tangent at w. Of what is radial, `tangent` removes: none; gradient: the
-    gradient's, before the rule; momentum: also the average's, which was tangent elsewhere; dual: also the direction's,
-    so that the step is steepest descent on the sphere.
-    """
+    """Constraint under which every vector along the model dimension has length 1."""
 
     axis: int = -1
+    """Dimension of the vectors: -1 rows, -2 columns."""
     retraction: str = "normalise"
+    """normalise: a straight step, then division by the length; geodesic: a step along the great circle."""
     tangent: str = "none"
+    """Tensors from which the radial part is removed: none, gradient, momentum or dual; see the top of this file."""
 
     @classmethod
     def build(cls, config: RuleConfig) -> "Sphere":
-        """The set that a rule's configuration describes."""
+        """Return the constraint that a rule's config describes."""
         return cls(retraction=config.extra.retraction, tangent=config.extra.tangent)
 
     @property
     def plain(self) -> bool:
-        """Whether nothing comes between direction and subtraction."""
+        """True if a step is W - lr D and then `retract`, so that a rule may subtract in a kernel of its own."""
         return self.retraction == "normalise" and self.tangent != "dual"
 
     @property
     def scope(self) -> Scope:
-        """Rows, or where columns are the vectors, whole matrices."""
+        """Smallest part of a tensor that can be moved alone: rows; whole matrices if columns are the vectors."""
         return "row" if self.axis == -1 else "matrix"
 
     def along(self, axis: int) -> "Sphere":
-        """Vectors along `axis`."""
+        """Return the constraint for vectors along `axis`."""
         return replace(self, axis=axis)
 
     def project_start(self, weights: Tensor) -> None:
-        """w <- w / |w|. Raises ValueError for a zero vector, which has no direction."""
+        """Scale every vector to length 1, in place. Raises ValueError for a zero vector, which has no direction."""
         if not self._length(weights).all():
             raise ValueError("a zero vector has no place on the sphere: start with --model.no_zero_init_projections")
         self.retract(weights, {})
 
     def project_gradient(self, weights: Tensor, grad: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """The tangent part of the gradient, and of the averages, as `tangent` says."""
+        """Return the gradient, and change the averages in `state` in place, without radial part as `tangent` says."""
         if self.tangent in ("momentum", "dual"):
             for key, average in state.items():
                 if key.startswith(("momentum", "mean")):
@@ -57,7 +69,7 @@ class Sphere(Constraint):
         return grad if self.tangent == "none" else self._tangent(weights.float(), grad.float()).to(grad.dtype)
 
     def move(self, weights: Tensor, direction: Tensor, lr: Tensor, state: dict[str, Tensor]) -> None:
-        """Along the tangent, where asked; then along the great circle, or straight and back."""
+        """Take one step of length lr along -`direction`, in place, as `retraction` and `tangent` say."""
         if not self.plain:
             direction = self._tangent(weights, direction)
         if self.retraction == "geodesic":
@@ -66,10 +78,10 @@ class Sphere(Constraint):
             weights.mul_(angle.cos()).sub_(direction * (angle.sin() / length.clamp_min(TINY)))
         else:
             weights.sub_(direction * lr)
-        self.retract(weights, state)
+        self.retract(weights, state)  # after a geodesic step this only removes rounding errors
 
     def retract(self, weights: Tensor, state: dict[str, Tensor]) -> None:
-        """w <- w / |w|; padding stays zero. After a geodesic step it only undoes rounding."""
+        """w <- w / |w|, in place; zero vectors, which pad a stack, stay zero."""
         weights.div_(self._length(weights).clamp_min(TINY))
 
     def _length(self, x: Tensor) -> Tensor:

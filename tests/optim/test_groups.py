@@ -35,7 +35,8 @@ def test_a_group_has_its_configurations_rule():
     first, second, _ = build_groups(PARAMS, ROLES, Optim(matrix=matrix, embed=embed))
     assert type(first.rule) is muon.Muon and first.rule.config is first.config is matrix
     assert first.rule.norm == Spectral("spectral", "svd", 5)
-    assert (type(second.rule.way), type(second.rule.size)) == (adam.Adam, muon.Muon) and second.rule.way.config is embed
+    assert (type(second.rule.direction_rule), type(second.rule.length_rule)) == (adam.Adam, muon.Muon)
+    assert second.rule.direction_rule.config is embed
 
 
 def test_every_configuration_has_its_rule():

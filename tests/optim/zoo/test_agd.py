@@ -1,4 +1,4 @@
-"""Automatic gradient descent against its formula, and the majorization that it minimises."""
+"""Test AGD against algorithm 1 of its paper, and its step length against the majorization that it minimises."""
 
 import math
 
@@ -16,7 +16,7 @@ from tests.optim.oracle import FULL, gaussian, hyper, one_role, parameters
 SHAPES = {"in": (12, 5), "hidden": (12, 12), "same": (12, 12), "out": (3, 12)}
 
 
-def make(lr: float = 1.0) -> tuple[dict[str, nn.Parameter], ShardedOptimizer]:
+def make_optimizer(lr: float = 1.0) -> tuple[dict[str, nn.Parameter], ShardedOptimizer]:
     params = parameters(SHAPES)
     return params, one_role(AGD(lr=lr), params)
 
@@ -25,9 +25,9 @@ def gradient(name: str, W: Tensor, step: int) -> Tensor:
     return 10.0 ** (step % 3 - 1) * (W - gaussian(*SHAPES[name], seed=50 + step).to(W.dtype))
 
 
-def twin(steps: int, gain: float) -> dict[str, Tensor]:
-    """Algorithm 1 of the paper, layer after layer, in float64."""
-    W = {name: param.detach().double() for name, param in make()[0].items()}
+def reference(steps: int, gain: float) -> dict[str, Tensor]:
+    """Return the weights after `steps` steps of the paper's algorithm 1, layer by layer, in float64."""
+    W = {name: param.detach().double() for name, param in make_optimizer()[0].items()}
     for step in range(steps):
         g = {name: gradient(name, w.float(), step).double() for name, w in W.items()}
         scale = {name: math.sqrt(w.size(0) / w.size(1)) for name, w in W.items()}
@@ -38,20 +38,20 @@ def twin(steps: int, gain: float) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("gain", [1.0, 0.3])
-def test_agd_is_its_formula(gain):
-    params, optimizer = make(gain)
+def test_agd_matches_its_formula(gain):
+    params, optimizer = make_optimizer(gain)
     for step in range(20):
         for name, param in params.items():
             param.grad.copy_(gradient(name, param.detach(), step))
         optimizer.step(FULL, step + 1)
-    for name, wanted in twin(20, gain).items():
-        moved = (wanted - make()[0][name]).norm()
-        assert (params[name] - wanted).norm() <= 2e-6 * moved, name
+    for name, expected in reference(20, gain).items():
+        moved = (expected - make_optimizer()[0][name]).norm()
+        assert (params[name] - expected).norm() <= 2e-6 * moved, name
 
 
 @given(st.floats(-20, 4))
-def test_the_length_solves_the_papers_equation(power):
-    """e^eta (e^eta - 1) = S: where the majorization's derivative is zero."""
+def test_step_length_solves_the_papers_equation(power):
+    """e^eta (e^eta - 1) = S: there the derivative of the majorization is zero."""
     rule, total = build_rule(AGD()), 10.0**power
     numbers = hyper(1.0)._replace(shared=rule.init_shared())
     rule.update_shared(torch.tensor([total * 4, 4.0]), numbers)
@@ -59,24 +59,24 @@ def test_the_length_solves_the_papers_equation(power):
     assert (eta.exp() * eta.expm1()).item() == pytest.approx(total, rel=1e-4, abs=3e-7)
 
 
-def test_layers_without_gradient_stay_and_count():
-    params, optimizer = make()
+def test_layers_without_gradient_do_not_move_but_count_in_l():
+    params, optimizer = make_optimizer()
     before = params["hidden"].detach().clone()
     for name, param in params.items():
         param.grad.copy_(gradient(name, param.detach(), 0) * (name == "out"))
     optimizer.step(FULL, 1)
     assert torch.equal(params["hidden"], before)
-    size = gradient("out", make()[0]["out"].detach(), 0).norm().item() * 0.5
+    size = gradient("out", make_optimizer()[0]["out"].detach(), 0).norm().item() * 0.5
     eta = math.log((1 + math.sqrt(1 + 4 * size / 4)) / 2)
-    moved = (params["out"] - make()[0]["out"]).norm().item()
+    moved = (params["out"] - make_optimizer()[0]["out"]).norm().item()
     assert moved == pytest.approx(eta / 4 * 0.5, rel=1e-5)
 
 
-def test_a_linear_network_learns_with_nothing_tuned():
+def test_a_network_trains_without_tuning():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 32, bias=False), nn.ReLU(), nn.Linear(32, 32, bias=False), nn.ReLU(),
                           nn.Linear(32, 4, bias=False))
-    for layer in model[::2]:  # the paper's start: orthogonal, in its layers' unit
+    for layer in model[::2]:  # the paper's initialisation: orthogonal, of spectral norm (m/n)^.5
         nn.init.orthogonal_(layer.weight, (layer.weight.size(0) / layer.weight.size(1)) ** 0.5)
     params = dict(model.named_parameters())
     optimizer = one_role(AGD(lr=1.0), params)

@@ -1,4 +1,4 @@
-"""Muon^2 against its formula and limits."""
+"""Test Muon^2: against its formula, and in its limits."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def muon2(**changes: object) -> Muon2:
     return Muon2(**PLAIN | dict(beta2=0.9) | changes)
 
 
-def twin(start, grads, *, lr, mu, beta2, wd):
+def reference(start, grads, *, lr, mu, beta2, wd):
     W, v = start.double(), 0
     for grad, average in zip(grads, nesterov_means(grads, mu), strict=True):
         v = beta2 * v + (1 - beta2) * grad.double() ** 2
@@ -31,14 +31,14 @@ def twin(start, grads, *, lr, mu, beta2, wd):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_muon2_is_its_formula(shape):
+def test_muon2_matches_its_formula(shape):
     start, grads = gaussian(*shape, seed=99, scale=0.1), gradients(*shape, steps=20)
-    wanted = twin(start, grads, lr=0.02, mu=0.8, beta2=0.9, wd=0.3)
-    assert_moved_alike(train(muon2(weight_decay=0.3), start, grads), wanted, start, tolerance=1e-5)
+    expected = reference(start, grads, lr=0.02, mu=0.8, beta2=0.9, wd=0.3)
+    assert_moved_alike(train(muon2(weight_decay=0.3), start, grads), expected, start, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_without_memories_muon2_orthogonalises_the_sign(shape):
+def test_muon2_without_averages_orthogonalises_the_sign(shape):
     G = gradients(*shape, steps=1)
     D = directions(muon2(beta2=0.0, averaging="none"), G)[0]
     torch.testing.assert_close(D.double(), polar(G[0].sign()), rtol=0, atol=1e-5)
@@ -46,12 +46,12 @@ def test_without_memories_muon2_orthogonalises_the_sign(shape):
 
 def test_a_large_eps_makes_muon2_muon():
     start, grads = gaussian(2, 6, 9, seed=99), gradients(2, 6, 9, steps=10)
-    found, wanted = train(muon2(eps=1e6), start, grads), train(Muon(**PLAIN), start, grads)
-    assert_moved_alike(found, wanted, start, tolerance=1e-4)
+    weights, expected = train(muon2(eps=1e6), start, grads), train(Muon(**PLAIN), start, grads)
+    assert_moved_alike(weights, expected, start, tolerance=1e-4)
 
 
 def test_muon2_forgets_one_huge_gradient():
-    """Its square overflows float32; some steps later it must not be remembered as infinite."""
+    """Its square overflows float32; the second moment must not stay infinite."""
     grads = [gaussian(1, 6, 9) * 1e30] + [gaussian(1, 6, 9, seed=i) for i in range(1, 200)]
     config = muon2(beta2=0.5, momentum=0.5)
     assert all(D.isfinite().all() for D in directions(config, grads))

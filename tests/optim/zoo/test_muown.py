@@ -1,4 +1,4 @@
-"""Muown against its formula, with gains and directions kept apart, and its geometry."""
+"""Test Muown: against its formula with explicit g and v, and its effect on lengths and directions of rows."""
 
 import pytest
 import torch
@@ -14,9 +14,9 @@ def muown(**changes: object) -> Muown:
     return Muown(**base | changes)
 
 
-def twin(start, grads, *, lr, mu, betas=(0.9, 0.95), eps=1e-10):
-    """Float64: g and v are the parameters, W = g v / |v| is what they give, and autograd differentiates through it."""
-    found = []
+def reference(start, grads, *, lr, mu, betas=(0.9, 0.95), eps=1e-10):
+    """Return the weights after all gradients, in float64, by autograd through W = g v / |v| with parameters g, v."""
+    weights = []
     for k in range(start.size(0)):
         W = start[k].double()
         length = W.norm(dim=1, keepdim=True)
@@ -36,39 +36,39 @@ def twin(start, grads, *, lr, mu, betas=(0.9, 0.95), eps=1e-10):
             g = g - lr * hats[0] / (hats[1].sqrt() + eps)
             v = rho * v / v.norm(dim=1, keepdim=True)
             W = g * v / rho
-        found.append(W)
-    return torch.stack(found)
+        weights.append(W)
+    return torch.stack(weights)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("scale", [1.0, 0.01])
-def test_muown_is_its_formula(shape, scale):
-    """Also where gains are so small that they change their sign on the way."""
+def test_muown_matches_its_formula(shape, scale):
+    """Scale 0.01: the gains are so small that they change sign on the way."""
     start, grads = gaussian(*shape, seed=99, scale=scale), gradients(*shape, steps=20)
-    assert_moved_alike(train(muown(), start, grads), twin(start, grads, lr=0.02, mu=0.8), start, tolerance=2e-4)
+    assert_moved_alike(train(muown(), start, grads), reference(start, grads, lr=0.02, mu=0.8), start, tolerance=2e-4)
 
 
-def test_rows_that_start_at_zero_begin_at_the_usual_length():
+def test_zero_rows_start_with_the_default_length():
     start, grads = torch.zeros(1, 12, 20), gradients(1, 12, 20, steps=20)
-    wanted = twin(start, grads, lr=0.02, mu=0.8)
-    assert_moved_alike(train(muown(), start, grads), wanted, start, tolerance=2e-4)
+    expected = reference(start, grads, lr=0.02, mu=0.8)
+    assert_moved_alike(train(muown(), start, grads), expected, start, tolerance=2e-4)
     first = train(muown(), start, grads[:1])
     assert ((first.norm(dim=-1) - ZERO_ROW_GAIN).abs() <= 0.0201).all()
 
 
-def test_a_gradient_along_the_weights_changes_lengths_alone():
+def test_a_gradient_along_the_weights_changes_lengths_only():
     start = gaussian(1, 6, 9)
-    found = train(muown(ns="quintic"), start, [start * 3] * 3)
-    torch.testing.assert_close(found / found.norm(dim=-1, keepdim=True), start / start.norm(dim=-1, keepdim=True),
+    weights = train(muown(ns="quintic"), start, [start * 3] * 3)
+    torch.testing.assert_close(weights / weights.norm(dim=-1, keepdim=True), start / start.norm(dim=-1, keepdim=True),
                                rtol=0, atol=0.05)
-    assert (found.norm(dim=-1) < start.norm(dim=-1)).all()
+    assert (weights.norm(dim=-1) < start.norm(dim=-1)).all()
 
 
 def test_decay_shortens_rows():
-    """W <- (1 - lr wd) W stays in force: the gain is read off the weights."""
+    """W <- (1 - lr wd) W is not undone by the next step, because the gain is read from the weights."""
     start = gaussian(1, 6, 9)
-    found = train(muown(weight_decay=5.0, lr=0.1), start, [torch.zeros(1, 6, 9)] * 3)
-    torch.testing.assert_close(found, start * 0.5**3, rtol=1e-5, atol=1e-6)
+    weights = train(muown(weight_decay=5.0, lr=0.1), start, [torch.zeros(1, 6, 9)] * 3)
+    torch.testing.assert_close(weights, start * 0.5**3, rtol=1e-5, atol=1e-6)
 
 
 def test_lr_zero_moves_nothing():

@@ -1,4 +1,4 @@
-"""Prodigy against its formula, its authors' code, and problems whose distance is known."""
+"""Test Prodigy: against its formula, against prodigyopt, and on problems whose distance is known."""
 
 import pytest
 import torch
@@ -17,13 +17,13 @@ def target(name: str) -> Tensor:
     return gaussian(*SHAPES[name], seed=ord(name))
 
 
-def make(**changes: object) -> tuple[dict[str, nn.Parameter], ShardedOptimizer]:
+def make_optimizer(**changes: object) -> tuple[dict[str, nn.Parameter], ShardedOptimizer]:
     params = parameters(SHAPES, scale=0.1)
     return params, one_role(Prodigy(**CONFIG | changes), params)
 
 
 def gradient(name: str, W: Tensor, step: int) -> Tensor:
-    """Of a quadratic, with noise."""
+    """Return the gradient of |W - target|^2 / 2, plus noise."""
     return W - target(name).to(W.dtype) + 0.1 * gaussian(*SHAPES[name], seed=1000 * step + ord(name)).to(W.dtype)
 
 
@@ -31,8 +31,8 @@ def values(step: int) -> Values:
     return Values(1 - step / 100, 1, None, 1, 1, None)
 
 
-def ours(steps: int, **changes: object) -> tuple[dict[str, Tensor], ShardedOptimizer]:
-    params, optimizer = make(**changes)
+def train_ours(steps: int, **changes: object) -> tuple[dict[str, Tensor], ShardedOptimizer]:
+    params, optimizer = make_optimizer(**changes)
     for step in range(steps):
         for name, param in params.items():
             param.grad.copy_(gradient(name, param.detach(), step))
@@ -40,14 +40,14 @@ def ours(steps: int, **changes: object) -> tuple[dict[str, Tensor], ShardedOptim
     return {name: param.detach() for name, param in params.items()}, optimizer
 
 
-def start() -> dict[str, Tensor]:
-    return {name: param.detach().clone() for name, param in make()[0].items()}
+def start_weights() -> dict[str, Tensor]:
+    return {name: param.detach().clone() for name, param in make_optimizer()[0].items()}
 
 
-def twin(steps: int, *, wd: float, d0: float = 1e-6, b1: float = 0.9, b2: float = 0.99, eps: float = 1e-8):
-    """The formula as the paper's algorithm 4 writes it, in float64."""
+def reference(steps: int, *, wd: float, d0: float = 1e-6, b1: float = 0.9, b2: float = 0.99, eps: float = 1e-8):
+    """Return weights and d after `steps` steps of the paper's algorithm 4, in float64."""
     b3 = b2**0.5
-    W = {name: w.double() for name, w in start().items()}
+    W = {name: w.double() for name, w in start_weights().items()}
     W0, d, numerator = {name: w.clone() for name, w in W.items()}, d0, 0.0
     m, v, s = ({name: torch.zeros_like(w) for name, w in W.items()} for _ in range(3))
     for step in range(steps):
@@ -66,63 +66,63 @@ def twin(steps: int, *, wd: float, d0: float = 1e-6, b1: float = 0.9, b2: float 
 
 
 @pytest.mark.parametrize("wd", [0.0, 0.3])
-def test_prodigy_is_its_formula(wd):
-    found, optimizer = ours(60, weight_decay=wd)
-    wanted, d = twin(60, wd=wd)
-    for name, W in start().items():
-        assert_moved_alike(found[name], wanted[name], W, tolerance=3e-4)
+def test_prodigy_matches_its_formula(wd):
+    weights, optimizer = train_ours(60, weight_decay=wd)
+    expected, d = reference(60, wd=wd)
+    for name, W in start_weights().items():
+        assert_moved_alike(weights[name], expected[name], W, tolerance=3e-4)
     assert optimizer.shared["matrix"]["d"].item() == pytest.approx(d, rel=5e-4)
 
 
 @pytest.mark.parametrize("wd", [0.0, 0.3])
-def test_prodigy_is_its_authors(wd):
-    """Over 60 steps, in which d grows by five orders of magnitude."""
+def test_prodigy_matches_prodigyopt(wd):
+    """In 60 steps, in which d grows by five orders of magnitude."""
     public = pytest.importorskip("prodigyopt")
-    params = {name: nn.Parameter(W) for name, W in start().items()}
+    params = {name: nn.Parameter(W) for name, W in start_weights().items()}
     optimizer = public.Prodigy(params.values(), lr=1.0, betas=(0.9, 0.99), eps=1e-8, weight_decay=wd)
     for step in range(60):
         optimizer.param_groups[0]["lr"] = values(step).lr
         for name, param in params.items():
             param.grad = gradient(name, param.detach(), step)
         optimizer.step()
-    found, mine = ours(60, weight_decay=wd)
-    for name, W in start().items():
-        assert_moved_alike(found[name], params[name].detach(), W, tolerance=3e-4)
-    assert mine.shared["matrix"]["d"].item() == pytest.approx(optimizer.param_groups[0]["d"], rel=1e-4)
+    weights, our_optimizer = train_ours(60, weight_decay=wd)
+    for name, W in start_weights().items():
+        assert_moved_alike(weights[name], params[name].detach(), W, tolerance=3e-4)
+    assert our_optimizer.shared["matrix"]["d"].item() == pytest.approx(optimizer.param_groups[0]["d"], rel=1e-4)
     assert optimizer.param_groups[0]["d"] > 0.05
 
 
-def test_a_few_steps_are_its_authors_to_rounding():
+def test_ten_steps_match_prodigyopt_up_to_rounding():
     public = pytest.importorskip("prodigyopt")
-    params = {name: nn.Parameter(W) for name, W in start().items()}
+    params = {name: nn.Parameter(W) for name, W in start_weights().items()}
     optimizer = public.Prodigy(params.values(), lr=1.0, betas=(0.9, 0.99), d0=1e-3)
     for step in range(10):
         optimizer.param_groups[0]["lr"] = values(step).lr
         for name, param in params.items():
             param.grad = gradient(name, param.detach(), step)
         optimizer.step()
-    found, _ = ours(10, distance_start=1e-3)
-    for name, W in start().items():
-        assert_moved_alike(found[name], params[name].detach(), W, tolerance=1e-5)
+    weights, _ = train_ours(10, distance_start=1e-3)
+    for name, W in start_weights().items():
+        assert_moved_alike(weights[name], params[name].detach(), W, tolerance=1e-5)
 
 
-def test_the_estimate_never_shrinks_nor_exceeds_the_distance():
-    """d is a lower bound of the largest coordinate's distance, for a convex problem without noise."""
-    params, optimizer = make()
+def test_the_estimate_grows_and_stays_below_the_distance():
+    """For a convex problem without noise, d is a lower bound of the distance in the largest coordinate."""
+    params, optimizer = make_optimizer()
     farthest = max((target(name) - param).abs().max().item() for name, param in params.items())
-    found = []
+    estimates = []
     for step in range(100):
         for name, param in params.items():
             param.grad.copy_(param.detach() - target(name))
         optimizer.step(FULL, step + 1)
-        found.append(optimizer.shared["matrix"]["d"].item())
-    assert found == sorted(found) and 1e-3 < found[-1] < farthest
+        estimates.append(optimizer.shared["matrix"]["d"].item())
+    assert estimates == sorted(estimates) and 1e-3 < estimates[-1] < farthest
 
 
 @pytest.mark.parametrize("scale", [1e-10, 1e-3, 1e3, 1e10])
 def test_the_estimate_ignores_the_scale_of_the_loss(scale):
     def estimate(factor: float) -> float:
-        params, optimizer = make(eps=0.0)
+        params, optimizer = make_optimizer(eps=0.0)
         for step in range(20):
             for name, param in params.items():
                 param.grad.copy_(factor * gradient(name, param.detach(), step))
@@ -133,9 +133,9 @@ def test_the_estimate_ignores_the_scale_of_the_loss(scale):
 
 
 def test_resuming_continues_bit_for_bit():
-    straight, _ = ours(12)
-    _, half = ours(6)
-    params, optimizer = make()
+    straight, _ = train_ours(12)
+    _, half = train_ours(6)
+    params, optimizer = make_optimizer()
     optimizer.state.load(half.state.tensors())
     for step in range(6, 12):
         for name, param in params.items():

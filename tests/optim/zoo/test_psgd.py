@@ -1,4 +1,4 @@
-"""PSGD: its slow float64 twin, the whiteness that it promises, and gradients that want to break it."""
+"""Test PSGD: against a slow float64 reference, the whiteness of its steps, and extreme gradients."""
 
 import pytest
 import torch
@@ -16,60 +16,60 @@ def psgd(**changes: object) -> PSGD:
     return PSGD(**dict(beta1=BETA, factor_lr=RATE, eps=EPS, step_rms=MOST, lr=0.1) | changes)
 
 
-def twin(grads: list[Tensor]) -> list[Tensor]:
-    """One matrix, float64, as the formulas stand."""
+def reference(grads: list[Tensor]) -> list[Tensor]:
+    """Return the directions for one matrix, in float64, as the formulas are written."""
     m, n = grads[0].shape
-    mean, Q, found = torch.zeros(m, n, dtype=torch.float64), None, []
+    mean, Q, steps = torch.zeros(m, n, dtype=torch.float64), None, []
     for t, grad in enumerate(grads, start=1):
         mean = BETA * mean + (1 - BETA) * grad.double()
         M = mean / (1 - BETA**t)
         if Q is None and M.any():
             Q = [torch.eye(k, dtype=torch.float64) * (M**4).mean().sqrt().sqrt() ** -0.25 for k in (m, n)]
         if Q is None:
-            found.append(torch.zeros_like(M))
+            steps.append(torch.zeros_like(M))
             continue
         P = [q @ q for q in Q]
         D = P[0] @ M @ P[1]
-        found.append(D * min(1.0, MOST / D.square().mean().sqrt().item()))
+        steps.append(D * min(1.0, MOST / D.square().mean().sqrt().item()))
         noise = [EPS**2 * (P[1 - i] ** 2).sum() * P[i] @ P[i] for i in (0, 1)]
-        Q[0] = descend(Q[0], D @ D.T + noise[0], n)
-        Q[1] = descend(Q[1], D.T @ D + noise[1], m)
+        Q[0] = update_factor(Q[0], D @ D.T + noise[0], n)
+        Q[1] = update_factor(Q[1], D.T @ D + noise[1], m)
         ratio = (Q[1].abs().max() / Q[0].abs().max()) ** 0.5
         Q = [Q[0] * ratio, Q[1] / ratio]
-    return found
+    return steps
 
 
-def descend(Q: Tensor, gram: Tensor, wanted: int) -> Tensor:
+def update_factor(Q: Tensor, gram: Tensor, target: int) -> Tensor:
     x = gram[:, gram.norm(dim=0).argmax()]
     for _ in range(2):
         x = gram @ x / x.norm()
-    rate = RATE / 2 / (x.norm() + wanted)
-    Q = Q - rate * (gram - wanted * torch.eye(len(Q))) @ Q
-    Q = Q - rate * Q @ (gram - wanted * torch.eye(len(Q)))
+    rate = RATE / 2 / (x.norm() + target)
+    Q = Q - rate * (gram - target * torch.eye(len(Q))) @ Q
+    Q = Q - rate * Q @ (gram - target * torch.eye(len(Q)))
     return (Q + Q.T) / 2
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_it_is_its_formula(shape):
+def test_directions_match_the_formula(shape):
     grads = [torch.zeros(shape), *gradients(*shape, steps=12)]
-    wanted = zip(*(twin([grad[k] for grad in grads]) for k in range(shape[0])), strict=True)
-    for found, exact in zip(directions(psgd(), grads), wanted, strict=True):
-        torch.testing.assert_close(found.double(), torch.stack(exact), rtol=2e-4, atol=1e-5)
+    expected = zip(*(reference([grad[k] for grad in grads]) for k in range(shape[0])), strict=True)
+    for D, exact in zip(directions(psgd(), grads), expected, strict=True):
+        torch.testing.assert_close(D.double(), torch.stack(exact), rtol=2e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_its_weights_go_the_twins_way(shape):
+def test_weights_match_the_formula(shape):
     grads, start = gradients(*shape, steps=8), gaussian(*shape, seed=50)
-    wanted = start.double().clone()
+    expected = start.double().clone()
     for k in range(shape[0]):
-        wanted[k] -= 0.1 * sum(twin([g[k] for g in grads]))
-    assert_moved_alike(train(psgd(), start, grads), wanted, start, tolerance=1e-4)
+        expected[k] -= 0.1 * sum(reference([g[k] for g in grads]))
+    assert_moved_alike(train(psgd(), start, grads), expected, start, tolerance=1e-4)
 
 
 @pytest.mark.parametrize(("m", "n"), [(16, 16), (12, 32)])
 def test_a_stationary_gradient_becomes_white(m, n):
-    """G = A X B with Gaussian X, of condition numbers 30 and 10: E[D D^T] = |B P_R|^2 P_L A A^T P_L is n I, within what a
-    step of the factors moves them."""
+    """G = A X B with Gaussian X and condition numbers 30 and 10: E[D D^T] = |B P_R|^2 P_L A A^T P_L becomes n I, up to the
+    noise that single steps of the factors leave."""
     A, B = _shaped(m, 30.0, seed=1), _shaped(n, 10.0, seed=2)
     rule = build_rule(PSGD(beta1=0.0, factor_lr=0.05))
     W = torch.zeros(1, m, n)
@@ -83,12 +83,12 @@ def test_a_stationary_gradient_becomes_white(m, n):
 
 
 def _shaped(k: int, condition: float, *, seed: int) -> Tensor:
-    """A symmetric matrix of that condition number."""
+    """Return a symmetric k x k matrix with this condition number."""
     basis = torch.linalg.qr(gaussian(k, k, seed=seed)).Q
     return basis * torch.logspace(0, -torch.tensor(condition).log10().item(), k) @ basis.T
 
 
-def test_directions_do_not_know_the_gradients_scale():
+def test_directions_ignore_the_scale_of_the_gradient():
     grads = gradients(2, 12, 20, steps=6)
     for small, plain in zip(directions(psgd(eps=0.0), [g * 1e-6 for g in grads]), directions(psgd(eps=0.0), grads),
                             strict=True):
@@ -97,8 +97,8 @@ def test_directions_do_not_know_the_gradients_scale():
 
 @pytest.mark.parametrize("eps", [0.0, 1e-10])
 @pytest.mark.parametrize("first", [1.0, 1e-30, 1e30, 0.0])
-def test_no_gradient_breaks_it(eps, first):
-    """Of any size, after any other, and after long silence, in which the factors grow as far as eps lets them."""
+def test_state_and_steps_stay_finite_for_any_gradients(eps, first):
+    """Gradients of any size after any other, and after many zeros, during which the factors grow as far as eps allows."""
     sizes = [first, *[0.0] * 400, 1e30, 1.0, *[1e-30] * 50, 1e30, 1.0, 0.0, 1.0]
     rule, W = build_rule(psgd(eps=eps, factor_lr=1.0)), torch.zeros(1, 6, 9)
     state = rule.init_state(W)
@@ -108,13 +108,13 @@ def test_no_gradient_breaks_it(eps, first):
         assert all(tensor.isfinite().all() for tensor in state.values())
 
 
-def test_where_gradients_stay_zero_nothing_moves():
-    assert not any(found.any() for found in directions(psgd(eps=0.0), [torch.zeros(1, 4, 5)] * 3))
+def test_zero_gradients_give_zero_steps():
+    assert not any(D.any() for D in directions(psgd(eps=0.0), [torch.zeros(1, 4, 5)] * 3))
     assert build_rule(psgd(eps=0.0)).eps == LEAST_EPS
 
 
 @pytest.mark.parametrize("k", [1, 5, 40])
-def test_the_bound_is_below_the_largest_eigenvalue_and_near_it(k):
+def test_spectral_bound_is_just_below_the_largest_eigenvalue(k):
     A = gaussian(20, k, k + 3)
     gram = A @ A.mT
     share = spectral_bound(gram).flatten() / torch.linalg.eigvalsh(gram)[:, -1]

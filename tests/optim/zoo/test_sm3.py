@@ -1,4 +1,4 @@
-"""SM3 against its formula, a public implementation, and Adagrad, which it bounds."""
+"""Test SM3: against its formula, pytorch_optimizer, and Adagrad, whose steps bound those of SM3."""
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ def sm3(**changes: object) -> SM3:
     return SM3(**dict(lr=0.05, averaging="none") | changes)
 
 
-def twin(start, grads, *, lr, mu=0.0):
-    """Entry by entry, in float64."""
+def reference(start, grads, *, lr, mu=0.0):
+    """Return the weights after all gradients, entry by entry, in float64."""
     W, average = start.double().clone(), torch.zeros_like(start, dtype=torch.float64)
     for k in range(W.size(0)):
         row, column = [0.0] * W.size(1), [0.0] * W.size(2)
@@ -30,14 +30,14 @@ def twin(start, grads, *, lr, mu=0.0):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("mu", [0.0, 0.8])
-def test_sm3_is_its_formula(shape, mu):
+def test_sm3_matches_its_formula(shape, mu):
     start, grads = gaussian(*shape, seed=99), gradients(*shape, steps=20)
-    group = sm3(averaging="ema", momentum=mu, nesterov=False) if mu else sm3()
-    assert_moved_alike(train(group, start, grads), twin(start, grads, lr=0.05, mu=mu), start, tolerance=2e-6)
+    config = sm3(averaging="ema", momentum=mu, nesterov=False) if mu else sm3()
+    assert_moved_alike(train(config, start, grads), reference(start, grads, lr=0.05, mu=mu), start, tolerance=2e-6)
 
 
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (9,)])
-def test_sm3_is_pytorch_optimizers(shape):
+def test_sm3_matches_pytorch_optimizer(shape):
     public = pytest.importorskip("pytorch_optimizer")
     start, grads = gaussian(*shape, seed=99), gradients(*shape, steps=25)
     param = torch.nn.Parameter(start.clone())
@@ -46,27 +46,27 @@ def test_sm3_is_pytorch_optimizers(shape):
         param.grad = grad.clone()
         optimizer.step()
     stack = start.reshape(1, -1, shape[-1])
-    found = train(sm3(), stack, [grad.view_as(stack) for grad in grads])
-    assert_moved_alike(found.view(shape), param.detach(), start, tolerance=1e-6)
+    weights = train(sm3(), stack, [grad.view_as(stack) for grad in grads])
+    assert_moved_alike(weights.view(shape), param.detach(), start, tolerance=1e-6)
 
 
-def test_a_vector_is_adagrads():
+def test_sm3_of_a_vector_is_adagrad():
     grads = gradients(1, 1, 30, steps=12)
     sums = torch.stack(grads).double().square().cumsum(0)
-    for found, grad, total in zip(directions(sm3(), grads), grads, sums, strict=True):
-        torch.testing.assert_close(found.double(), grad.double() / total.sqrt(), rtol=1e-5, atol=0)
+    for D, grad, total in zip(directions(sm3(), grads), grads, sums, strict=True):
+        torch.testing.assert_close(D.double(), grad.double() / total.sqrt(), rtol=1e-5, atol=0)
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 10**6))
 def test_steps_are_at_most_adagrads(m, n, seed):
-    """nu bounds the sum of squares from above (the paper's proposition 2)."""
+    """nu is at least the sum of squares (the paper's proposition 2)."""
     grads = [gaussian(2, m, n, seed=seed + t) for t in range(5)]
     sums = torch.stack(grads).double().square().cumsum(0)
-    for found, grad, total in zip(directions(sm3(), grads), grads, sums, strict=True):
-        assert (found.abs() <= grad.abs() / total.sqrt() * (1 + 1e-5)).all()
+    for D, grad, total in zip(directions(sm3(), grads), grads, sums, strict=True):
+        assert (D.abs() <= grad.abs() / total.sqrt() * (1 + 1e-5)).all()
 
 
-def test_the_first_step_is_the_sign_and_memory_is_rows_and_columns():
+def test_the_first_step_is_the_sign_and_the_state_is_a_row_and_a_column():
     grad = gaussian(2, 5, 7)
     assert torch.equal(directions(sm3(), [grad])[0], grad.sign())
     state = build_rule(sm3()).init_state(grad.bfloat16())
@@ -79,6 +79,6 @@ def test_the_scale_of_the_gradients_does_not_matter(scale):
     rule, grads = build_rule(sm3()), gradients(2, 5, 7, steps=6)
     plain, scaled = rule.init_state(grads[0]), rule.init_state(grads[0])
     for t, grad in enumerate(grads):
-        wanted = rule.direction(grad, grad, plain, hyper(1.0, count=t + 1))
-        found = rule.direction(grad, grad * scale, scaled, hyper(1.0, count=t + 1))
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
+        expected = rule.direction(grad, grad, plain, hyper(1.0, count=t + 1))
+        D = rule.direction(grad, grad * scale, scaled, hyper(1.0, count=t + 1))
+        torch.testing.assert_close(D, expected, rtol=1e-5, atol=0)

@@ -1,4 +1,4 @@
-"""SOAP and SOAP-Muon: a slow twin, public code, and the bases that they turn."""
+"""Test SOAP and SOAP-Muon: against a slow float64 reference, pytorch_optimizer, and the update of the bases."""
 
 import pytest
 import torch
@@ -7,20 +7,20 @@ from configs.optim import SOAP, Muon, SOAPMuon
 from optim.groups import build_rule
 from optim.newton_schulz import orthogonalize_svd
 from optim.rule import Step
-from optim.zoo.shampoo import eigenbasis, turn_basis
+from optim.zoo.shampoo import eigenbasis, iterate_eigenbasis
 from tests.optim.oracle import directions, gaussian, hyper
 
 
-def test_soap_muons_first_step_is_muons():
+def test_the_first_step_of_soap_muon_is_muons():
     G = gaussian(2, 6, 9)
-    found, = directions(SOAPMuon(), [G])
-    wanted, = directions(Muon(), [G])
-    torch.testing.assert_close(found, wanted)
+    step, = directions(SOAPMuon(), [G])
+    expected, = directions(Muon(), [G])
+    torch.testing.assert_close(step, expected)
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_soap_muon_is_its_formula(every):
-    """The twin keeps bases in float64 and permutes by loops. Square: else the first gradient leaves part of a basis free."""
+def test_soap_muon_matches_its_formula(every):
+    """Square matrices, because the first gradient of others leaves part of a basis undetermined."""
     grads = [gaussian(1, 7, 7, seed=i) for i in range(20)]
     config = SOAPMuon(momentum=0.9, ns="svd", gram_beta=0.9, beta2=0.8, eps=1e-8, every_steps=every, unit="spectral")
     L, R, V, M = (torch.zeros(*s).double() for s in ((7, 7),) * 4)
@@ -43,8 +43,8 @@ def test_soap_muon_is_its_formula(every):
             V = V[rows][:, columns]
 
 
-def test_soap_is_the_public_one():
-    """pytorch_optimizer's SOAP, itself equal to the authors' within 7e-7, over 20 steps."""
+def test_soap_matches_pytorch_optimizer():
+    """In 20 steps; pytorch_optimizer's SOAP is equal to the authors' within 7e-7."""
     public = pytest.importorskip("pytorch_optimizer")
     start, grads = gaussian(1, 9, 9, seed=99), [gaussian(1, 9, 9, seed=i) for i in range(20)]
     param = torch.nn.Parameter(start[0].clone())
@@ -61,12 +61,12 @@ def test_soap_is_the_public_one():
     assert (W[0] - param.detach()).norm() < 1e-4 * moved
 
 
-def test_a_turned_basis_is_orthonormal_sorted_and_converges():
+def test_orthogonal_iteration_gives_sorted_eigenvectors():
     G = gaussian(2, 7, 30) * torch.logspace(0, 1, 7).view(1, 7, 1)
     A = G @ G.mT
     Q = eigenbasis(gaussian(2, 7, 7) @ gaussian(2, 7, 7).mT)
     for _ in range(200):
-        order = turn_basis(A, Q)
+        order = iterate_eigenbasis(A, Q)
         assert sorted(order[0].tolist()) == list(range(7))
     torch.testing.assert_close(Q.mT @ Q, torch.eye(7).expand(2, 7, 7), rtol=0, atol=1e-5)
     inner = Q.mT @ A @ Q

@@ -1,4 +1,4 @@
-"""The sphere: steps and tangents against their closed forms."""
+"""Test the sphere: steps and tangential parts against their closed forms."""
 
 import math
 
@@ -14,16 +14,16 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def started(constraint: Sphere, *shape: int) -> Tensor:
+def start_on_sphere(constraint: Sphere, *shape: int) -> Tensor:
     W = gaussian(*shape)
     constraint.project_start(W)
     return W
 
 
 @pytest.mark.parametrize("axis", [-1, -2])
-def test_a_geodesic_step_turns_by_its_length_towards_the_descent(axis):
+def test_a_geodesic_step_turns_by_lr_times_the_tangents_length(axis):
     sphere = Sphere(axis=axis, retraction="geodesic")
-    W, D = started(sphere, 2, 3, 4), gaussian(2, 3, 4, seed=1)
+    W, D = start_on_sphere(sphere, 2, 3, 4), gaussian(2, 3, 4, seed=1)
     tangent = D - W * (W * D).sum(axis, keepdim=True)
     before = W.clone()
     sphere.move(W, D, torch.tensor(0.3, dtype=torch.float64), {})
@@ -41,35 +41,35 @@ def test_half_a_turn_along_the_geodesic_reaches_the_other_pole():
 
 @pytest.mark.parametrize("axis", [-1, -2])
 def test_retraction_and_geodesic_agree_to_second_order(axis):
-    W, D = started(Sphere(axis=axis), 2, 3, 4), gaussian(2, 3, 4, seed=1)
+    W, D = start_on_sphere(Sphere(axis=axis), 2, 3, 4), gaussian(2, 3, 4, seed=1)
     gaps = []
     for lr in (1e-2, 1e-3):
         straight, great = W.clone(), W.clone()
         Sphere(axis=axis, tangent="dual").move(straight, D, torch.tensor(lr).double(), {})
         Sphere(axis=axis, retraction="geodesic").move(great, D, torch.tensor(lr).double(), {})
         gaps.append((straight - great).abs().max())
-    assert gaps[1] < 2e-3 * gaps[0]  # in fact of third order
+    assert gaps[1] < 2e-3 * gaps[0]  # the difference is even of third order
 
 
 @pytest.mark.parametrize("tangent", ["gradient", "momentum", "dual"])
-def test_what_the_rule_sees_is_tangent(tangent):
+def test_gradients_and_averages_are_tangential_as_configured(tangent):
     sphere = Sphere(tangent=tangent)
-    W, G, state = started(sphere, 2, 3, 4), gaussian(2, 3, 4, seed=1), {"momentum": gaussian(2, 3, 4, seed=2)}
-    seen = sphere.project_gradient(W, G, state)
-    torch.testing.assert_close((seen.double() * W).sum(-1), torch.zeros(2, 3).double(), atol=1e-6, rtol=0)
+    W, G, state = start_on_sphere(sphere, 2, 3, 4), gaussian(2, 3, 4, seed=1), {"momentum": gaussian(2, 3, 4, seed=2)}
+    projected = sphere.project_gradient(W, G, state)
+    torch.testing.assert_close((projected.double() * W).sum(-1), torch.zeros(2, 3).double(), atol=1e-6, rtol=0)
     radial = (state["momentum"] * W).sum(-1).abs().max()
     assert (radial < 1e-6) == (tangent != "gradient")
 
 
-def test_untouched_where_nothing_is_asked():
+def test_tangent_none_changes_neither_gradient_nor_average():
     G, state = gaussian(1, 2, 3), {"momentum": gaussian(1, 2, 3, seed=1)}
-    kept = state["momentum"].clone()
-    assert Sphere().project_gradient(gaussian(1, 2, 3, seed=2), G, state) is G and torch.equal(state["momentum"], kept)
+    before = state["momentum"].clone()
+    assert Sphere().project_gradient(gaussian(1, 2, 3, seed=2), G, state) is G and torch.equal(state["momentum"], before)
 
 
 def test_steepest_descent_on_the_sphere_is_the_best_of_all_tangent_steps():
-    """For the Euclidean norm of rows: of all steps as long, none gains more to first order."""
-    W, G = started(Sphere(), 1, 1, 6), gaussian(1, 1, 6, seed=1)
+    """Euclidean norm of rows: no tangential step of the same length decreases the loss more, to first order."""
+    W, G = start_on_sphere(Sphere(), 1, 1, 6), gaussian(1, 1, 6, seed=1)
     best = Sphere(tangent="gradient").project_gradient(W, G, {})
     best = best / best.norm()
     for seed in range(20):
@@ -79,11 +79,11 @@ def test_steepest_descent_on_the_sphere_is_the_best_of_all_tangent_steps():
 
 @pytest.mark.parametrize(("constraint", "scope"), [
     (Hyperball(), "matrix"), (Sphere(), "row"), (Sphere().along(-2), "matrix")])
-def test_a_rank_owns_whole_vectors(constraint, scope):
+def test_scope_keeps_vectors_whole(constraint, scope):
     assert constraint.scope == scope
 
 
-def test_padding_stays_zero():
+def test_zero_padding_stays_zero():
     W = torch.zeros(1, 2, 3)
     for sphere in (Sphere(), Sphere(retraction="geodesic")):
         sphere.move(W, torch.zeros(1, 2, 3), torch.tensor(0.1), {})

@@ -1,4 +1,4 @@
-"""Manifold Muon: its step is tangent, of norm 1, and the best; its weights stay on the manifold."""
+"""Test manifold Muon: steps are tangential, of norm 1 and optimal; the weights stay on the manifold."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from configs.optim import Stiefel
 from optim.groups import build_rule
 from optim.newton_schulz import orthogonalize_svd
 from optim.rule import Hyper, Step
-from optim.zoo.stiefel import StiefelSet, solve
+from optim.zoo.stiefel import StiefelSet, solve_dual
 from tests.optim.oracle import FULL, one_role
 
 SHAPES = [(6, 6), (24, 6), (6, 24), (12, 8)]
@@ -17,7 +17,7 @@ HYPER = Hyper(*(torch.tensor(x) for x in (0.1, 0.0, 0.9, 1.0)))
 
 
 def residual(W: Tensor, A: Tensor) -> Tensor:
-    """How far steps are from tangent: rms(A^T W + W^T A) / rms(A), (K,); for wide matrices of the transposes."""
+    """Return rms(A^T W + W^T A) / rms(A), (K,), which is 0 for tangential steps; wide matrices are transposed."""
     W, A = (x.mT if W.size(-2) < W.size(-1) else x for x in (W, A))
     H = W.mT @ A + A.mT @ W
     return H.square().mean((-2, -1)).sqrt() / A.square().mean((-2, -1)).sqrt().clamp_min(1e-30)
@@ -33,7 +33,7 @@ def step_at(W: Tensor, G: Tensor, **config: object) -> Tensor:
 
 
 @every_shape
-def test_steps_are_tangent_and_of_norm_at_most_one(shape):
+def test_steps_are_tangential_and_of_norm_at_most_one(shape):
     W, G = orthogonalize_svd(gaussian(3, *shape)), gaussian(3, *shape, seed=1)
     A = step_at(W, G)
     assert residual(W, A).max() < 1e-4
@@ -41,28 +41,28 @@ def test_steps_are_tangent_and_of_norm_at_most_one(shape):
 
 
 @every_shape
-def test_no_tangent_step_of_norm_one_gains_more(shape):
+def test_no_tangential_step_of_norm_one_is_steeper(shape):
     W, G = orthogonalize_svd(gaussian(1, *shape)), gaussian(1, *shape, seed=1)
     best = (G * step_at(W, G)).sum()
-    tall, flip = (W, False) if shape[0] >= shape[1] else (W.mT, True)
+    tall, is_wide = (W, False) if shape[0] >= shape[1] else (W.mT, True)
     for seed in range(50):
         noise = 0.3 * gaussian(*tall.shape, seed=seed + 2)
-        A = (step_at(W, G).mT if flip else step_at(W, G)) + noise
+        A = (step_at(W, G).mT if is_wide else step_at(W, G)) + noise
         A = A - tall @ (tall.mT @ A + A.mT @ tall) / 2
         A = A / torch.linalg.matrix_norm(A, 2)[:, None, None].clamp_min(1)
-        assert ((G.mT if flip else G) * A).sum() <= best + 1e-3 * abs(best)
+        assert ((G.mT if is_wide else G) * A).sum() <= best + 1e-3 * abs(best)
 
 
 def test_square_weights_have_a_closed_form():
-    """The tangent space at W is W times skew matrices: A = W msign(skew(W^T G)), at the first iteration."""
+    """The tangent space at W is {W B: B skew}, so A = W msign(skew(W^T G)), in one iteration."""
     W, G = orthogonalize_svd(gaussian(2, 6, 6)), gaussian(2, 6, 6, seed=1)
     C = W.mT @ G
     torch.testing.assert_close(step_at(W, G, dual_steps=1), W @ orthogonalize_svd(C - C.mT), atol=1e-6, rtol=0)
 
 
-def test_twenty_iterations_leave_a_thousandth_where_the_long_side_is_four_times_the_short():
+def test_twenty_iterations_leave_a_residual_below_a_thousandth_at_aspect_ratio_four():
     W, G = orthogonalize_svd(gaussian(4, 128, 32)), gaussian(4, 128, 32, seed=1)
-    A, _ = solve(W, G, torch.zeros(4, 32, 32, dtype=torch.float64), 20)
+    A, _ = solve_dual(W, G, torch.zeros(4, 32, 32, dtype=torch.float64), 20)
     assert residual(W, A).max() < 1e-3
 
 
@@ -74,7 +74,7 @@ def test_the_gradients_scale_does_not_matter(scale, shape):
 
 
 @every_shape
-def test_no_gradient_or_a_radial_one_no_step(shape):
+def test_zero_and_radial_gradients_give_no_step(shape):
     W = orthogonalize_svd(gaussian(1, *shape))
     for G in (torch.zeros_like(W), W.clone()):
         assert step_at(W, G).abs().max() < 1e-5
@@ -87,12 +87,12 @@ def test_a_gradient_of_rank_one_gives_a_finite_step(shape):
     assert A.isfinite().all() and torch.linalg.matrix_norm(A, 2).max() < 1 + 1e-6
 
 
-def test_the_last_dual_is_a_better_start():
+def test_a_warm_start_of_the_dual_reduces_the_residual():
     W, G = orthogonalize_svd(gaussian(1, 24, 12)), gaussian(1, 24, 12, seed=1)
     rule = build_rule(Stiefel(averaging="none", dual_steps=3))
     state = rule.init_state(W)
-    found = [residual(W, rule.direction(W, G, state, HYPER)).item() for _ in range(6)]
-    assert found[-1] < 0.3 * found[0]
+    residuals = [residual(W, rule.direction(W, G, state, HYPER)).item() for _ in range(6)]
+    assert residuals[-1] < 0.3 * residuals[0]
 
 
 # ---- The manifold --------------------------------------------------------------------------------------------------------
@@ -119,10 +119,10 @@ def test_singular_values_stay_one_while_it_trains():
         assert all((torch.linalg.svdvals(w.detach()) - 1).abs().max() < 1e-4 for w in params.values())
 
 
-def test_zero_weights_are_refused():
+def test_zero_weights_raise():
     with pytest.raises(ValueError, match="full rank.*--model.no_zero_init_projections"):
         StiefelSet().project_start(torch.zeros(1, 4, 3))
 
 
-def test_the_rule_brings_its_constraint():
+def test_the_rule_sets_its_constraint():
     assert Step.build(Stiefel()).constraint == StiefelSet()
