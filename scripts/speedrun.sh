@@ -37,8 +37,8 @@ visible=$(python -c "import torch; print(torch.cuda.device_count())") # unlike n
 python -c "import torch, kernels; print('torch', torch.__version__, 'CUDA', torch.version.cuda, 'NCCL', \
   torch.cuda.nccl.version()); print(kernels.device_paths(torch.device('cuda')).line())"
 gpus=${GPUS:-$visible}
-[[ $gpus =~ ^[1-9][0-9]*$ && $gpus -le $visible ]] || fail "GPUS must be a number from 1 to $visible, the GPUs that PyTorch" \
-  "sees, got $gpus"
+[[ $gpus =~ ^[1-9][0-9]*$ && $gpus -le $visible ]] \
+  || fail "GPUS must be a number from 1 to $visible, the GPUs that PyTorch sees, got $gpus"
 
 step "2/5 fetch the data (shards that are already here stay as they are)"
 if [[ -z ${SHARDS:-} ]]; then

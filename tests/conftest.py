@@ -1,4 +1,4 @@
-"""Tests and the processes that they start use one thread: for small tensors, synchronising threads costs more than it saves."""
+"""Tests and the processes that they start use one thread: for small tensors, more threads only wait for each other."""
 
 import os
 
