@@ -166,6 +166,11 @@ class Progress:
     exhausted: bool = False
     """True if the documents ended with the last of these shards."""
 
+    @property
+    def num_written(self) -> int:
+        """Number of shards that are recorded as written."""
+        return len(self.starts) if self.exhausted else len(self.starts) - 1
+
     def save(self, path: Path) -> None:
         """Write the progress to `path` as JSON, atomically."""
         write_json(path, asdict(self))
@@ -178,7 +183,9 @@ def tokenize(source: str, folder: Path, *, shards: int, shard_tokens: int, worke
     folder holds shards of other documents or of another size.
     """
     progress = open_progress(source, folder, shard_tokens)
-    missing = [i for i in range(min(shards, len(progress.starts))) if not is_shard(folder / shard_name(i))]
+    # A shard that is on disk but not recorded is made again: the work was killed before it could record the next start.
+    missing = [i for i in range(min(shards, len(progress.starts)))
+               if i >= progress.num_written or not is_shard(folder / shard_name(i))]
     if missing:
         document, token = progress.starts[missing[0]]
         del progress.starts[missing[0] + 1:]
@@ -186,8 +193,7 @@ def tokenize(source: str, folder: Path, *, shards: int, shard_tokens: int, worke
         print(f"{folder}: tokenizing from shard {missing[0]}, which begins at document {document:,}, token {token:,}")
         stream = encode_all(read_documents(source, document), workers)
         write_shards(stream, folder, progress, shards=shards, skip_tokens=token)
-    written = len(progress.starts) if progress.exhausted else len(progress.starts) - 1
-    print(f"{folder} is complete: {min(shards, written)} shards of at most {shard_tokens:,} tokens"
+    print(f"{folder} is complete: {min(shards, progress.num_written)} shards of at most {shard_tokens:,} tokens"
           f"{'; the documents are exhausted' if progress.exhausted else ''}")
 
 

@@ -199,6 +199,18 @@ def test_interrupted_work_continues_at_the_first_missing_shard(tmp_path, tokeniz
     assert len(tokenized) == began, "complete shards are not made again"
 
 
+def test_a_kill_between_writing_and_recording_a_shard_loses_no_tokens(tmp_path, tokenized):
+    stream = np.concatenate(make_documents()).tolist()
+    recorded = tmp_path / "tokenized.json"
+    for shards in (1, 1000):  # killed after a full shard, and after the last, shorter one
+        open_progress("x", tmp_path, 50)
+        before = recorded.read_text()
+        tokenize("x", tmp_path, shards=shards, shard_tokens=50, workers=1)
+        recorded.write_text(before)
+        tokenize("x", tmp_path, shards=shards, shard_tokens=50, workers=1)
+        assert joined(tmp_path)[1] == stream[:shards * 50]
+
+
 def test_documents_that_end_with_a_shard_leave_no_empty_one(tmp_path, tokenized):
     total = sum(map(len, make_documents()))
     tokenize("x", tmp_path, shards=9, shard_tokens=total, workers=1)
