@@ -20,8 +20,7 @@ class Sync:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ("runs",)
     """Run folders, folders of run folders, or glob patterns."""
     unfinished: bool = False
-    """Also upload runs without a summary.json, which were interrupted or are still training. Metrics that such a run logs
-    after the upload never reach wandb."""
+    """Also upload runs without a summary.json: interrupted, or still training. Metrics logged later never reach wandb."""
     dry_run: bool = False
     """List the folders that would be uploaded, and stop."""
 
