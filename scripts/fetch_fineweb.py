@@ -59,7 +59,7 @@ class Fetch:
     mirror: str | None = None
     """Copy the shards from this folder (a path or a file:// address) instead; needs no network."""
     tokenize: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None
-    """Make the shards from HuggingFaceFW/fineweb, another data set, or a folder of .txt, .jsonl or .parquet files instead."""
+    """Make the shards instead, from HuggingFaceFW/fineweb, another data set, or a folder of .txt, .jsonl or .parquet."""
     shard_tokens: int = 100_000_000
     """With --tokenize: tokens per shard; the last shard may have fewer."""
     workers: int = os.cpu_count() or 1
@@ -102,8 +102,7 @@ def install_shard(staged: Path, target: Path) -> None:
         read_shard(staged)
     except ValueError as error:
         staged.unlink()  # else the hub's library would take it for a finished download the next time
-        raise ValueError(f"a damaged shard arrived and was deleted; run the same command again, and if that does not help "
-                         f"use another source ({error})") from None
+        raise ValueError(f"a damaged shard arrived and was deleted; run this again or use another source ({error})") from None
     # Write the data to disk before the rename: after a power cut, a name must not stand for an incomplete shard.
     with staged.open("rb+") as file:
         os.fsync(file.fileno())

@@ -55,7 +55,7 @@ step "4/5 train $preset on $gpus GPUs into runs/$name"
 torchrun --standalone --nproc_per_node="$gpus" train_gpt.py "$preset" "$@" --run.dir runs --run.name "$name" || {
   status=$?
   echo "error: training stopped; the reason is above. To continue from the last checkpoint, or from the start if there is" \
-    "none: GPUS=$gpus NAME=$name scripts/speedrun.sh $preset ${*@Q} --run.resume" >&2
+    "none: ${SHARDS:+SHARDS=$SHARDS }GPUS=$gpus NAME=$name scripts/speedrun.sh $preset ${*@Q} --run.resume" >&2
   exit "$status"
 }
 

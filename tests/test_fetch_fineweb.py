@@ -80,8 +80,7 @@ def test_a_damaged_shard_of_the_mirror_is_deleted(tmp_path, mirror):
     os.truncate(mirror / shard_name(1), 1500)
     done = command("--shards", 1, "--dir", "here", "--mirror", mirror, cwd=tmp_path)
     assert done.returncode == 2
-    error = done.stderr.splitlines()[-1]
-    assert error.startswith("error: a damaged shard arrived and was deleted; run the same command again")
+    assert done.stderr.splitlines()[-1].startswith("error: a damaged shard arrived and was deleted; run this again")
     assert names(tmp_path / "here") == [".incoming", shard_name(0)] and names(tmp_path / "here" / ".incoming") == []
 
 
