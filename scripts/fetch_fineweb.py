@@ -102,7 +102,7 @@ def install_shard(staged: Path, target: Path) -> None:
         read_shard(staged)
     except ValueError as error:
         staged.unlink()  # else the hub's library would take it for a finished download the next time
-        raise ValueError(f"a damaged shard arrived and was deleted; run this again or use another source ({error})") from None
+        raise ValueError(f"a damaged shard arrived and was deleted; run this again or use another source: {error}") from None
     # Write the data to disk before the rename: after a power cut, a name must not stand for an incomplete shard.
     with staged.open("rb+") as file:
         os.fsync(file.fileno())
