@@ -1,9 +1,12 @@
-"""FineWeb shards on disk: `python -m scripts.fetch_fineweb --shards 9`; from the hub, a mirror, or your documents.
+"""Download FineWeb shards, copy them from a mirror, or tokenize documents into shards.
 
+    python -m scripts.fetch_fineweb --shards 9
     python -m scripts.fetch_fineweb --preset track3 -- --train.steps 9000
+    python -m scripts.fetch_fineweb --tokenize my_texts --dir data/mine
 
-Own documents are taken in their order, each opened by end-of-text, so that shards are the same however often the work was
-interrupted; shard 0 is for validation. Where each shard begins stands in tokenized.json beside them.
+After an interruption the same command continues where it stopped. Shard 0 is for validation, the others are for training.
+With --tokenize, documents are taken in order, each after an end-of-text token. tokenized.json records where each shard
+begins in them, so interrupted work gives the same shards as uninterrupted work.
 """
 
 import json
@@ -23,6 +26,7 @@ import tyro
 from tqdm import tqdm
 
 from configs.cli import parse_row
+from configs.notation import raise_if
 from configs.schema import Run
 from data.run.folder import write_json
 from data.shards import is_shard, read_shard, write_shard
@@ -31,163 +35,177 @@ from data.tokenizers import Tokenizer, load_tokenizer
 from optim.schedule import Schedule
 from scripts import command
 
-HUB_SHARDS, HUB_SHARD_TOKENS = 103, 100_000_000
-FEWEST = 9  # the training shards of the speedrun's first records
+HUB_SHARDS, HUB_SHARD_TOKENS = 103, 100_000_000  # training shards of kjj0/fineweb10B-gpt2
+MIN_SHARDS = 9  # training shards of the speedrun's first records
 HUB_FOLDER = "data/fineweb10B/"
-FINEWEB, FINEWEB_SAMPLE = "HuggingFaceFW/fineweb", "sample-10BT"
+FINEWEB, FINEWEB_SAMPLE = "HuggingFaceFW/fineweb", "sample-10BT"  # the sample from which the hub's shards were made
 READERS = {".txt": ("text", {"sample_by": "document"}), ".jsonl": ("json", {}), ".parquet": ("parquet", {})}
-CHUNK_DOCUMENTS = 16
+"""By file suffix: the builder of the `datasets` library and its options; a .txt file is one document."""
+CHUNK_DOCUMENTS = 16  # documents sent to a worker process in one message, since most are short
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fetch:
-    """How many shards, and from where. Run it again after an interruption: it goes on where it was."""
+    """The number of shards and where they come from. Run the same command again to continue after an interruption."""
 
     shards: int = 9
-    """Training shards; the validation shard comes beside them. The hub has 103, of 100 M tokens (200 MB) each."""
+    """Number of training shards; the validation shard is fetched as well. The hub has 103 of 100 M tokens (200 MB) each."""
     preset: str = ""
-    """Instead of --shards: as many as this preset reads before its data repeats. Flags of its run stand after `--`."""
+    """Instead of --shards: fetch as many as this preset reads before its data repeat. Flags of its run go after `--`."""
     dir: Path = Path(HUB_FOLDER)
-    """Folder to fill."""
+    """Folder that receives the shards."""
     dataset: str = "kjj0/fineweb10B-gpt2"
     """Data set on huggingface.co that holds the shards."""
     mirror: str | None = None
-    """Copy from this folder (a path or a file:// address) and ask no network."""
+    """Copy the shards from this folder (a path or a file:// address) instead; needs no network."""
     tokenize: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None
-    """Make the shards instead: of HuggingFaceFW/fineweb, another data set, or a folder of .txt, .jsonl or .parquet."""
+    """Make the shards instead, from HuggingFaceFW/fineweb, another data set, or a folder of .txt, .jsonl or .parquet."""
     shard_tokens: int = 100_000_000
-    """With tokenize: tokens in a shard; the last may have fewer."""
+    """With --tokenize: tokens per shard; the last shard may have fewer."""
     workers: int = os.cpu_count() or 1
-    """With tokenize: processes."""
+    """With --tokenize: number of processes that encode documents."""
 
     def __post_init__(self) -> None:
         for name in ("shards", "shard_tokens", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if self.mirror and self.tokenize:
-            raise ValueError("--mirror and --tokenize exclude each other")
-        if not (self.mirror or self.tokenize) and self.shards > HUB_SHARDS:
-            raise ValueError(f"--shards must be at most {HUB_SHARDS}, all that the hub has, got {self.shards}")
+            raise_if(getattr(self, name) < 1, f"--{name} must be at least 1, got {getattr(self, name)}")
+        raise_if(bool(self.mirror and self.tokenize), "--mirror and --tokenize cannot be combined: give one of them")
+        raise_if(not (self.mirror or self.tokenize) and self.shards > HUB_SHARDS,
+                 f"--shards must be at most {HUB_SHARDS}, the number of training shards on the hub, got {self.shards}")
 
 
-def fetch(args: Fetch) -> None:
-    """Bring the missing shards. A file takes its name once it is whole: header, token count and size agree.
+def fetch_shards(args: Fetch) -> None:
+    """Fetch the validation shard and `args.shards` training shards, except those that `args.dir` holds already.
 
-    Raises ValueError where a shard cannot be had or is damaged, OSError where the disk does not play along.
+    Raises ValueError if a shard cannot be fetched or is damaged, and OSError if the disk is full or not writable.
     """
+    # A shard is written to the staging folder first and renamed once it is complete: a name in args.dir means a whole shard.
     staging = args.dir / ".incoming"
     staging.mkdir(parents=True, exist_ok=True)
-    for name in map(shard_name, range(args.shards + 1)):
-        if is_shard(args.dir / name):
-            print(f"{name}: already here")
+    origin = args.mirror or f"huggingface.co/datasets/{args.dataset}"
+    names = [shard_name(number) for number in range(args.shards + 1)]
+    for number, name in enumerate(names, start=1):
+        target = args.dir / name
+        if is_shard(target):
+            print(f"[{number}/{len(names)}] {name}: already here")
             continue
-        arrived = _copy(args.mirror, name, staging) if args.mirror else _download(args.dataset, name, staging)
-        accept(arrived, args.dir / name)
+        print(f"[{number}/{len(names)}] {name}: {'damaged here, ' if target.exists() else ''}fetching from {origin}")
+        staged = _copy_shard(args.mirror, name, staging) if args.mirror else _download_shard(args.dataset, name, staging)
+        install_shard(staged, target)
     shutil.rmtree(staging)
-    print(f"{args.dir}: 1 validation shard, {args.shards} training shards")
+    gigabytes = sum((args.dir / name).stat().st_size for name in names) / 1e9
+    print(f"{args.dir} is complete: 1 validation shard, {args.shards} training shards ({gigabytes:.2f} GB)")
 
 
-def accept(arrived: Path, target: Path) -> None:
-    """Give a whole shard its final name; remove one that is not, and raise ValueError."""
+def install_shard(staged: Path, target: Path) -> None:
+    """Move a complete shard to its final path. Raises ValueError if it is damaged, after deleting it."""
     try:
-        read_shard(arrived)
+        read_shard(staged)
     except ValueError as error:
-        arrived.unlink()
-        raise ValueError(f"not a whole shard, removed; run again to fetch it anew: {error}") from None
-    with arrived.open("rb+") as file:
+        staged.unlink()  # else the hub's library would take it for a finished download the next time
+        raise ValueError(f"a damaged shard arrived and was deleted; run this again or use another source: {error}") from None
+    # Write the data to disk before the rename: after a power cut, a name must not stand for an incomplete shard.
+    with staged.open("rb+") as file:
         os.fsync(file.fileno())
-    os.replace(arrived, target)
+    os.replace(staged, target)
 
 
-def _download(dataset: str, name: str, staging: Path) -> Path:
-    """The shard from the hub, in `staging`; what an earlier attempt left there is continued."""
+def _download_shard(dataset: str, name: str, staging: Path) -> Path:
+    """Download a shard into `staging` and return its path. An earlier download that was interrupted there is continued."""
     import huggingface_hub
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # of a missing network we tell once
-    print(f"{name}: from huggingface.co/datasets/{dataset}")
+    logging.set_verbosity_error()  # the error below reports a missing network, once
     try:
         return Path(huggingface_hub.hf_hub_download(dataset, name, repo_type="dataset", local_dir=staging))
-    except Exception as error:  # the hub's HTTP library, and with it what it raises, changes between versions
-        raise ValueError(f"cannot fetch {name} of {dataset} ({type(error).__name__}): is huggingface.co reachable, and "
-                         "the name right? Without a network: --mirror FOLDER, or --tokenize FOLDER") from None
+    except Exception as error:  # the hub's HTTP library changes between versions, and with it the classes that it raises
+        raise ValueError(f"cannot download {name} from data set {dataset} ({type(error).__name__}): check the network and "
+                         "the name; without a network use --mirror FOLDER or --tokenize FOLDER") from None
 
 
 def shard_name(number: int) -> str:
-    """The speedrun's file names: shard 0 validates, the others train."""
+    """Return the file name that the speedrun gives to a shard: number 0 is for validation, the others for training."""
     return f"fineweb_{'train' if number else 'val'}_{number:06d}.bin"
 
 
-def _copy(mirror: str, name: str, staging: Path) -> Path:
-    """The shard from a folder, in `staging`."""
+def _copy_shard(mirror: str, name: str, staging: Path) -> Path:
+    """Copy a shard from a folder into `staging` and return the path of the copy."""
     address = urlsplit(mirror)
-    if address.scheme not in ("", "file"):
-        raise ValueError(f"--mirror takes a folder or a file:// address, got {mirror!r}")
+    raise_if(address.scheme not in ("", "file"), f"--mirror takes a folder or a file:// address, got {mirror!r}")
     source = Path(unquote(address.path) if address.scheme else mirror) / name
-    if not source.is_file():
-        raise ValueError(f"--mirror: there is no {source}")
-    print(f"{name}: from {source.parent}")
+    raise_if(not source.is_file(), f"--mirror: there is no {source}")
     return Path(shutil.copyfile(source, staging / name))
 
 
-def shards_read(run: Run) -> int:
-    """FineWeb shards that the run reads, at most, before its data repeats; 0 where it does not read them from their folder.
+def shards_needed(run: Run) -> int:
+    """Return how many FineWeb training shards the run reads at most before its data repeat.
 
-    Orders that clip documents skip part of the stream: twice the run's tokens are taken to be enough.
+    0 if the run reads other files than the FineWeb shards in their usual folder.
     """
     if run.data.source != "shards" or not all(str(name).startswith(HUB_FOLDER) for name in run.data.train_files):
         return 0
+    # The order `documents` cuts long documents and skips what it cuts off: twice the run's tokens are assumed to suffice.
     tokens = Schedule(run).tokens_before(run.train.steps) * (2 if run.data.order == "documents" else 1)
-    return min(HUB_SHARDS, max(FEWEST, math.ceil(tokens / HUB_SHARD_TOKENS)))
+    return min(HUB_SHARDS, max(MIN_SHARDS, math.ceil(tokens / HUB_SHARD_TOKENS)))
 
 
-# ---- One's own documents --------------------------------------------------------------------------------------------
+# ---- Shards from documents -------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
 class Progress:
-    """What tokenized.json holds."""
+    """The content of tokenized.json: how far the documents are cut into shards."""
 
     source: str
+    """Data set or folder of the documents."""
     shard_tokens: int
+    """Tokens per shard."""
     starts: list[list[int]] = field(default_factory=lambda: [[0, 0]])
-    """Where shard 0, 1, ... begins: (document, token within it)."""
+    """For shard 0, 1, ...: [document, token within it] of its first token. Until the documents are exhausted, the last entry
+    is the start of the shard to write next."""
     exhausted: bool = False
-    """The documents ended with the last of these shards."""
+    """True if the documents ended with the last of these shards."""
+
+    @property
+    def num_written(self) -> int:
+        """Number of shards that are recorded as written."""
+        return len(self.starts) if self.exhausted else len(self.starts) - 1
 
     def save(self, path: Path) -> None:
-        """Write it, all or nothing."""
+        """Write the progress to `path` as JSON, atomically."""
         write_json(path, asdict(self))
 
 
 def tokenize(source: str, folder: Path, *, shards: int, shard_tokens: int, workers: int) -> None:
-    """Make the missing ones of the first `shards` shards, fewer where the documents end before.
+    """Make those of the shards 0 to `shards` - 1 that are missing in `folder`; fewer if the documents end before.
 
-    Raises ValueError for a source without documents, and a folder that holds other shards.
+    All shards after the first missing one are written again. Raises ValueError if the source has no documents, and if the
+    folder holds shards of other documents or of another size.
     """
     progress = open_progress(source, folder, shard_tokens)
-    first = next((i for i in range(len(progress.starts)) if not is_shard(folder / shard_name(i))), len(progress.starts))
-    if first < min(shards, len(progress.starts)):
-        document, token = progress.starts[first]
-        del progress.starts[first + 1:]
+    # A shard that is on disk but not recorded is made again: the work was killed before it could record the next start.
+    missing = [i for i in range(min(shards, len(progress.starts)))
+               if i >= progress.num_written or not is_shard(folder / shard_name(i))]
+    if missing:
+        document, token = progress.starts[missing[0]]
+        del progress.starts[missing[0] + 1:]
         progress.exhausted = False
+        print(f"{folder}: tokenizing from shard {missing[0]}, which begins at document {document:,}, token {token:,}")
         stream = encode_all(read_documents(source, document), workers)
         write_shards(stream, folder, progress, shards=shards, skip_tokens=token)
-    made = len(progress.starts) - (not progress.exhausted)
-    print(f"{folder}: {min(shards, made)} shards{', all that the documents fill' if progress.exhausted else ''}")
+    print(f"{folder} is complete: {min(shards, progress.num_written)} shards of at most {shard_tokens:,} tokens"
+          f"{'; the documents are exhausted' if progress.exhausted else ''}")
 
 
 def open_progress(source: str, folder: Path, shard_tokens: int) -> Progress:
-    """The progress that `folder` holds, or a new one. Raises ValueError where its shards are not of this work."""
+    """Return the progress recorded in `folder`, or begin a new one. Raises ValueError if the folder holds other shards."""
     path = folder / "tokenized.json"
     if path.exists():
         progress = Progress(**json.loads(path.read_text()))
         if (progress.source, progress.shard_tokens) != (source, shard_tokens):
-            raise ValueError(f"{folder} holds shards of {progress.shard_tokens} tokens made from {progress.source}; "
-                             "go on with these, or choose another --dir")
+            raise ValueError(f"{folder} holds shards of {progress.shard_tokens:,} tokens made from {progress.source}; give "
+                             "the same source and --shard_tokens to continue, or choose another --dir")
         return progress
-    if any(folder.glob("fineweb_*.bin")):
-        raise ValueError(f"{folder} holds shards that were not made from {source}; choose another --dir")
+    raise_if(any(folder.glob("fineweb_*.bin")), f"{folder} holds shards not made from {source}; choose another --dir")
     progress = Progress(source, shard_tokens)
     progress.save(path)
     return progress
@@ -195,30 +213,36 @@ def open_progress(source: str, folder: Path, shard_tokens: int) -> Progress:
 
 def write_shards(documents: Iterable[np.ndarray], folder: Path, progress: Progress, *, shards: int,
                  skip_tokens: int) -> None:
-    """Fill shards up to number `shards` - 1, from the document where the last of progress.starts lies."""
-    shard, filled = np.empty(progress.shard_tokens, dtype=np.uint16), 0
+    """Write shards until number `shards` - 1 is complete or the documents end, and record each in tokenized.json.
+
+    documents: token arrays; the first is the document in which the last shard of progress.starts begins, and its first
+    `skip_tokens` tokens belong to the shard before.
+    """
+    buffer, filled = np.empty(progress.shard_tokens, dtype=np.uint16), 0
     for document, tokens in enumerate(documents, start=progress.starts[-1][0]):
         used, skip_tokens = skip_tokens, 0
         while used < len(tokens):
-            part = tokens[used:used + len(shard) - filled]
-            shard[filled:filled + len(part)] = part
+            # Copy as much of the document as the shard has room for.
+            part = tokens[used:used + len(buffer) - filled]
+            buffer[filled:filled + len(part)] = part
             filled, used = filled + len(part), used + len(part)
-            if filled == len(shard):
-                write_shard(folder / shard_name(len(progress.starts) - 1), shard)
+            # Write a full shard first, then record it: tokenized.json never names a shard that is not on disk.
+            if filled == len(buffer):
+                write_shard(folder / shard_name(len(progress.starts) - 1), buffer)
                 progress.starts.append([document, used])
                 progress.save(folder / "tokenized.json")
                 filled = 0
                 if len(progress.starts) > shards:
                     return
-    _finish(shard[:filled], folder, progress)
+    _write_last_shard(buffer[:filled], folder, progress)
 
 
-def _finish(rest: np.ndarray, folder: Path, progress: Progress) -> None:
-    """The documents have ended: write the last, partial shard. Raises ValueError if there was nothing at all."""
-    if len(rest):
-        write_shard(folder / shard_name(len(progress.starts) - 1), rest)
+def _write_last_shard(tokens: np.ndarray, folder: Path, progress: Progress) -> None:
+    """Write what is left at the end of the documents as a shorter shard. Raises ValueError if there were no documents."""
+    if len(tokens):
+        write_shard(folder / shard_name(len(progress.starts) - 1), tokens)
     elif len(progress.starts) > 1:
-        progress.starts.pop()
+        progress.starts.pop()  # the documents ended exactly with the shard before: there is no shard to write next
     else:
         raise ValueError(f"{progress.source} holds no documents")
     progress.exhausted = True
@@ -226,7 +250,8 @@ def _finish(rest: np.ndarray, folder: Path, progress: Progress) -> None:
 
 
 def encode_all(texts: Iterable[str], workers: int) -> Iterator[np.ndarray]:
-    """Each document's tokens, end-of-text first, in order, encoded by a pool of processes."""
+    """Encode documents in a pool of `workers` processes; yield each one's tokens, uint16, end-of-text first, in order."""
+    # spawn: a forked process would inherit locks that threads of the data set library hold, and could wait forever.
     with get_context("spawn").Pool(workers) as pool:
         encoded = pool.imap(_encode, texts, chunksize=CHUNK_DOCUMENTS)
         yield from tqdm(encoded, unit=" documents", desc="tokenized", disable=None)
@@ -234,55 +259,58 @@ def encode_all(texts: Iterable[str], workers: int) -> Iterator[np.ndarray]:
 
 @cache
 def _gpt2() -> Tokenizer:
-    """One tokenizer per process."""
+    """Return the GPT-2 tokenizer, loaded once per process."""
     return load_tokenizer("gpt2", cache_dir=Path())
 
 
 def _encode(text: str) -> np.ndarray:
+    # errors="replace": JSON may hold lone surrogates, which UTF-8 cannot encode.
     return encode_documents([text.encode(errors="replace")], _gpt2())
 
 
 def read_documents(source: str, first: int) -> Iterator[str]:
-    """The texts of a folder or of a data set on the hub, from document `first` on.
+    """Yield the texts of a folder or of a data set on the hub, from document number `first` on.
 
-    Raises ValueError where they cannot be had, or have no column `text`.
+    Raises ValueError if they cannot be read, or have no column `text`.
     """
     import datasets
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # of a missing network we tell once
-    kind, options = _reader(source)
+    logging.set_verbosity_error()  # as in _download_shard
+    builder, options = _load_arguments(source)
     try:
-        stream = datasets.load_dataset(kind, split="train", streaming=True, **options)
+        stream = datasets.load_dataset(builder, split="train", streaming=True, **options)
     except (OSError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"cannot read {source} ({type(error).__name__}): is huggingface.co reachable, and the name "
-                         "right? Without a network, name a folder of .txt, .jsonl or .parquet files") from None
+        raise ValueError(f"cannot read data set {source} ({type(error).__name__}): check the network and the name; without "
+                         "a network give a folder of .txt, .jsonl or .parquet files") from None
     for record in stream.skip(first):
         if "text" not in record:
             raise ValueError(f"{source} has no column 'text', only {', '.join(record)}")
         yield record["text"]
 
 
-def _reader(source: str) -> tuple[str, dict]:
-    """The arguments of datasets.load_dataset."""
+def _load_arguments(source: str) -> tuple[str, dict]:
+    """Return the first argument and the options of datasets.load_dataset for a folder or a data set's name.
+
+    Raises ValueError if a folder holds no readable file, or files of more than one kind.
+    """
     folder = Path(source).expanduser()
     if not folder.is_dir():
         return source, {"name": FINEWEB_SAMPLE} if source == FINEWEB else {}
     files = sorted(str(path) for path in folder.rglob("*") if path.suffix in READERS)
     suffixes = {Path(name).suffix for name in files}
-    if len(suffixes) != 1:
-        raise ValueError(f"{source} must hold files of one kind of {', '.join(READERS)}, found "
-                         f"{', '.join(sorted(suffixes)) or 'none'}")
-    kind, options = READERS[suffixes.pop()]
-    return kind, {"data_files": files} | options
+    raise_if(len(suffixes) != 1, f"{source} must hold files of one kind of {', '.join(READERS)}, but it holds "
+                                 f"{', '.join(sorted(suffixes)) or 'none'}")
+    builder, options = READERS[suffixes.pop()]
+    return builder, {"data_files": files} | options
 
 
 def main(args: Fetch, flags: list[str]) -> None:
-    """Fetch or tokenize; a missing network or a full disk is one line."""
+    """Fetch or tokenize. Raises ValueError with one line for the user also if the network is missing or the disk is full."""
     if flags and not args.preset:
         raise ValueError(f"flags of a run, such as {flags[0]}, need --preset")
     if args.preset:
-        count = shards_read(parse_row(args.preset, flags))
+        count = shards_needed(parse_row(args.preset, flags))
         if not count:
             print(f"{args.preset} reads no shards from {HUB_FOLDER}: nothing to fetch")
             return
@@ -291,11 +319,11 @@ def main(args: Fetch, flags: list[str]) -> None:
         if args.tokenize:
             tokenize(args.tokenize, args.dir, shards=args.shards + 1, shard_tokens=args.shard_tokens, workers=args.workers)
         else:
-            fetch(args)
+            fetch_shards(args)
     except OSError as error:
         raise ValueError(str(error)) from None
     except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again to go on")
+        print("\ninterrupted; run the same command again to continue")
         raise SystemExit(130) from None
 
 

@@ -1,10 +1,10 @@
-"""Run a folder again from its own code.txt and config.json alone: is the loss curve the same?
+"""Train a run again from its recorded code.txt and config.json alone, and compare the losses bit for bit.
 
     python -m scripts.replay runs/NAME
 
-Relative paths of data files mean what they meant to the run: start this where that was started.
+Start this in the folder in which the run was started: relative paths of data files are read from there.
 
-Exit status 0: the same, bit for bit; 1: different; 2: it cannot be run.
+Exit status 0: all losses are equal, bit for bit; 1: they differ; 2: the run cannot be trained again.
 """
 
 import os
@@ -34,84 +34,93 @@ train_gpt.main(config_from_dict(json.loads(Path(sys.argv[1]).read_text())))
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What to replay."""
+    """The run to replay."""
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """A run folder, with code.txt, config.json and metrics.jsonl."""
+    """A run folder that holds code.txt, config.json and metrics.jsonl."""
 
 
-def unpack(run: RunFolder, place: Path) -> None:
-    """The recorded code, and the configuration of a run that writes below `place`. Raises ValueError for damaged code."""
-    recorded, tree = run.path / "code.txt", place / "code"
+def unpack_code(run: RunFolder, code_folder: Path) -> None:
+    """Write the source files recorded in a run's code.txt below `code_folder`. Raises ValueError if code.txt is damaged."""
+    recorded = run.path / "code.txt"
     try:
-        text = recorded.read_bytes().decode()  # line ends as they are
+        text = recorded.read_bytes().decode()  # read_text would translate line ends, and the recorded lengths not fit
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {recorded}: {error}") from None
     for name, source in split_code(text).items():
-        path = (tree / name).resolve()
-        if not path.is_relative_to(tree):
-            raise ValueError(f"{recorded} holds a file outside its tree: {name}")
+        path = (code_folder / name).resolve()
+        # A run folder may come from someone else: a name such as ../../x must not write elsewhere.
+        if not path.is_relative_to(code_folder):
+            raise ValueError(f"{recorded} names a file outside its own folder: {name}; it will not be unpacked")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(source.encode())
 
 
-def redirected(run: RunFolder, place: Path) -> dict[str, Any]:
-    """The run's nested configuration, under the name `again`, from the start, silent, and writing below `place` alone."""
+def replay_config(run: RunFolder, output_folder: Path) -> dict[str, Any]:
+    """Return the run's nested configuration, changed to train from step 0, without wandb, into `output_folder`."""
     config = read_json(run.path / "config.json")
-    config["run"] |= {"name": "again", "dir": str(place), "resume": False}
+    config["run"] |= {"name": "replay", "dir": str(output_folder), "resume": False}
     config["log"] |= {"wandb": "disabled"}
     return config
 
 
-def run_again(run: RunFolder, place: Path) -> Path:
-    """The folder of the second run. Raises ValueError with its last line where it does not end well."""
-    unpack(run, place)
-    write_json(place / "config.json", redirected(run, place))
-    (place / "drive.py").write_text(DRIVER)
-    world = (run.summary or {}).get("world_size") or 1
+def train_again(run: RunFolder, work_folder: Path) -> Path:
+    """Train the run a second time and return the new run folder, which lies in `work_folder` (an absolute path).
+
+    Raises ValueError with the last line of the output if the training fails.
+    """
+    unpack_code(run, work_folder / "code")
+    write_json(work_folder / "config.json", replay_config(run, work_folder))
+    (work_folder / "drive.py").write_text(DRIVER)
+
+    # Same number of processes and threads as recorded: both decide in which order floating-point numbers are summed.
+    world_size = (run.summary or {}).get("world_size") or 1
     threads = run.environment.get("torch_threads")
-    environment = {**os.environ, "PYTHONPATH": str(place / "code")}
-    environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}  # sums depend on how they are divided
-    done = subprocess.run([*launch(place / "drive.py", world), place / "config.json"], env=environment, capture_output=True,
-                          text=True)
-    if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}").splitlines()
-        raise ValueError(f"the recorded code did not run: {said[-1]}")
-    return place / "again"
+    environment = {**os.environ, "PYTHONPATH": str(work_folder / "code")}  # import the recorded code, not this tree's
+    environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
+
+    result = subprocess.run([*launch(work_folder / "drive.py", world_size), work_folder / "config.json"], env=environment,
+                            capture_output=True, text=True)
+    if result.returncode:
+        lines = (result.stderr.strip() or result.stdout.strip() or f"exit status {result.returncode}").splitlines()
+        raise ValueError(f"the recorded code failed to train: {lines[-1]}")
+    return work_folder / "replay"
 
 
-def losses(folder: Path) -> dict[tuple[int, str], float]:
-    """Every loss of a run, by step and name."""
+def read_losses(folder: Path) -> dict[tuple[int, str], float]:
+    """Return all training and validation losses of a run folder, in nats, by (step, metric name)."""
     return {(line["step"], name): line[name] for line in read_metrics(folder / "metrics.jsonl")
             for name in (TRAIN_LOSS, VAL_LOSS) if line.get(name) is not None}
 
 
-def difference(first: dict[tuple[int, str], float], again: dict[tuple[int, str], float]) -> str:
-    """Where two runs' losses first differ, and by how much at most; empty where they are the same."""
-    if first.keys() != again.keys():
-        return f"{len(first.keys() ^ again.keys())} of the losses are in one run only"
-    differing = [key for key in first if first[key] != again[key]]
+def describe_difference(recorded: dict[tuple[int, str], float], replayed: dict[tuple[int, str], float]) -> str:
+    """Describe the first difference of two runs' losses and the largest one. Return "" if all losses are equal."""
+    if recorded.keys() != replayed.keys():
+        return f"{len(recorded.keys() ^ replayed.keys())} losses were logged by one of the two runs only"
+    differing = [key for key in recorded if recorded[key] != replayed[key]]
     if not differing:
         return ""
     step, name = min(differing)
-    most = max(abs(first[key] - again[key]) for key in differing)
-    return (f"first at step {step}, {name}: {first[step, name]!r}, now {again[step, name]!r}; {len(differing)} of "
-            f"{len(first)} losses differ, by {most:.3g} at most")
+    largest = max(abs(recorded[key] - replayed[key]) for key in differing)
+    # All digits of the first difference are printed: it may lie in the last one.
+    return (f"first at step {step}, {name}: {recorded[step, name]!r} recorded, {replayed[step, name]!r} replayed; "
+            f"{len(differing)} of {len(recorded)} losses differ, by at most {largest:.3g} nats")
 
 
 def main(args: Replay) -> int:
-    """Run the folder again and say what came of it; the exit status. Raises ValueError where it cannot be run."""
+    """Replay the run, print the comparison and return the exit status. Raises ValueError if it cannot be trained again."""
     run = read_run(args.folder)
-    with tempfile.TemporaryDirectory() as place:
-        again = read_run(run_again(run, Path(place).resolve()))
-        first, second = losses(run.path), losses(again.path)
-        found = difference(first, second)
+    with tempfile.TemporaryDirectory() as folder:
+        replay = read_run(train_again(run, Path(folder).resolve()))
+        recorded, replayed = read_losses(run.path), read_losses(replay.path)
         changed = [name for name in ("torch", "python", "cpu", "gpus", "torch_threads")
-                   if run.environment.get(name) != again.environment.get(name)]
-    if not found:
-        print(f"the loss curve is the same, bit for bit: {len(first)} losses")
+                   if run.environment.get(name) != replay.environment.get(name)]
+    difference = describe_difference(recorded, replayed)
+    if not difference:
+        print(f"the loss curve is the same, bit for bit: {len(recorded)} losses")
         return 0
-    print(f"the loss curve is another: {found}" + (f"; different here: {', '.join(changed)}" if changed else ""))
+    causes = f"; changed since the run: {', '.join(changed)}" if changed else ""
+    print(f"the loss curve differs: {difference}{causes}")
     return 1
 
 

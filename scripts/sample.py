@@ -1,4 +1,7 @@
-"""Text from a trained model: `python -m scripts.sample runs/tiny --prompt "def main("`, or from an exported file."""
+"""Sample text from a trained model: `python -m scripts.sample runs/tiny --prompt "def main("`.
+
+A file written by scripts.export may stand in place of the run folder.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,30 +16,37 @@ from scripts.lab.models import load_exported, load_trained
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """What to continue, and how boldly."""
+    """The model, the prompt and the sampling settings."""
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """A run's folder, or a file of scripts.export."""
+    """A run folder, or a file written by scripts.export."""
     prompt: str = ""
-    """Text to continue; empty: the model begins a document."""
+    """Text to continue. If empty, the model begins a new document."""
     tokens: int = 200
-    """Length of the continuation."""
+    """Number of tokens to generate."""
     temperature: float = 0.8
-    """Below 1: more likely tokens; 0: always the likeliest."""
+    """The logits are divided by this. Below 1: likely tokens are drawn more often; 0: always the most likely token."""
     top_k: int = 50
-    """Only the so many likeliest tokens are drawn."""
+    """Draw from this many most likely tokens only."""
     seed: int = 1
+    """Seed of the random draws."""
 
 
 def sample(args: Sample) -> str:
-    """The prompt and its continuation. Raises ValueError for a folder without a run, or one that does not fit."""
-    run, source, model = (load_exported if args.folder.is_file() else load_trained)(args.folder)
+    """Return the prompt followed by its continuation.
+
+    Raises ValueError if the folder or file holds no model, if its weights do not fit, and if its data have no tokenizer.
+    """
+    load = load_exported if args.folder.is_file() else load_trained
+    run, source, model = load(args.folder)
     if source.tokenizer is None:
-        raise ValueError(f"the data of {args.folder} ({run.data.source}) has no tokenizer: nothing to write with")
+        raise ValueError(f"cannot write text: the data of {args.folder} ({run.data.source}) have no tokenizer")
+    # An empty prompt has no last token to predict from; end-of-text is what stands before a document in training.
     start = [source.tokenizer.end_of_text] if not args.prompt else []
     prompt = torch.tensor(start + source.tokenizer.encode(args.prompt).tolist(), dtype=torch.int64)
     tokens = model.generate(prompt, args.tokens, temperature=args.temperature, top_k=args.top_k,
                             generator=torch.Generator().manual_seed(args.seed))
+    # A byte-level token may end within a UTF-8 character: replace the fragment instead of failing.
     return args.prompt + source.tokenizer.decode(tokens[len(prompt):].tolist()).decode("utf-8", "replace")
 
 

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# One race: checks the machine and the data, shows the plan, trains, verifies the record that it leaves in its folder.
+# One timed run: check the machine, fetch the data, print the plan, train, and verify the record written to the run folder.
 #
 #   scripts/speedrun.sh [PRESET] [--dotted.field VALUE ...]      (default preset: speedrun)
 #   GPUS=4 SHARDS=18 NAME=first scripts/speedrun.sh track3
 #
-# GPUS: all that CUDA shows; SHARDS: what the preset reads; NAME of the run's folder in runs/: preset and time.
-# Compiling and warming up are train_gpt.py's, and not timed.
+# GPUS    number of GPUs; default: all that PyTorch sees
+# SHARDS  number of training shards to fetch, 0 for none; default: as many as the preset reads
+# NAME    name of the run folder in runs/; default: preset and time
+# Compilation and warm-up happen in train_gpt.py and are not timed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,28 +17,47 @@ if [[ $# -gt 0 && $1 != -* ]]; then
   shift
 fi
 
+step() {
+  echo "==> $*"
+}
+
 fail() {
   echo "error: $*" >&2
   exit 2
 }
 
-command -v torchrun >/dev/null || fail "torchrun is missing: pip install -r requirements.txt"
-command -v nvidia-smi >/dev/null || fail "nvidia-smi is missing: no NVIDIA driver; on a CPU: python train_gpt.py speedrun_cpu"
+step "1/5 check the machine"
+command -v torchrun >/dev/null || fail "torchrun is missing; run: pip install -r requirements.txt"
+command -v nvidia-smi >/dev/null || fail "nvidia-smi is missing: install the NVIDIA driver, or train on the CPU with" \
+  "python train_gpt.py speedrun_cpu"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-there=$(python -c "import torch; print(torch.cuda.device_count())") # as CUDA_VISIBLE_DEVICES says
-[[ $there -gt 0 ]] || fail "PyTorch sees no GPU: is it built for CUDA, and the driver new enough for it?"
+visible=$(python -c "import torch; print(torch.cuda.device_count())") # unlike nvidia-smi, respects CUDA_VISIBLE_DEVICES
+[[ $visible -gt 0 ]] || fail "PyTorch sees no GPU; check CUDA_VISIBLE_DEVICES, that torch is a CUDA build, and that the" \
+  "driver supports its CUDA version"
 python -c "import torch, kernels; print('torch', torch.__version__, 'CUDA', torch.version.cuda, 'NCCL', \
   torch.cuda.nccl.version()); print(kernels.device_paths(torch.device('cuda')).line())"
-gpus=${GPUS:-$there}
-[[ $gpus =~ ^[1-9][0-9]*$ && $gpus -le $there ]] || fail "GPUS=$gpus, but CUDA shows $there"
+gpus=${GPUS:-$visible}
+[[ $gpus =~ ^[1-9][0-9]*$ && $gpus -le $visible ]] \
+  || fail "GPUS must be a number from 1 to $visible, the GPUs that PyTorch sees, got $gpus"
 
+step "2/5 fetch the data (shards that are already here stay as they are)"
 if [[ -z ${SHARDS:-} ]]; then
-  python -m scripts.fetch_fineweb --preset "$preset" -- "$@" # those that are here stay as they are
+  python -m scripts.fetch_fineweb --preset "$preset" -- "$@"
 elif [[ $SHARDS -gt 0 ]]; then
   python -m scripts.fetch_fineweb --shards "$SHARDS"
 fi
 
+step "3/5 print the plan for $preset on $gpus GPUs"
 python -m scripts.plan "$preset" --gpus "$gpus" -- "$@"
+
 name=${NAME:-$preset-$(date -u +%Y%m%dT%H%M%S)}
-torchrun --standalone --nproc_per_node="$gpus" train_gpt.py "$preset" "$@" --run.dir runs --run.name "$name"
+step "4/5 train $preset on $gpus GPUs into runs/$name"
+torchrun --standalone --nproc_per_node="$gpus" train_gpt.py "$preset" "$@" --run.dir runs --run.name "$name" || {
+  status=$?
+  echo "error: training stopped; the reason is above. To continue from the last checkpoint, or from the start if there is" \
+    "none: ${SHARDS:+SHARDS=$SHARDS }GPUS=$gpus NAME=$name scripts/speedrun.sh $preset ${*@Q} --run.resume" >&2
+  exit "$status"
+}
+
+step "5/5 verify the record runs/$name/record.jsonl"
 python -m scripts.verify_record --add "runs/$name/record.jsonl" --runs "runs/$name"

@@ -1,4 +1,4 @@
-"""One thread for tests and the processes they start: their tensors are small, and threads waiting for threads are slow."""
+"""Tests and the processes that they start use one thread: for small tensors, more threads only wait for each other."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Shards from a mirror, the hub and one's own documents: nothing half, nothing twice."""
+"""Fetching shards from a mirror and the hub, and making them from documents: no incomplete shard, no repeated work."""
 
 import json
 import os
@@ -12,7 +12,16 @@ import pytest
 from configs.cli import parse_row
 from data.shards import read_shard, write_shard
 from scripts import fetch_fineweb
-from scripts.fetch_fineweb import Fetch, fetch, main, open_progress, shard_name, shards_read, tokenize, write_shards
+from scripts.fetch_fineweb import (
+    Fetch,
+    fetch_shards,
+    main,
+    open_progress,
+    shard_name,
+    shards_needed,
+    tokenize,
+    write_shards,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 GPT2_FILE = "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"  # tiktoken's name for the merges
@@ -40,13 +49,13 @@ def mirror(tmp_path) -> Path:
     return tmp_path / "mirror"
 
 
-def test_names_are_the_speedruns():
+def test_shard_names_are_the_speedruns():
     assert [shard_name(i) for i in (0, 1, 12)] == ["fineweb_val_000000.bin", "fineweb_train_000001.bin",
                                                    "fineweb_train_000012.bin"]
 
 
 @pytest.mark.parametrize("prefix", ["", "file://"])
-def test_a_mirror_is_copied(tmp_path, mirror, prefix):
+def test_shards_are_copied_from_a_mirror(tmp_path, mirror, prefix):
     done = command("--shards", 2, "--dir", "here", "--mirror", f"{prefix}{mirror}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert names(tmp_path / "here") == [shard_name(i) for i in (1, 2, 0)]
@@ -55,22 +64,23 @@ def test_a_mirror_is_copied(tmp_path, mirror, prefix):
     assert "1 validation shard, 2 training shards" in done.stdout
 
 
-def test_whole_shards_are_kept_and_damaged_ones_replaced(tmp_path, mirror, capsys):
+def test_complete_shards_stay_and_damaged_ones_are_fetched_again(tmp_path, mirror, capsys):
     args = Fetch(shards=2, dir=tmp_path / "here", mirror=str(mirror))
-    fetch(args)
+    fetch_shards(args)
     os.truncate(args.dir / shard_name(2), 500)
     before = (args.dir / shard_name(1)).stat().st_mtime_ns
-    fetch(args)
+    fetch_shards(args)
     assert (args.dir / shard_name(1)).stat().st_mtime_ns == before
     assert len(read_shard(args.dir / shard_name(2))) == 1002
-    assert capsys.readouterr().out.count("already here") == 2
+    output = capsys.readouterr().out
+    assert output.count("already here") == 2 and output.count("damaged here, fetching from") == 1
 
 
-def test_a_damaged_mirror_leaves_no_shard(tmp_path, mirror):
+def test_a_damaged_shard_of_the_mirror_is_deleted(tmp_path, mirror):
     os.truncate(mirror / shard_name(1), 1500)
     done = command("--shards", 1, "--dir", "here", "--mirror", mirror, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: not a whole shard, removed; run again")
+    assert done.stderr.splitlines()[-1].startswith("error: a damaged shard arrived and was deleted; run this again")
     assert names(tmp_path / "here") == [".incoming", shard_name(0)] and names(tmp_path / "here" / ".incoming") == []
 
 
@@ -78,55 +88,55 @@ class Hub:
     """Stands in for huggingface_hub.hf_hub_download."""
 
     def __init__(self, folder: Path | None) -> None:
-        self.folder, self.asked = folder, []
+        self.folder, self.requests = folder, []
 
     def __call__(self, dataset: str, name: str, *, repo_type: str, local_dir: Path) -> str:
-        self.asked.append((dataset, name, repo_type))
+        self.requests.append((dataset, name, repo_type))
         if self.folder is None:
             raise ConnectionError("no route to host\n" * 30)
         (local_dir / name).write_bytes((self.folder / name).read_bytes())
         return str(local_dir / name)
 
 
-def test_the_hub_is_asked_for_what_is_missing(tmp_path, mirror, monkeypatch):
+def test_only_missing_shards_are_downloaded(tmp_path, mirror, monkeypatch):
     hub = Hub(mirror)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
     write_shard(tmp_path / "here" / shard_name(1), np.arange(9))
-    fetch(Fetch(shards=2, dir=tmp_path / "here"))
-    assert hub.asked == [("kjj0/fineweb10B-gpt2", shard_name(i), "dataset") for i in (0, 2)]
+    fetch_shards(Fetch(shards=2, dir=tmp_path / "here"))
+    assert hub.requests == [("kjj0/fineweb10B-gpt2", shard_name(i), "dataset") for i in (0, 2)]
     assert names(tmp_path / "here") == [shard_name(i) for i in (1, 2, 0)]
 
 
-def test_no_network_is_one_line(tmp_path, monkeypatch):
+def test_a_missing_network_gives_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", Hub(None))
     with pytest.raises(ValueError) as error:
         main(Fetch(dir=tmp_path / "here"), [])
     assert str(error.value) == (
-        "cannot fetch fineweb_val_000000.bin of kjj0/fineweb10B-gpt2 (ConnectionError): is huggingface.co "
-        "reachable, and the name right? Without a network: --mirror FOLDER, or --tokenize FOLDER")
+        "cannot download fineweb_val_000000.bin from data set kjj0/fineweb10B-gpt2 (ConnectionError): check the network "
+        "and the name; without a network use --mirror FOLDER or --tokenize FOLDER")
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    ({"shards": 104}, "--shards must be at most 103, all that the hub has, got 104"),
+    ({"shards": 104}, "--shards must be at most 103, the number of training shards on the hub, got 104"),
     ({"shards": 0}, "--shards must be at least 1, got 0"),
-    ({"mirror": "a", "tokenize": "b"}, "--mirror and --tokenize exclude each other"),
+    ({"mirror": "a", "tokenize": "b"}, "--mirror and --tokenize cannot be combined"),
     ({"mirror": "https://example.org/x"}, "--mirror takes a folder or a file:// address, got 'https"),
     ({"mirror": "nowhere"}, "--mirror: there is no nowhere/fineweb_val_000000.bin"),
 ])
-def test_mistakes_are_named(tmp_path, flags, message):
+def test_wrong_arguments_are_refused_with_the_value(tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
-        fetch(Fetch(dir=tmp_path / "here", **flags))
+        fetch_shards(Fetch(dir=tmp_path / "here", **flags))
 
 
 @pytest.mark.parametrize(("preset", "flags", "count"), [
     ("speedrun", [], 9), ("track3", [], 18), ("track3", ["--train.steps", "100000"], 103), ("tiny", [], 0),
     ("track3", ["--data.train_files", "elsewhere/*.bin"], 0)])
-def test_shards_that_a_preset_reads(preset, flags, count):
+def test_number_of_shards_that_a_preset_reads(preset, flags, count):
     """1.704 G tokens in shards of 100 M; 338.8 M of clipped documents are within the 9 that are always fetched."""
-    assert shards_read(parse_row(preset, flags)) == count
+    assert shards_needed(parse_row(preset, flags)) == count
 
 
-def test_a_preset_says_how_many(tmp_path, mirror, capsys):
+def test_with_a_preset_as_many_shards_are_fetched_as_it_reads(tmp_path, mirror, capsys):
     for i in range(4, 10):
         write_shard(mirror / shard_name(i), np.arange(1000))
     main(Fetch(preset="speedrun", dir=tmp_path / "here", mirror=str(mirror)), ["--train.batch_tokens", "65536"])
@@ -137,7 +147,7 @@ def test_a_preset_says_how_many(tmp_path, mirror, capsys):
         main(Fetch(), ["--train.steps", "9"])
 
 
-# ---- One's own documents ----------------------------------------------------------------------------
+# ---- Shards from documents --------------------------------------------------------------------------
 
 
 def make_documents() -> list[np.ndarray]:
@@ -148,7 +158,7 @@ def make_documents() -> list[np.ndarray]:
 
 @pytest.fixture
 def tokenized(monkeypatch):
-    """tokenize() over make_documents(), without reading or encoding; the list of places where reading began."""
+    """Let tokenize() use make_documents(); return the list of documents at which reading began, one entry per call."""
     documents, began = make_documents(), []
     monkeypatch.setattr(fetch_fineweb, "read_documents",
                         lambda source, first: began.append(first) or documents[first:])
@@ -172,7 +182,7 @@ def test_shards_hold_all_documents_in_order(tmp_path, tokenized):
 
 
 @pytest.mark.parametrize("shard_tokens", [3, 7, 50])
-def test_interrupted_work_goes_on_at_the_first_missing_shard(tmp_path, tokenized, shard_tokens):
+def test_interrupted_work_continues_at_the_first_missing_shard(tmp_path, tokenized, shard_tokens):
     stream = np.concatenate(make_documents()).tolist()
     for shards in (1, 2, 4):
         tokenize("x", tmp_path, shards=shards, shard_tokens=shard_tokens, workers=1)
@@ -185,7 +195,19 @@ def test_interrupted_work_goes_on_at_the_first_missing_shard(tmp_path, tokenized
     assert joined(tmp_path)[1] == stream
     began = len(tokenized)
     tokenize("x", tmp_path, shards=1000, shard_tokens=shard_tokens, workers=1)
-    assert len(tokenized) == began, "finished work is not begun again"
+    assert len(tokenized) == began, "complete shards are not made again"
+
+
+def test_a_kill_between_writing_and_recording_a_shard_loses_no_tokens(tmp_path, tokenized):
+    stream = np.concatenate(make_documents()).tolist()
+    recorded = tmp_path / "tokenized.json"
+    for shards in (1, 1000):  # killed after a full shard, and after the last, shorter one
+        open_progress("x", tmp_path, 50)
+        before = recorded.read_text()
+        tokenize("x", tmp_path, shards=shards, shard_tokens=50, workers=1)
+        recorded.write_text(before)
+        tokenize("x", tmp_path, shards=shards, shard_tokens=50, workers=1)
+        assert joined(tmp_path)[1] == stream[:shards * 50]
 
 
 def test_documents_that_end_with_a_shard_leave_no_empty_one(tmp_path, tokenized):
@@ -195,26 +217,26 @@ def test_documents_that_end_with_a_shard_leave_no_empty_one(tmp_path, tokenized)
     assert json.loads((tmp_path / "tokenized.json").read_text())["exhausted"]
 
 
-def test_other_shards_are_left_alone(tmp_path, tokenized):
+def test_a_folder_with_other_shards_is_refused(tmp_path, tokenized):
     tokenize("x", tmp_path, shards=2, shard_tokens=50, workers=1)
     with pytest.raises(ValueError, match="holds shards of 50 tokens made from x; .*choose another --dir"):
         tokenize("y", tmp_path, shards=2, shard_tokens=50, workers=1)
     write_shard(tmp_path / "other" / shard_name(1), np.arange(5))
-    with pytest.raises(ValueError, match="holds shards that were not made from x"):
+    with pytest.raises(ValueError, match="holds shards not made from x"):
         tokenize("x", tmp_path / "other", shards=2, shard_tokens=50, workers=1)
 
 
-def test_no_documents_are_an_error(tmp_path):
+def test_a_source_without_documents_is_refused(tmp_path):
     with pytest.raises(ValueError, match="x holds no documents"):
         write_shards([], tmp_path, open_progress("x", tmp_path, 50), shards=2, skip_tokens=0)
 
 
 @pytest.mark.parametrize(("files", "message"), [
-    ({"a.txt": "x", "b.jsonl": "{}"}, "files of one kind of .txt, .jsonl, .parquet, found .jsonl, .txt"),
-    ({"a.md": "x"}, "found none"),
+    ({"a.txt": "x", "b.jsonl": "{}"}, "files of one kind of .txt, .jsonl, .parquet, but it holds .jsonl, .txt"),
+    ({"a.md": "x"}, "it holds none"),
     ({"a.jsonl": '{"body": "x"}'}, "has no column 'text', only body"),
 ])
-def test_unfit_folders_are_named(tmp_path, files, message):
+def test_folders_of_unreadable_or_mixed_files_are_refused(tmp_path, files, message):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -238,7 +260,7 @@ def test_folders_are_read_in_order(tmp_path, suffix):
 
 
 @needs_gpt2
-def test_the_whole_way_from_a_folder(tmp_path):
+def test_tokenizing_a_folder_from_the_command_line(tmp_path):
     (tmp_path / "texts").mkdir()
     for i in range(3):
         (tmp_path / "texts" / f"{i}.txt").write_text("Hello world" * (i + 1))

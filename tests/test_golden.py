@@ -1,4 +1,4 @@
-"""Losses stay what they were: the first steps of small runs, on one rank and on two, against tests/golden/losses.json."""
+"""The first losses of small runs, on one rank and on two, equal those recorded in tests/golden/losses.json."""
 
 import json
 
@@ -8,15 +8,15 @@ from tests.golden.record import FILE, golden_losses
 from tests.golden.runs import RUNS, SAME_ANYWHERE, machine
 
 GOLDEN = json.loads(FILE.read_text())
-ANYWHERE = 1e-6  # relative, of the first losses
-CLOSE = 5e-3  # relative, of later ones: what other rounding grows to
+ANYWHERE = 1e-6  # relative tolerance of the first losses
+CLOSE = 5e-3  # relative tolerance of later losses: differences in rounding grow to about this size
 EVERY_RUN = pytest.mark.parametrize("name", [run.name for run in RUNS])
 EITHER = pytest.mark.parametrize("ranks", [1, 2])
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Losses in nats by ranks and run; of two ranks in one launch for all runs."""
+    """Losses in nats by number of ranks and run. The runs on two ranks share one launch, which takes seconds."""
     folder = tmp_path_factory.mktemp("golden")
     return {ranks: golden_losses(folder, ranks=ranks) for ranks in (1, 2)}
 
@@ -28,9 +28,9 @@ def golden(name: str, ranks: int) -> list[float]:
 @EVERY_RUN
 @EITHER
 def test_losses_are_the_golden_ones_on_any_machine(trained, name, ranks):
-    ours, theirs = trained[ranks][name], golden(name, ranks)
-    assert ours[:SAME_ANYWHERE] == pytest.approx(theirs[:SAME_ANYWHERE], rel=ANYWHERE)
-    assert ours == pytest.approx(theirs, rel=CLOSE)
+    losses, expected = trained[ranks][name], golden(name, ranks)
+    assert losses[:SAME_ANYWHERE] == pytest.approx(expected[:SAME_ANYWHERE], rel=ANYWHERE)
+    assert losses == pytest.approx(expected, rel=CLOSE)
 
 
 @EVERY_RUN

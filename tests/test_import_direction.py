@@ -1,4 +1,4 @@
-"""One direction: a file imports only from files below it, and importing does nothing."""
+"""A file imports only from the layers below it, and importing has no side effects."""
 
 import ast
 import subprocess
@@ -22,31 +22,31 @@ SOURCES = sorted(p for p in ROOT.rglob("*.py") if p.relative_to(ROOT).parts[0].r
 
 
 def imported_modules(path: Path) -> list[str]:
-    """Full names of all modules that a file imports, anywhere in it."""
-    found = []
+    """Return the full names of all modules that a file imports, also inside functions."""
+    modules = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            modules += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found.append(node.module)
-    return found
+            modules.append(node.module)
+    return modules
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_point_down(path):
-    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+def test_a_file_imports_only_from_layers_below(path):
+    package = path.relative_to(ROOT).parts[0].removesuffix(".py")
     ours = {name.split(".")[0] for name in imported_modules(path)} & set(MAY_IMPORT)
-    assert ours <= MAY_IMPORT[room]
+    assert ours <= MAY_IMPORT[package]
 
 
-def test_there_is_no_import_circle():
+def test_there_are_no_import_cycles():
     graph = {_module(p): {m for m in imported_modules(p) if (ROOT / Path(*m.split("."))).with_suffix(".py").exists()}
              for p in SOURCES}
     done: set[str] = set()
     while graph:
         free = [m for m, needs in graph.items() if not (needs - {m}) & set(graph)]
-        assert free, f"import circle among {sorted(graph)}"
+        assert free, f"import cycle among {sorted(graph)}"
         done.update(free)
         graph = {m: needs for m, needs in graph.items() if m not in done}
 
@@ -56,12 +56,12 @@ def _module(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def test_only_comm_knows_the_process_group():
-    knowing = {str(p.relative_to(ROOT)) for p in SOURCES if "torch.distributed" in imported_modules(p)}
-    assert knowing == {"optim/comm.py"}
+def test_only_comm_imports_torch_distributed():
+    importers = {str(p.relative_to(ROOT)) for p in SOURCES if "torch.distributed" in imported_modules(p)}
+    assert importers == {"optim/comm.py"}
 
 
-def test_importing_everything_does_nothing(tmp_path):
+def test_importing_any_module_has_no_side_effects(tmp_path):
     """No process group, no folder, no wandb, no heavy optional package."""
     names = [_module(p) for p in SOURCES if p.name not in ("__main__.py",) and "benchmarks" not in p.parts]
     code = f"""
@@ -83,7 +83,7 @@ assert not {{"wandb", "datasets", "rustbpe"}} & set(sys.modules), sorted(sys.mod
     (["--optim.matrix.rule", "soap", "--optim.matrix.graft.rule", "sm3", "--optim.embed.constraint", "sphere",
       "--optim.head.extra.row_floor", "0.3"], {"soap", "shampoo", "graft", "sm3", "sphere", "radial"})])
 def test_the_zoo_is_imported_only_where_a_role_names_it(flags, zoo):
-    """Muon and Adam alone: none of it; of the rest what is named, and what that is built from."""
+    """Muon and Adam import none of it; another rule imports its own file and the files that it is built from."""
     code = f"""
 import sys
 import torch

@@ -1,4 +1,4 @@
-"""The GPT as a whole: its plain twin, its first weights, its size and cost, its loss, its samples, its refusals."""
+"""The whole GPT: equality with a plain twin, initial weights, roles, size and FLOPs, loss, generated text, errors."""
 
 import math
 from dataclasses import fields, replace
@@ -31,7 +31,7 @@ def build(config: Model = PLAIN, *, seed: int = 0, **options) -> GPT:
 
 @torch.no_grad()
 def scramble(model: GPT, seed: int = 1) -> GPT:
-    """Every parameter random and none zero, so that nothing hides behind a zero projection."""
+    """Make every parameter random and non-zero, since a zero projection would hide errors before it."""
     rng = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         noise = torch.randn(p.shape, generator=rng)
@@ -47,7 +47,7 @@ def gradients(model: GPT, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return dict(zip(model.roles(), torch.autograd.grad(loss, list(model.parameters())), strict=True))
 
 
-# ---- Everything off: plain GPT ---------------------------------------------------------------------------------------
+# ---- All techniques off: plain GPT ------------------------------------------------------------------------------------
 
 
 def plain_norm(x):
@@ -67,7 +67,7 @@ def plain_gelu(x):
 
 
 def plain_gpt(weights: dict[str, torch.Tensor], tokens_BT: torch.Tensor) -> torch.Tensor:
-    """GPT-2 with RMS norms and an untied head, in the words of a textbook."""
+    """GPT-2 with RMS norms and an untied head, in textbook form: (B, T) -> (B, T, V)."""
     x = weights["embed"][tokens_BT] + weights["positions"][:tokens_BT.size(1)]
     for i in range(LAYERS):
         x = x + plain_attention(plain_norm(x), lambda name, i=i: weights[f"blocks.{i}.attention.{name}.weight"])
@@ -77,7 +77,7 @@ def plain_gpt(weights: dict[str, torch.Tensor], tokens_BT: torch.Tensor) -> torc
 
 
 def plain_start(seed: int) -> dict[str, torch.Tensor]:
-    """The first weights of the plain GPT, drawn in order of the network, and nothing else drawn."""
+    """The initial weights of the plain GPT, drawn in the order of the network; no other random number is drawn."""
     torch.manual_seed(seed)
     weights = {"embed": torch.randn(PADDED, DIM), "positions": 0.02 * torch.randn(LONGEST, DIM)}
     shapes = {"attention.q": (DIM, DIM), "attention.k": (DIM, DIM), "attention.v": (DIM, DIM),
@@ -107,18 +107,18 @@ def test_plain_gradients_equal_the_twin():
 @pytest.mark.parametrize("off", [
     {}, {"softcap_value": 3.0}, {"rotary_base": 7.0}, {"attention": "sdpa"},
 ], ids=lambda off: next(iter(off), "plain"))
-def test_techniques_that_are_off_draw_nothing_and_leave_nothing(off):
-    """Settings of techniques that are off included: the weights are bit-identical to those of a plain GPT."""
+def test_techniques_that_are_off_add_no_parameters_and_draw_no_random_numbers(off):
+    """The weights are bit-identical to those of a plain GPT, even if settings of techniques that are off are changed."""
     model, expected = build(replace(PLAIN, **off), seed=5), plain_start(5)
     assert list(model.state_dict()) == list(expected)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(model(some_tokens(2, 9)), build(seed=5)(some_tokens(2, 9)))
 
 
-# ---- First weights ---------------------------------------------------------------------------------------------------
+# ---- Initial weights ---------------------------------------------------------------------------------------------------
 
 
-def test_projections_and_head_start_at_zero_only_where_asked():
+def test_projections_and_head_start_at_zero_only_with_the_setting():
     model = build(replace(PLAIN, zero_init_projections=True))
     zero = {name for name, p in model.named_parameters() if not p.any()}
     assert zero == {"head.weight"} | {f"blocks.{i}.{n}.weight" for i in range(2) for n in ("attention.out", "mlp.down")}
@@ -141,20 +141,20 @@ def test_vocabulary_is_padded_up_to_a_multiple(vocab, multiple, padded):
     assert model(some_tokens(1, 3)).shape == (1, 3, padded)
 
 
-def test_embedding_is_stored_in_the_dtype_asked_for_and_the_rest_in_float32():
+def test_embedding_has_its_configured_dtype_and_other_parameters_float32():
     model = build(replace(PLAIN, embed_dtype="bfloat16"), dtype=torch.bfloat16)
     assert {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16} == {"embed"}
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float32}
 
 
-def test_matrices_and_tables_in_bfloat16_are_the_rounded_ones():
+def test_matrices_and_tables_in_bfloat16_equal_the_rounded_float32_ones():
     stored, rounded = build(replace(RICH, matrix_dtype="bfloat16", table_dtype="bfloat16")), build(RICH)
-    held = {"matrix", "value_embed", "bigram_embed"}
+    bfloat16_roles = {"matrix", "value_embed", "bigram_embed"}
     for name, parameter in rounded.named_parameters():
-        if rounded.roles()[name] in held:
+        if rounded.roles()[name] in bfloat16_roles:
             parameter.data = parameter.data.bfloat16().float()
     halves = {stored.roles()[name] for name, parameter in stored.named_parameters() if parameter.dtype == torch.bfloat16}
-    assert halves == held
+    assert halves == bfloat16_roles
     assert torch.equal(stored(some_tokens(2, 9)), rounded(some_tokens(2, 9)))
 
 
@@ -203,7 +203,7 @@ def test_track3_starts_at_the_published_loss(track3_model):
     assert round(loss, 4) == 10.8258
 
 
-def test_track3_cost(track3_model):
+def test_track3_flops_per_token(track3_model):
     assert track3_model.flops_per_token(1024) == 6 * (84_934_656 + 38_633_472) + 12 * 12 * 768 * (1025 / 2)
 
 
@@ -212,10 +212,10 @@ def test_mean_span_equals_the_loop(tokens, window):
     assert mean_span(tokens, window) == pytest.approx(sum(min(t, window) for t in range(1, tokens + 1)) / tokens)
 
 
-@pytest.mark.parametrize("far", [(), (1,), (0, 1, 2)])
-def test_cost_counts_the_span_of_each_layer(far):
-    model = build(replace(PLAIN, layers=3, window_tokens=9, full_attention_layers=far))
-    spans = len(far) * mean_span(20, 20) + (3 - len(far)) * mean_span(20, 4)
+@pytest.mark.parametrize("full_layers", [(), (1,), (0, 1, 2)])
+def test_cost_counts_the_span_of_each_layer(full_layers):
+    model = build(replace(PLAIN, layers=3, window_tokens=9, full_attention_layers=full_layers))
+    spans = len(full_layers) * mean_span(20, 20) + (3 - len(full_layers)) * mean_span(20, 4)
     weights = 3 * 12 * DIM**2 + PADDED * DIM
     assert model.flops_per_token(20, window=4) == pytest.approx(6 * weights + 12 * DIM * spans)
 
@@ -279,7 +279,7 @@ def greedy(model: GPT, tokens: list[int], count: int, **windows: int) -> list[in
     return tokens
 
 
-def test_generate_follows_its_generator_and_leaves_the_global_one_alone():
+def test_generate_draws_from_its_generator_and_leaves_the_global_one_alone():
     model, prompt = scramble(build(RICH)), some_tokens(3)
     state = torch.get_rng_state()
     first, again, other = (model.generate(prompt, 20, generator=generator(seed)) for seed in (7, 7, 8))
@@ -290,20 +290,20 @@ def test_generate_follows_its_generator_and_leaves_the_global_one_alone():
 
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"temperature": 0.0}], ids=["top_k", "cold"])
 @pytest.mark.parametrize("length", [1, 3, 30])
-def test_generate_at_its_greediest_takes_the_most_likely_token(options, length):
+def test_greedy_generation_takes_the_most_likely_token(options, length):
     """A prompt longer than max_tokens = 24 included, which learned positions could not index uncropped."""
     model, prompt = scramble(build()), some_tokens(length)
     assert model.generate(prompt, 10, **options).tolist() == greedy(model, prompt.tolist(), 10)
 
 
-def test_generate_sees_as_far_as_it_is_told():
+def test_generate_uses_the_given_windows():
     model = scramble(build(replace(PLAIN, layers=3, window_tokens=9, full_attention_layers=(1,), long_window_tokens=20)))
     prompt, near = some_tokens(12), {"window": 2, "long_window": 5}
-    found = model.generate(prompt, 8, top_k=1, **near).tolist()
-    assert found == greedy(model, prompt.tolist(), 8, **near) != greedy(model, prompt.tolist(), 8)
+    generated = model.generate(prompt, 8, top_k=1, **near).tolist()
+    assert generated == greedy(model, prompt.tolist(), 8, **near) != greedy(model, prompt.tolist(), 8)
 
 
-def test_generate_reads_no_more_than_max_tokens(monkeypatch):
+def test_generate_crops_the_context_to_max_tokens(monkeypatch):
     model, lengths = scramble(build(max_tokens=8)), []
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda tokens, **windows: lengths.append(tokens.size(1)) or forward(tokens))
@@ -311,8 +311,8 @@ def test_generate_reads_no_more_than_max_tokens(monkeypatch):
     assert lengths == [6, 7, 8, 8, 8]
 
 
-def test_generate_leaves_a_compiled_model_as_it_is():
-    """Every token is a new length: each would be compiled anew."""
+def test_generate_does_not_compile_the_model():
+    """Every generated token gives a new length, so a compiled forward pass would be compiled again for each."""
     model, graphs = scramble(build()), CompileCounter()
     model.compile(backend=graphs, dynamic=False)
     model.generate(some_tokens(3), 2)
@@ -330,7 +330,7 @@ def test_generate_never_emits_padding():
         assert model.generate(some_tokens(3), 20, generator=generator(), **options).max() < VOCAB
 
 
-def test_generate_samples_the_tempered_distribution_of_the_best():
+def test_generate_samples_the_top_k_distribution_at_its_temperature():
     model, rng, prompt, draws = scramble(build(replace(PLAIN, layers=1))), generator(), some_tokens(2), 300
     logits = model(prompt[None])[0, -1, :VOCAB].double()
     best = logits.topk(4).indices
@@ -341,7 +341,7 @@ def test_generate_samples_the_tempered_distribution_of_the_best():
     assert ((counts - draws * expected).abs() < 4.5 * (draws * expected * (1 - expected)).sqrt()).all()
 
 
-# ---- Refusals --------------------------------------------------------------------------------------------------------
+# ---- Errors ----------------------------------------------------------------------------------------------------------
 
 
 def test_document_mask_needs_a_document_start():
@@ -351,24 +351,24 @@ def test_document_mask_needs_a_document_start():
 
 
 @pytest.mark.parametrize("kernel", ["flex", "varlen"])
-def test_kernels_of_cuda_are_refused_elsewhere(kernel):
+def test_cuda_kernels_are_refused_on_other_devices(kernel):
     config = replace(RICH, attention=kernel)
     with pytest.raises(ValueError, match=f"attention {kernel} trains on CUDA only; use sdpa"):
         build(config)
     assert choose_kernel(config, on_cuda=True) == kernel
 
 
-def test_another_flash_attention_is_asked_for_once_and_refused_with_the_reason(monkeypatch):
+def test_flash_attention_is_activated_once_and_refused_with_the_reason(monkeypatch):
     def activate(name):
-        asked.append(name)
+        activated.append(name)
         if name == "FA4":
             raise ImportError("no module named flash_attn.cute")
 
-    asked, config = [], replace(RICH, attention="varlen", flash="FA3")
+    activated, config = [], replace(RICH, attention="varlen", flash="FA3")
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate, raising=False)
     use_flash(config, on_cuda=True)
-    build(RICH)  # which asks for none
-    assert asked == ["FA3"]
+    build(RICH)  # flash=default activates nothing
+    assert activated == ["FA3"]
     with pytest.raises(ValueError, match="flash FA4: its package is missing .*flash_attn.cute.*or use default"):
         use_flash(replace(config, flash="FA4"), on_cuda=True)
     with pytest.raises(ValueError, match="flash FA3 needs CUDA; use default"):
@@ -383,5 +383,5 @@ def test_another_flash_attention_is_asked_for_once_and_refused_with_the_reason(m
     ({"document_mask": True}, False, "sdpa"), ({"document_mask": True}, True, "flex"),
     ({"document_mask": True, "attention": "sdpa"}, True, "sdpa"),
 ])
-def test_kernel_chosen_by_auto(changes, on_cuda, kernel):
+def test_auto_chooses_the_kernel_by_masks_and_device(changes, on_cuda, kernel):
     assert choose_kernel(replace(PLAIN, **changes), on_cuda) == kernel

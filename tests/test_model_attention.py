@@ -20,7 +20,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @torch.no_grad()
 def scramble(module: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
-    """Every parameter random and none zero, so that nothing hides behind a zero projection."""
+    """Make every parameter random and non-zero, since a zero projection would hide errors before it."""
     rng = torch.Generator().manual_seed(seed)
     for p in module.parameters():
         noise = torch.randn(p.shape, generator=rng)
@@ -44,7 +44,7 @@ def rotary(position: str = "rotary", head_dim: int = 16, base: float = 100.0, lo
 
 
 def frequencies(position: str, head_dim: int, base: float) -> list[float]:
-    """From 1 down to 1/base in equal ratios; for half_rotary on half of the pairs, the others at rest."""
+    """From 1 down to 1/base in equal ratios; half_rotary rotates half of the pairs, the others have frequency 0."""
     moving = head_dim // (4 if position == "half_rotary" else 2)
     return [base ** (-i / max(moving - 1, 1)) for i in range(moving)] + [0.0] * (head_dim // 2 - moving)
 
@@ -80,7 +80,7 @@ def test_rotary_keeps_lengths_and_the_first_position():
     assert (turned[:, 1:] - x[:, 1:]).abs().amax(dim=(0, 1, 2)).min() > 0.01
 
 
-def test_half_rotary_leaves_half_the_dimensions_as_they_are():
+def test_half_rotary_rotates_half_of_the_dimensions():
     x = normal(1, 20, 2, 16)
     moved = (rotary("half_rotary")(x) - x).abs().amax(dim=(0, 1, 2)) > 0.01
     assert moved.tolist() == 2 * (4 * [True] + 4 * [False])
@@ -115,7 +115,7 @@ def test_attention_equals_its_definition(changes):
     torch.testing.assert_close(attention(x, LayerInputs()), linear["out"](mixed.reshape(1, 9, 32)), atol=1e-5, rtol=0)
 
 
-def test_qk_norm_makes_scores_blind_to_the_size_of_queries_and_keys():
+def test_qk_norm_makes_scores_independent_of_the_size_of_queries_and_keys():
     attention, x = scramble(Attention(SMALL, 9, mixes_value_embed=False, attend=attend_sdpa)), normal(1, 9, 32)
     before = attention(x, LayerInputs())
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_values_are_mixed_with_the_value_embedding():
 
 @torch.no_grad()
 def reach(model: GPT, **options) -> int:
-    """How far behind itself a changed token still moves the logits, of 24 tokens, the change at position 2."""
+    """Change the token at position 2 of 24 and return the number of later positions whose logits change."""
     tokens = some_tokens(1, 24)
     changed = tokens.clone()
     changed[0, 2] = tokens[0, 2] % 39 + 1
@@ -148,12 +148,12 @@ def reach(model: GPT, **options) -> int:
     return int(moved.sum()) - 1
 
 
-@pytest.mark.parametrize(("layers", "window", "far", "expected"), [
+@pytest.mark.parametrize(("layers", "window", "full_layers", "expected"), [
     (1, 4, (), 3), (2, 4, (), 6), (3, 4, (), 9), (2, 1, (), 0), (2, None, (), 21),
     (2, 4, (0, 1), 21), (2, 4, (1,), 21), (3, 4, (1,), 21),
 ])
-def test_each_layer_reaches_one_window_back(layers, window, far, expected):
-    gpt = build(replace(SMALL, layers=layers, window_tokens=window, full_attention_layers=far))
+def test_each_layer_reaches_one_window_back(layers, window, full_layers, expected):
+    gpt = build(replace(SMALL, layers=layers, window_tokens=window, full_attention_layers=full_layers))
     assert reach(gpt) == expected
 
 

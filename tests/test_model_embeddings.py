@@ -1,4 +1,4 @@
-"""Hashed n-grams, their signs and their injection, against loops."""
+"""Hashed n-gram embeddings, their signs and their injection, compared with loops."""
 
 from dataclasses import replace
 from functools import reduce
@@ -27,7 +27,7 @@ def some_tokens() -> torch.Tensor:
 
 
 def gram(row: list[int], t: int, order: int, *, documents: bool) -> list[int] | None:
-    """The tokens t, t - 1, ..., order of them, or None where a document or the row is younger than that."""
+    """Return the `order` tokens t, t - 1, ...; None if the earliest lies before the document or the row."""
     begin = max([s for s in range(t + 1) if row[s] == START], default=0) if documents else 0
     return row[t - order + 1:t + 1][::-1] if t - order + 1 >= begin else None
 
@@ -37,16 +37,16 @@ def gram(row: list[int], t: int, order: int, *, documents: bool) -> list[int] | 
 @pytest.mark.parametrize("signs", [0, 11])
 def test_hashed_ngrams_equal_the_loop(order, documents, signs):
     embedding, tokens = scrambled(replace(CONFIG, bigram_signs=signs), order), some_tokens()
-    found = embedding(tokens, tokens == START if documents else None)
+    output = embedding(tokens, tokens == START if documents else None)
     for b, row in enumerate(tokens.tolist()):
         for t in range(len(row)):
             grams = gram(row, t, order, documents=documents)
             bucket = 36 if grams is None else reduce(xor, map(int.__mul__, grams, HASH)) % 36
             sign = embedding.signs[0 if grams is None else reduce(xor, grams) % signs] if signs else 1
-            assert torch.equal(found[b, t], embedding.table[bucket] * sign), (b, t)
+            assert torch.equal(output[b, t], embedding.table[bucket] * sign), (b, t)
 
 
-def test_signs_are_balanced_fixed_and_draw_nothing():
+def test_signs_are_balanced_and_leave_the_global_generator_alone():
     state = torch.get_rng_state()
     signs = random_signs(512, 64, seed=2)
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(signs, random_signs(512, 64, seed=2))
@@ -56,7 +56,7 @@ def test_signs_are_balanced_fixed_and_draw_nothing():
     assert not torch.equal(signs, random_signs(512, 64, seed=3))
 
 
-def test_signs_tell_apart_what_shares_a_vector():
+def test_signs_distinguish_ngrams_that_share_a_bucket():
     one_bucket = replace(CONFIG, bigram_buckets=2)
     pairs = torch.tensor([[5, 9], [5, 10]])
     plain, signed = (scrambled(config)(pairs, None)[:, 1] for config in (one_bucket, replace(one_bucket, bigram_signs=64)))
@@ -74,7 +74,7 @@ def test_injection_is_its_formula_and_starts_at_a_twentieth_of_the_ngrams():
     assert torch.equal(Inject(replace(CONFIG, bigram_buckets=0))(x, LayerInputs(x0=x0)), x)
 
 
-def test_where_they_are_injected_the_stream_starts_with_their_share():
+def test_with_injection_the_stream_starts_with_a_share_of_the_ngrams():
     tokens = some_tokens() % 40
     starts = {}
     for inject in (False, True):

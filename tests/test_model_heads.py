@@ -1,4 +1,4 @@
-"""Pieces of attention against loops over tokens and heads, in float64."""
+"""Parts of attention, compared with loops over tokens and heads in float64."""
 
 import math
 from dataclasses import replace
@@ -37,24 +37,24 @@ def scrambled(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def test_head_gates():
+def test_head_gates_equal_the_formula():
     gates, y, x = scrambled(HeadGates(CONFIG)), normal(B, T, H, D), normal(B, T, H * D, seed=1)
-    found = gates(y, x)
+    output = gates(y, x)
     for h in range(H):
         gate = 2 / (1 + torch.exp(-(x[..., :12] @ gates.weight[h])))
-        torch.testing.assert_close(found[:, :, h], gate[..., None] * y[:, :, h])
+        torch.testing.assert_close(output[:, :, h], gate[..., None] * y[:, :, h])
 
 
-def test_value_gates():
+def test_value_gates_equal_the_formula():
     gates, v = scrambled(ValueGates(CONFIG)), normal(B, T, H, D)
     e, x = normal(B, T, H * D, seed=1), normal(B, T, H * D, seed=2)
-    found = gates(v, e, x)
+    output = gates(v, e, x)
     for h in range(H):
         gate = 2 / (1 + torch.exp(-(x[..., :6] @ gates.weight[h, :6] + e[..., :6] @ gates.weight[h, 6:])))
-        torch.testing.assert_close(found[:, :, h], v[:, :, h] + gate[..., None] * e[..., h * D:(h + 1) * D])
+        torch.testing.assert_close(output[:, :, h], v[:, :, h] + gate[..., None] * e[..., h * D:(h + 1) * D])
 
 
-def test_a_head_that_excludes_all_is_orthogonal_to_its_value():
+def test_exclusive_heads_remove_the_projection_onto_their_value():
     heads, y, v = ExclusiveHeads(CONFIG).double(), normal(B, T, H, D), normal(B, T, H, D, seed=1)
     assert torch.equal(heads(y, v), y)
     heads.alpha.data.fill_(20.0)
@@ -63,37 +63,37 @@ def test_a_head_that_excludes_all_is_orthogonal_to_its_value():
     torch.testing.assert_close((heads(y, v) * v).sum(-1), 0.75 * (y * v).sum(-1))
 
 
-def test_pairs_see_both_heads_keys_up_to_themselves():
-    """In one softmax: head h at token t sees both heads of all earlier tokens, its own, and the first head's at t."""
+def test_paired_heads_attend_to_the_keys_of_both_heads():
+    """A query attends, in one softmax, to both heads' keys of earlier tokens; at its own token to one of them or both."""
     q, k, v = (normal(1, T, H, D, seed=i) for i in range(3))
     window = 6
     mask = dense_mask(2 * T, window, None, q.device)
-    found = unpair_heads(attend_sdpa(pair_heads(q), pair_heads(k), pair_heads(v), mask, 0.3))
+    output = unpair_heads(attend_sdpa(pair_heads(q), pair_heads(k), pair_heads(v), mask, 0.3))
     for t in range(T):
         for h in range(H):
-            place = 2 * t + h // (H // 2)
-            seen = [(s // 2, h % (H // 2) + (s % 2) * (H // 2)) for s in range(max(0, place - window + 1), place + 1)]
-            weights = torch.stack([0.3 * q[0, t, h] @ k[0, s, g] for s, g in seen]).softmax(0)
-            expected = sum(w * v[0, s, g] for w, (s, g) in zip(weights, seen, strict=True))
-            torch.testing.assert_close(found[0, t, h], expected)
+            position = 2 * t + h // (H // 2)
+            keys = [(s // 2, h % (H // 2) + (s % 2) * (H // 2)) for s in range(max(0, position - window + 1), position + 1)]
+            weights = torch.stack([0.3 * q[0, t, h] @ k[0, s, g] for s, g in keys]).softmax(0)
+            expected = sum(w * v[0, s, g] for w, (s, g) in zip(weights, keys, strict=True))
+            torch.testing.assert_close(output[0, t, h], expected)
 
 
-def test_pairing_is_undone():
+def test_unpair_heads_inverts_pair_heads():
     x = normal(B, T, H, D)
     assert torch.equal(unpair_heads(pair_heads(x)), x)
 
 
-def test_offset_keys_take_still_dimensions_from_the_token_before_within_a_document():
+def test_offset_keys_take_unrotated_dimensions_from_the_token_before_in_the_document():
     k, still = normal(1, 5, 2, 4), torch.tensor([False, True, False, True])
     starts = torch.tensor([[True, False, False, True, False]])
-    found, free = offset_keys(k, still, starts), offset_keys(k, still, None)
-    assert torch.equal(found[..., [0, 2]], k[..., [0, 2]])
+    output, unmasked = offset_keys(k, still, starts), offset_keys(k, still, None)
+    assert torch.equal(output[..., [0, 2]], k[..., [0, 2]])
     for t, source in enumerate((0, 0, 1, 3, 3)):
-        assert torch.equal(found[:, t, :, [1, 3]], k[:, source, :, [1, 3]])
-    assert torch.equal(free[:, 3, :, [1, 3]], k[:, 2, :, [1, 3]])
+        assert torch.equal(output[:, t, :, [1, 3]], k[:, source, :, [1, 3]])
+    assert torch.equal(unmasked[:, 3, :, [1, 3]], k[:, 2, :, [1, 3]])
 
 
-def test_still_dimensions_are_those_that_rotary_leaves():
+def test_still_dimensions_are_those_that_rotary_does_not_rotate():
     rotary = Rotary(replace(CONFIG, position="half_rotary"), T)
     x = torch.randn(1, T, 1, D)
     moved = (rotary(x) - x).abs().amax((0, 1, 2)) > 1e-6
@@ -102,11 +102,11 @@ def test_still_dimensions_are_those_that_rotary_leaves():
 
 @pytest.mark.parametrize("window", [1, 3, 6, 7, 30])
 @pytest.mark.parametrize("second", [0, 3, 6])
-def test_dynamic_heads(window, second):
+def test_dynamic_heads_equal_the_loop(window, second):
     heads = scrambled(DynamicHeads(replace(CONFIG, dynamic_window=window)))
     q, k, v, x = normal(1, T, H, D), normal(1, T, H, D, seed=1), normal(1, T, H, D, seed=2), normal(1, T, H * D, seed=3)
     starts = torch.arange(T)[None] == second if second else None
-    found = heads((q, k, v), x, starts, 0.3)
+    output = heads((q, k, v), x, starts, 0.3)
     for t in range(T):
         first = max(t - window + 1, 0 if t < second else second)
         attention = torch.stack([torch.stack([0.3 * q[0, t, g] @ k[0, s, g] for s in range(first, t + 1)]).softmax(0)
@@ -116,10 +116,10 @@ def test_dynamic_heads(window, second):
         mixed = read @ attention
         for h in range(H):
             expected = write[h] * sum(w * v[0, s, h] for w, s in zip(mixed, range(first, t + 1), strict=True))
-            torch.testing.assert_close(found[0, t, h], expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(output[0, t, h], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_yarn_slows_slow_frequencies_alone_and_sharpens_the_softmax():
+def test_yarn_lowers_only_low_frequencies_and_sharpens_the_softmax():
     config = replace(CONFIG, head_dim=16, dim=32, rotary_base=1e4, window_tokens=512, yarn=True)
     rotary = Rotary(config, 64, first_window=512)
     frequency, slowed = rotary.frequency, yarn_frequencies(rotary.frequency, 512, 1024)
@@ -138,7 +138,7 @@ def test_yarn_slows_slow_frequencies_alone_and_sharpens_the_softmax():
 
 @pytest.mark.parametrize(("flag", "value"), [("head_gates", True), ("xsa", True), ("dynamic_heads", (0,)),
                                              ("projection_gains", True)])
-def test_gradients_reach_what_starts_as_the_identity(flag, value):
+def test_gradients_reach_techniques_that_start_as_the_identity(flag, value):
     attention = Attention(replace(CONFIG, zero_init_projections=False, **{flag: value}), T, mixes_value_embed=False,
                           attend=attend_sdpa)
     attention(torch.randn(1, T, H * D), LayerInputs()).square().sum().backward()

@@ -1,4 +1,4 @@
-"""nGPT: the forward pass against its formulas, positions, and lengths that stay 1 while it trains."""
+"""nGPT: the forward pass equals the paper's formulas; scores depend on relative positions; vectors keep length 1."""
 
 import math
 from dataclasses import replace
@@ -30,7 +30,7 @@ def build(config: Model = SPHERE, **options: object) -> GPT:
 
 @torch.no_grad()
 def scramble(model: GPT) -> GPT:
-    """Factors of both signs and all sizes around their start."""
+    """Scale the learned factors at random around their initial values, with both signs."""
     rng = torch.Generator().manual_seed(1)
     for name, p in model.named_parameters():
         if name.endswith("stored"):
@@ -38,7 +38,7 @@ def scramble(model: GPT) -> GPT:
     return model
 
 
-def on_the_sphere(model: GPT, config: RuleConfig = ON_SPHERE) -> ShardedOptimizer:
+def sphere_optimizer(model: GPT, config: RuleConfig = ON_SPHERE) -> ShardedOptimizer:
     optim = replace(Optim(), **dict.fromkeys(SPHERE_ROLES, config))
     groups = build_groups(dict(model.named_parameters()), model.roles(), optim, model.axes())
     return ShardedOptimizer(groups, Comm(torch.device("cpu")))
@@ -89,10 +89,10 @@ def twin_layer(h, w, at, config):
 
 
 @pytest.mark.parametrize("activation", ["relu2", "swiglu"])
-def test_forward_is_the_papers_formulas(activation):
+def test_forward_equals_the_papers_formulas(activation):
     config = replace(SPHERE, activation=activation)
     model = scramble(build(config, dtype=torch.float64))
-    on_the_sphere(model)
+    sphere_optimizer(model)
     w = {name: tensor.detach().double() for name, tensor in model.named_parameters()}
     tokens = some_tokens(3, LONGEST)
     h = w["embed"][tokens]
@@ -102,7 +102,7 @@ def test_forward_is_the_papers_formulas(activation):
     torch.testing.assert_close(model(tokens).double(), logits, atol=1e-6 * logits.abs().max().item(), rtol=0)
 
 
-def test_a_step_with_alpha_one_lands_on_the_suggestion_and_with_zero_stays():
+def test_sphere_step_with_alpha_one_moves_to_the_target_and_with_alpha_zero_stays():
     step, h, x = SphereStep(SPHERE), unit(torch.randn(5, 32)), torch.randn(5, 32)
     step.alpha.stored.data.fill_(-(32**-0.5) / SPHERE.eigen_lr)
     torch.testing.assert_close(step(h, x), unit(x))
@@ -113,7 +113,7 @@ def test_a_step_with_alpha_one_lands_on_the_suggestion_and_with_zero_stays():
 # ---- Positions -----------------------------------------------------------------------------------------------------------
 
 
-def test_scores_depend_on_relative_position_alone_whatever_the_factors():
+def test_scores_depend_on_relative_position_alone_for_any_factors():
     torch.manual_seed(0)
     attention = Attention(replace(SPHERE, dim=16), LONGEST, mixes_value_embed=False, attend=attend_sdpa)
     attention.norm_qk.scale.stored.data.normal_()
@@ -127,8 +127,8 @@ def test_scores_depend_on_relative_position_alone_whatever_the_factors():
     assert scores[:, 0].std() > 1e-3
 
 
-def test_factors_after_the_rotation_would_break_that():
-    """The control: why they act before it."""
+def test_factors_after_the_rotation_make_scores_depend_on_absolute_position():
+    """Control of the test above: this is why the factors are applied before the rotation."""
     torch.manual_seed(0)
     attention = Attention(replace(SPHERE, dim=16), LONGEST, mixes_value_embed=False, attend=attend_sdpa)
     factor = torch.randn(16)
@@ -146,9 +146,9 @@ def test_queries_and_keys_have_length_one_at_the_start():
 
 
 def lengths(model: GPT) -> torch.Tensor:
-    held = [name for name, role in model.roles().items() if role in SPHERE_ROLES]
+    names = [name for name, role in model.roles().items() if role in SPHERE_ROLES]
     weights = dict(model.named_parameters())
-    return torch.cat([weights[name].float().norm(dim=model.axes()[name]) for name in held])
+    return torch.cat([weights[name].float().norm(dim=model.axes()[name]) for name in names])
 
 
 MUON = Muon(lr=0.05, constraint="sphere")
@@ -163,7 +163,7 @@ RULES = {
 @pytest.mark.parametrize("config", RULES.values(), ids=RULES)
 def test_every_vector_keeps_length_one(config):
     model = build(replace(SPHERE, value_embeds=1, x0_skip=True, smear=True))
-    optimizer, tokens = on_the_sphere(model, config), some_tokens(4, 16)
+    optimizer, tokens = sphere_optimizer(model, config), some_tokens(4, 16)
     assert (lengths(model) - 1).abs().max() < 1e-6
     for count in range(1, 9):
         before = {name: p.clone() for name, p in model.named_parameters()}
@@ -176,7 +176,7 @@ def test_every_vector_keeps_length_one(config):
 
 def test_bfloat16_embeddings_keep_length_one_to_their_precision():
     model = build(replace(SPHERE, embed_dtype="bfloat16"))
-    optimizer, tokens = on_the_sphere(model), some_tokens(4, 16)
+    optimizer, tokens = sphere_optimizer(model), some_tokens(4, 16)
     for count in range(1, 5):
         model(tokens, tokens.roll(-1, 1)).backward()
         optimizer.step(Values(1.0, 1.0, None, 64, 16, None), count)
@@ -184,11 +184,11 @@ def test_bfloat16_embeddings_keep_length_one_to_their_precision():
     assert (lengths(model) - 1).abs().max() < 2e-3
 
 
-def test_maps_that_write_to_the_stream_are_normalised_by_columns():
+def test_matrices_that_write_to_the_residual_stream_are_normalised_by_columns():
     model = build()
     assert {name for name, axis in model.axes().items() if axis == -2} == {
         f"blocks.{i}.{name}.weight" for i in range(2) for name in ("attention.out", "mlp.down")}
-    on_the_sphere(model)
+    sphere_optimizer(model)
     down = model.blocks[0].mlp.down.weight
     torch.testing.assert_close(down.norm(dim=0), torch.ones(down.size(1)))
     assert (down.norm(dim=1) - 1).abs().max() > 0.1
@@ -198,4 +198,4 @@ def test_zero_projections_are_refused():
     with pytest.raises(ValueError, match="--model.no_zero_init_projections"):
         Model(geometry="sphere")
     with pytest.raises(ValueError, match="zero vector.*--model.no_zero_init_projections"):
-        on_the_sphere(build(Model(dim=32, head_dim=16)))
+        sphere_optimizer(build(Model(dim=32, head_dim=16)))

@@ -1,4 +1,4 @@
-"""Each technique: what it adds, what it leaves alone, what it computes; causal and within documents, also together."""
+"""Each technique of the model: its parameters, neutral settings and formula; causality and separate documents for all."""
 
 import math
 from dataclasses import fields, replace
@@ -24,12 +24,12 @@ def in_blocks(*names: str) -> set[str]:
 
 def on(name: str) -> dict:
     """The settings that switch a technique on, as its field declares them."""
-    one = techniques_of(Model)[name]
-    return {key.removeprefix("model."): value for key, value in ({name: one.on} | one.needs).items()}
+    technique = techniques_of(Model)[name]
+    return {key.removeprefix("model."): value for key, value in ({name: technique.on} | technique.needs).items()}
 
 
 LINEAR_BIASES = in_blocks(*(f"attention.{n}.bias" for n in ("q", "k", "v", "out")), "mlp.up.bias", "mlp.down.bias")
-# Each flag: what to set in PLAIN, the parameters that come, and those that go.
+# By flag: the settings to change in PLAIN, the parameters that this adds, and those that it removes.
 FLAGS: dict[str, tuple[dict, set[str], set[str]]] = {
     "no_positions": ({"position": "none"}, set(), {"positions"}),
     "rotary": (on("position"), set(), {"positions"}),
@@ -119,7 +119,7 @@ def shrunk(config: Model) -> Model:
     small = {"dim": 32, "head_dim": 16, "bigram_buckets": min(config.bigram_buckets, 37)}
     try:
         return replace(config, layers=3, **small)
-    except ValueError:  # it names layers that three are too few for
+    except ValueError:  # the config names layers beyond the third
         return replace(config, **small)
 
 
@@ -144,7 +144,7 @@ def build(config: Model, seed: int = 0) -> GPT:
 
 @torch.no_grad()
 def scramble(module: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
-    """Every parameter random and none zero, so that nothing hides behind a zero projection."""
+    """Make every parameter random and non-zero, since a zero projection would hide errors before it."""
     rng = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
         noise = torch.randn(p.shape, generator=rng)
@@ -158,7 +158,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def some_tokens(*shape: int, starts: tuple[int, ...] = ()) -> torch.Tensor:
-    """Ordinary tokens, and the token that opens a document where asked."""
+    """Random tokens; the token that begins a document stands at the positions `starts` only."""
     tokens = torch.randint(1, VOCAB, shape, generator=torch.Generator().manual_seed(2))
     tokens[:, list(starts)] = START
     return tokens
@@ -169,10 +169,10 @@ def another(token: torch.Tensor) -> torch.Tensor:
     return token % (VOCAB - 1) + 1
 
 
-# ---- What a flag adds, and what it leaves alone ----------------------------------------------------------------------
+# ---- Parameters of a flag, and neutral settings ----------------------------------------------------------------------
 
 
-def test_every_field_of_the_model_is_switched_here():
+def test_every_field_of_the_model_is_changed_by_a_flag():
     switched = {field for changes, _, _ in FLAGS.values() for field in changes}
     fused = {field.name for field in fields(Model) if field.name.startswith(("fp8", "fused"))}  # tests/kernels
     assert switched == {field.name for field in fields(Model)} - {"layers", "dim", "head_dim", "attention", "flash"} - fused
@@ -189,17 +189,17 @@ OTHER_START = {"zero_init", "init_gain", "embed_std", "bfloat16_embedding", "bfl
 DRAWS = {"no_positions", "rotary", "half_rotary", "swiglu", "value_embed", "value_embeds", "bfloat16_tables",
          "yarn", "key_offset", "attention_free", "value_gates", "mudd"}  # not PLAIN's random numbers
 OTHER_SHAPE = {"mlp_dim", "vocab_multiple"}
-quiet = [name for name in FLAGS if name not in OTHER_START | OTHER_SHAPE | DRAWS]
+SAME_DRAWS = [name for name in FLAGS if name not in OTHER_START | OTHER_SHAPE | DRAWS]
 
 
-@pytest.mark.parametrize("name", quiet)
+@pytest.mark.parametrize("name", SAME_DRAWS)
 def test_same_seed_gives_the_shared_parameters_the_same_values(name):
     plain, model = build(PLAIN, seed=3).state_dict(), build(ALONE[name], seed=3).state_dict()
     assert all(torch.equal(model[key], plain[key]) for key in plain.keys() & model.keys())
 
 
 def with_plain_weights(changes: dict) -> tuple[GPT, GPT]:
-    """A scrambled plain GPT, and one with the flag on that shares its weights; the flag's own start as they do."""
+    """Return a scrambled plain GPT, and a GPT with the flag that shares its weights; its other parameters are initial."""
     plain, model = scramble(build(PLAIN)), build(replace(PLAIN, **changes))
     shared = {name: value for name, value in plain.state_dict().items() if name in model.state_dict()}
     model.load_state_dict(shared, strict=False)
@@ -216,7 +216,7 @@ def test_technique_that_starts_neutral_changes_no_logit(name):
 
 @torch.no_grad()
 def neutralise(model: GPT, plain: GPT) -> None:
-    """Set every technique to where it does nothing."""
+    """Set the parameters of every technique such that it has no effect."""
     for block in model.blocks[PLAIN.layers - len(model.value_embeds):]:
         block.attention.mix_value.weight.copy_(torch.tensor([1.0, 0.0]))
     if model.positions is None:
@@ -236,13 +236,13 @@ def test_technique_set_to_do_nothing_changes_no_logit(changes):
     torch.testing.assert_close(model(some_tokens(2, 12)), plain(some_tokens(2, 12)), atol=1e-5, rtol=0)
 
 
-# They act on the first weights, on memory or on training alone; or, in two layers, nowhere.
-SILENT = {"zero_init", "init_gain", "embed_std", "mtp", "prefix_loss", "sampled_softmax", "kernels",
+# These act on the initial weights, on memory or on training only; shared_attention_input has no effect in two layers.
+WITHOUT_EFFECT_ON_LOGITS = {"zero_init", "init_gain", "embed_std", "mtp", "prefix_loss", "sampled_softmax", "kernels",
           "shared_attention_input"}
 
 
-@pytest.mark.parametrize("name", [name for name in FLAGS if name not in SILENT | OTHER_SHAPE])
-def test_flag_is_wired_to_the_logits(name):
+@pytest.mark.parametrize("name", [name for name in FLAGS if name not in WITHOUT_EFFECT_ON_LOGITS | OTHER_SHAPE])
+def test_every_flag_changes_the_logits(name):
     plain, model = with_plain_weights(FLAGS[name][0])
     tokens, own = some_tokens(2, 12, starts=(5,)), FLAGS[name][1]
     with torch.no_grad():
@@ -253,14 +253,14 @@ def test_flag_is_wired_to_the_logits(name):
 
 
 @pytest.mark.parametrize("config", list((TOGETHER | PRESET_MODELS).values()), ids=[*TOGETHER, *PRESET_MODELS])
-def test_every_parameter_is_trained(config):
-    """But a bias of the keys without qk_norm, which softmax cannot feel, none of them stays without gradient; on the sphere
-    any mixture of the first block's input with itself is that input."""
-    deaf = ["blocks.0.skip"] if config.geometry == "sphere" and config.x0_skip else []
+def test_every_parameter_has_a_gradient(config):
+    """Every parameter has a gradient. Exception: on the sphere the first block mixes its input with itself, which changes
+    nothing, so the weights of that mixture have none."""
+    untrained = ["blocks.0.skip"] if config.geometry == "sphere" and config.x0_skip else []
     model, tokens = scramble(build(config)), some_tokens(2, 16, starts=(6,))
     model(tokens, tokens.roll(-1, dims=1)).backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 1e-7}
-    assert set(model.roles()) - trained <= set(deaf)
+    assert set(model.roles()) - trained <= set(untrained)
 
 
 # ---- Causality and documents -----------------------------------------------------------------------------------------
@@ -268,8 +268,8 @@ def test_every_parameter_is_trained(config):
 
 @torch.no_grad()
 def effects(config: Model, tokens: torch.Tensor, changes: list[tuple[int, int]]) -> torch.Tensor:
-    """How far one changed token (position, token) moves each logit of the row, one row per change, and a last row that
-    changes nothing beside them: (changes + 1, T)."""
+    """Return the largest change of the logits at each position, (changes + 1, T): one row per changed (position, token), and
+    a last row of the same batch in which no token changed."""
     model, rows = scramble(build(config)), tokens.repeat(len(changes) + 1, 1)
     changed = rows.clone()
     for row, (t, token) in enumerate(changes):
@@ -278,18 +278,18 @@ def effects(config: Model, tokens: torch.Tensor, changes: list[tuple[int, int]])
 
 
 @every_model
-def test_no_token_moves_an_earlier_logit_or_another_row(config):
+def test_no_token_changes_earlier_logits_or_another_row(config):
     tokens = some_tokens(1, 16, starts=(4,))
     changes = [(t, token) for t in (1, 7, 15) for token in (another(tokens[0, t]).item(), START)]
-    *moved, beside = effects(config, tokens, changes)
-    assert beside.max() == 0
+    *moved, unchanged = effects(config, tokens, changes)
+    assert unchanged.max() == 0
     for (t, _), difference in zip(changes, moved, strict=True):
         assert difference[:t].max() == 0
         assert difference[t:t + 3].min() > 1e-4
 
 
 @documents
-def test_no_token_moves_another_document(config):
+def test_no_token_changes_logits_of_another_document(config):
     tokens = some_tokens(1, 20, starts=(6, 13))
     ends = {1: 6, 5: 6, 7: 13, 12: 13}
     *moved, _ = effects(config, tokens, [(t, another(tokens[0, t]).item()) for t in ends])
@@ -300,7 +300,7 @@ def test_no_token_moves_another_document(config):
 
 
 @documents
-def test_documents_do_influence_each_other_without_the_mask(config):
+def test_without_the_mask_documents_influence_each_other(config):
     """The control of the test above."""
     tokens = some_tokens(1, 20, starts=(6, 13))
     moved = effects(replace(config, document_mask=False), tokens, [(12, another(tokens[0, 12]).item())])
@@ -310,7 +310,7 @@ def test_documents_do_influence_each_other_without_the_mask(config):
 @documents
 @torch.no_grad()
 def test_packed_documents_have_the_logits_of_documents_alone(config):
-    """Positions are relative, so that a document does not know where in the row it stands."""
+    """Positions are relative, so the logits of a document do not depend on its place in the row."""
     config = config if "rotary" in config.position else replace(config, position="rotary")
     model, tokens = scramble(build(config)), some_tokens(1, 20, starts=(6, 13))
     packed = model(tokens)
@@ -318,7 +318,7 @@ def test_packed_documents_have_the_logits_of_documents_alone(config):
         torch.testing.assert_close(packed[:, start:stop], model(tokens[:, start:stop]), atol=2e-5, rtol=0)
 
 
-# ---- The whole stack against a slow twin -----------------------------------------------------------------------------
+# ---- The whole model against a slow twin -----------------------------------------------------------------------------
 
 
 def twin_norm(x, gains):
@@ -342,7 +342,7 @@ def twin_embedding(w, tokens):
 
 
 def twin_attention(w, x, tokens, config, values):
-    """Which keys a query sees is decided pair by pair; values come mixed already."""
+    """Attention with an explicit loop over queries; `values` are mixed with the value embedding already."""
     heads = (len(tokens), 2, 16)
     q, k = (twin_linear(x, w, name).view(heads) for name in "qk")
     q, k = (Rotary(config, 32)(twin_norm(z, 1)[None])[0] for z in (q, k))
@@ -359,7 +359,7 @@ def below(w, prefix):
 
 
 def twin(w, tokens, config):
-    """The documents+rotary+relu2+rational stack of RICH on one row, without fused anything: (T,) -> (T, V)."""
+    """The model TOGETHER["documents"] on one row of tokens, without fused operations: (T,) -> (T, V)."""
     x = x0 = twin_embedding(w, tokens)
     for i in range(3):
         block = below(w, f"blocks.{i}.")
@@ -395,7 +395,7 @@ def test_gradients_of_all_techniques_together_equal_the_twin():
         torch.testing.assert_close(p.grad, weights[name].grad, atol=1e-4, rtol=1e-3, msg=name)
 
 
-# ---- Each piece against its formula ----------------------------------------------------------------------------------
+# ---- Each part against its formula -----------------------------------------------------------------------------------
 
 
 Z = torch.tensor([-1e4, -40.0, -3.0, -0.2, 0.0, 0.2, 3.0, 40.0, 1e4], dtype=torch.float64)
@@ -478,7 +478,7 @@ def test_bigram_rows_equal_the_hash_in_python_integers(buckets):
         assert embedding(tokens, flags)[..., 0].tolist() == expected
 
 
-def test_bigram_tells_orders_apart_and_spreads_pairs():
+def test_bigram_hash_depends_on_order_and_spreads_pairs():
     embedding = NgramEmbedding(replace(PLAIN, dim=1, head_dim=1, position="none", bigram_buckets=1001))
     with torch.no_grad():
         embedding.table.copy_(torch.arange(1001)[:, None])
@@ -512,7 +512,7 @@ def test_tied_head_reads_and_writes_the_same_table():
 
 
 def test_learned_positions_are_added_to_the_embedding():
-    """Moving a position's vector is moving the vectors of the tokens that stand there."""
+    """Adding a position's vector equals changing the embeddings of the tokens at that position."""
     model, tokens = scramble(build(PLAIN)), torch.tensor([[7, 7, 7]])
     unplaced = scramble(build(replace(PLAIN, position="none")))
     unplaced.load_state_dict({name: value for name, value in model.state_dict().items() if name != "positions"})
@@ -522,7 +522,7 @@ def test_learned_positions_are_added_to_the_embedding():
 
 
 @torch.no_grad()
-def test_normed_embedding_is_blind_to_the_size_of_the_table():
+def test_norm_embedding_removes_the_scale_of_the_table():
     for normed in (True, False):
         model = scramble(build(replace(PLAIN, position="none", norm_embedding=normed)))
         before = model(some_tokens(1, 5))

@@ -1,6 +1,6 @@
-"""A training step asks the device for no number: only then can the host run ahead of a GPU.
+"""A training step never waits for a value from the device: only then can the host queue work ahead of a GPU.
 
-On the meta device, where tensors have shapes but no values, whatever would wait for a value raises.
+On the meta device tensors have shapes but no values, so reading a value raises an error.
 """
 
 from dataclasses import replace
@@ -22,7 +22,7 @@ from optim.sharded import ShardedOptimizer
 from train_gpt import Trainer
 
 TOKENS = 64
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="the runtime's own alarm needs a CUDA GPU")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch reports synchronisations on CUDA only")
 
 
 def steps_without_values(run: Run, count: int = 2) -> ShardedOptimizer:
@@ -31,7 +31,7 @@ def steps_without_values(run: Run, count: int = 2) -> ShardedOptimizer:
                     prefix_of=[-1] * 300)
         tokens, weights = torch.zeros(2, TOKENS, dtype=torch.long), AuxLossWeights(torch.ones(()), torch.ones(()))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Step, "project_start", lambda *_: None)  # which looks at the first weights, once
+        patch.setattr(Step, "project_start", lambda *_: None)  # it reads the initial weights, once
         groups = build_groups(dict(model.named_parameters()), model.roles(), run.optim, model.axes())
         optimizer = ShardedOptimizer(groups, Comm("meta"))
     values = Schedule(run).values(0)
@@ -43,23 +43,23 @@ def steps_without_values(run: Run, count: int = 2) -> ShardedOptimizer:
 
 
 @pytest.mark.parametrize("preset", ["tiny", "bytes", "track3", "speedrun", "speedrun_cpu", "medium", "ngpt", "gpt_paper"])
-def test_no_preset_waits(preset):
+def test_no_preset_reads_a_value_in_a_step(preset):
     steps_without_values(PRESETS[preset]())
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_no_rule_waits(rule):
+def test_no_rule_reads_a_value_in_a_step(rule):
     run = PRESETS["bytes"]()
     steps_without_values(replace(run, optim=replace(run.optim, matrix=RULES[rule](extra=Extra(clip=1.0)))))
 
 
-def test_only_the_refusal_of_gradients_that_are_not_finite_waits():
+def test_only_the_check_for_non_finite_gradients_reads_a_value():
     optimizer = steps_without_values(PRESETS["tiny"](), count=1)
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         optimizer.check_finite()
 
 
-def test_waiting_is_noticed(monkeypatch):
+def test_reading_a_value_in_a_step_raises(monkeypatch):
     direction = Adam.direction
     monkeypatch.setattr(Adam, "direction", lambda rule, W, grad, *rest: direction(rule, W, grad * grad.sum().item(), *rest))
     with pytest.raises(RuntimeError, match="item"):
@@ -68,7 +68,7 @@ def test_waiting_is_noticed(monkeypatch):
 
 @needs_cuda
 @pytest.mark.parametrize("preset", ["bytes", "speedrun_cpu"])
-def test_cuda_is_not_waited_for(preset, tmp_path):
+def test_a_step_does_not_synchronise_with_cuda(preset, tmp_path):
     trainer = Trainer(parse([preset, "--run.device", "cuda", "--run.compile", "off", "--run.dir", str(tmp_path),
                              "--log.wandb", "disabled"]))
     batches = trainer.start_batches()

@@ -1,4 +1,4 @@
-"""The README says what the files say."""
+"""The README's tables are the generated ones, its commands parse, and the files that it lists exist."""
 
 import re
 import shlex
@@ -15,11 +15,11 @@ COMMANDS = re.findall(r"^(?:torchrun --standalone --nproc_per_node=8|python) tra
                       README, re.MULTILINE)
 
 
-def test_the_table_is_the_measured_one():
+def test_tables_are_the_generated_ones():
     assert table() in README and leaderboard() in README
 
 
-def test_there_are_commands():
+def test_the_readme_has_commands():
     assert len(COMMANDS) >= 5
 
 
@@ -29,7 +29,7 @@ def test_every_command_parses(command):
     assert parse_row(words[0], words[1:])
 
 
-def test_every_file_named_in_the_map_exists():
+def test_every_listed_file_exists():
     block = README.split("## Files")[1].split("```")[1]
     for line in block.strip().splitlines():
         assert (ROOT / line.split()[0]).exists(), line

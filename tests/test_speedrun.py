@@ -1,4 +1,5 @@
-"""The record recipe: its figures, and that it trains alike on any number of ranks, through the untying of its head."""
+"""The preset speedrun: its schedules are those of the record, and it trains alike on any number of ranks, also while its
+head is untied."""
 
 import random
 import subprocess
@@ -24,7 +25,7 @@ SMALL = ("--data.source text --data.tokenizer bytes --data.train_files my.txt --
 SPARSE = ("--optim.bigram_embed.extra.sparse_rows", "--optim.value_embed.extra.sparse_rows")
 
 
-# ---- The plan ------------------------------------------------------------------------------------------------------------
+# ---- Sizes and schedules -------------------------------------------------------------------------------------------------
 
 
 def parameters(name: str) -> dict[str, int]:
@@ -37,7 +38,7 @@ def parameters(name: str) -> dict[str, int]:
     return counts
 
 
-def test_parameters_are_the_records():
+def test_number_of_parameters_is_the_records():
     """643.8 M in the record, whose banks of matrices are padded to divide by 8: 64 for 60, 24 for 20, 24 for 22."""
     counts = parameters("speedrun")
     assert counts["embed"] == counts["head"] == 50_304 * 768
@@ -75,16 +76,16 @@ def test_momentum_is_the_records(step, momentum):
 
 
 @pytest.mark.parametrize(("step", "longest"), [(0, 896), (422, 896), (423, 2048), (1284, 2048)])
-def test_documents_are_as_long_as_the_records(step, longest):
+def test_longest_document_is_the_records(step, longest):
     assert Schedule(PRESETS["speedrun"]()).values(step).max_document_tokens == longest
 
 
 @pytest.mark.parametrize(("step", "reach"), [(0, 2), (423, 1), (847, 0), (1284, 0)])
-def test_further_tokens_fade_with_the_stages(step, reach):
+def test_multi_token_losses_fade_out_over_the_stages(step, reach):
     assert Schedule(PRESETS["speedrun"]()).values(step).mtp == pytest.approx(reach, abs=0.01)
 
 
-def test_one_gpu_takes_the_same_steps():
+def test_preset_for_one_gpu_has_the_same_schedule():
     one, eight = Schedule(PRESETS["speedrun_1gpu"]()), Schedule(PRESETS["speedrun"]())
     assert all(one.values(step) == eight.values(step) for step in range(1285))
 
@@ -95,10 +96,10 @@ def test_one_gpu_takes_the_same_steps():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with a text, and the shrunk recipe trained there on one rank."""
-    made, rng = tmp_path_factory.mktemp("speedrun"), random.Random(0)
-    (made / "my.txt").write_text(" ".join(rng.choice(["steepest", "descent", "norm", "\n"]) for _ in range(3000)))
-    train(made, 1, "--run.name", "one")
-    return made
+    path, rng = tmp_path_factory.mktemp("speedrun"), random.Random(0)
+    (path / "my.txt").write_text(" ".join(rng.choice(["steepest", "descent", "norm", "\n"]) for _ in range(3000)))
+    train(path, 1, "--run.name", "one")
+    return path
 
 
 def train(folder: Path, ranks: int, *flags: str) -> None:
@@ -120,46 +121,46 @@ def test_ranks_agree_with_dense_and_sparse_communication(folder, ranks, flags):
     assert losses(folder, name) == pytest.approx(losses(folder, "one"), abs=2e-4)
 
 
-def trainer(folder: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> train_gpt.Trainer:
+def build_trainer(folder: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> train_gpt.Trainer:
     monkeypatch.chdir(folder)
     return train_gpt.Trainer(parse(["speedrun_cpu", *SMALL, *flags]))
 
 
-def test_a_stage_is_one_graph(folder, monkeypatch):
-    """Whole, and none is compiled again: windows, batch and the reach of the losses change from stage to stage alone."""
-    made, compiled = trainer(folder, monkeypatch), CompileCounter()
-    made.model.compile(backend=compiled, fullgraph=True, dynamic=False)
-    batches = made.start_batches()
-    graphs = [(made.step(batches), compiled.frame_count)[1] for _ in range(12)]
+def test_every_stage_is_compiled_once_as_one_graph(folder, monkeypatch):
+    """No graph break and no recompilation within a stage: windows, batch and loss weights change between stages only."""
+    trainer, compiled = build_trainer(folder, monkeypatch), CompileCounter()
+    trainer.model.compile(backend=compiled, fullgraph=True, dynamic=False)
+    batches = trainer.start_batches()
+    graphs = [(trainer.step(batches), compiled.frame_count)[1] for _ in range(12)]
     batches.close()
     assert graphs == [1] * 4 + [2] * 5 + [3] * 3
 
 
-def test_the_head_is_the_embedding_until_it_is_untied(folder, monkeypatch):
-    """And the loss is continuous there: at the switch both are still equal."""
-    made = trainer(folder, monkeypatch)
-    batches, model = made.start_batches(), made.model
+def test_head_equals_the_embedding_until_it_is_untied(folder, monkeypatch):
+    """Both tables are equal until the switch, so the loss is continuous there."""
+    trainer = build_trainer(folder, monkeypatch)
+    batches, model = trainer.start_batches(), trainer.model
     for step in range(12):
-        made.step(batches)
+        trainer.step(batches)
         assert torch.equal(model.embed, model.head.weight) or step >= 0.66 * 12
     batches.close()
     assert not torch.equal(model.embed, model.head.weight)
 
 
 @pytest.mark.parametrize("every", ["1", "2", "3"])
-def test_tied_to_the_end_both_are_one_table(folder, monkeypatch, every):
-    """Also where the gradients of several steps add up before they are used: each counts once."""
+def test_training_tied_to_the_end_equals_a_tied_head(folder, monkeypatch, every):
+    """Training both tables as tied equals a tied head, also if gradients of several steps are summed before an update."""
     slow = ["--optim.embed.update_every", every, "--optim.head.update_every", every]
-    found = []
+    losses_of_both = []
     for flags in (["--train.tied_until_frac", "1"], ["--train.tied_until_frac", "0", "--model.tied_head"]):
-        made = trainer(folder, monkeypatch, *slow, *flags)
-        batches = made.start_batches()
-        found.append([made.step(batches).item() / 192 for _ in range(8)])
+        trainer = build_trainer(folder, monkeypatch, *slow, *flags)
+        batches = trainer.start_batches()
+        losses_of_both.append([trainer.step(batches).item() / 192 for _ in range(8)])
         batches.close()
-    assert found[0] == pytest.approx(found[1], abs=1e-4)
+    assert losses_of_both[0] == pytest.approx(losses_of_both[1], abs=1e-4)
 
 
-def test_a_run_resumed_after_the_untying_is_the_same_run(folder, monkeypatch):
+def test_a_run_resumed_after_untying_equals_the_uninterrupted_run(folder, monkeypatch):
     monkeypatch.chdir(folder)
     flags = [*SMALL, "--run.checkpoint_every_steps", "9", "--run.name"]
     train_gpt.main(parse(["speedrun_cpu", *flags, "whole"]))
@@ -182,7 +183,7 @@ def test_a_run_resumed_after_the_untying_is_the_same_run(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", [["--optim.head.lr", "0.5"], ["--model.tied_head"], ["--model.embed_dtype", "bfloat16"]])
-def test_what_cannot_be_tied_is_refused(flags, capsys):
+def test_settings_that_conflict_with_tying_are_refused(flags, capsys):
     with pytest.raises(SystemExit):
         parse(["speedrun_cpu", *flags])
     assert "tied_until_frac" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The run, end to end: files, resuming, ranks, signals, and what a user's mistakes look like. Small models on small text."""
+"""Whole runs of small models on small text: files, resuming, ranks, signals, and the messages of a user's mistakes."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def arguments(*flags: str) -> list[str]:
 
 
 def train(*flags: str) -> Path:
-    """Run in this process; the folder of --run.name."""
+    """Train in this process and return the folder of --run.name."""
     train_gpt.main(parse(arguments(*flags)))
     return Path("runs") / flags[flags.index("--run.name") + 1]
 
@@ -57,13 +57,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def losses(folder: Path) -> list[tuple]:
-    """Everything in metrics.jsonl but the times."""
+    """Return all records of metrics.jsonl without their time measurements."""
     return [tuple((k, v) for k, v in record.items() if not k.startswith(("time/", "train_seconds")))
             for record in read_metrics(folder / "metrics.jsonl")]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Bit-identical weights, optimizer state and logged losses."""
+    """Assert that weights, optimizer state and logged losses are bit-identical."""
     a, b = weights(one), weights(other)
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -73,7 +73,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 # ---- Files and figures ------------------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_what_the_contract_names(text, capsys):
+def test_a_run_writes_all_its_files_metrics_and_summary(text, capsys):
     folder = train("--run.name", "a", "--run.target_loss_nats", "5.4")
     assert sorted(p.name for p in folder.iterdir()) == [
         "checkpoint.safetensors", "code.txt", "config.json", "env.json", "metrics.jsonl", "summary.json"]
@@ -95,13 +95,13 @@ def test_a_run_leaves_what_the_contract_names(text, capsys):
     assert "class ShardedOptimizer" in code and "class GPT" in code
 
 
-def test_training_learns(text):
+def test_training_lowers_the_loss(text):
     folder = train("--run.name", "learns", "--train.steps", "60", "--train.val_every_steps", "0")
-    found = [r["train/loss_nats"] for r in read_metrics(folder / "metrics.jsonl") if "train/loss_nats" in r]
-    assert found[0] > 5 and found[-1] < 1.2
+    train_losses = [r["train/loss_nats"] for r in read_metrics(folder / "metrics.jsonl") if "train/loss_nats" in r]
+    assert train_losses[0] > 5 and train_losses[-1] < 1.2
 
 
-def test_same_seed_same_run_other_seed_other_run(text):
+def test_equal_seeds_give_equal_runs_and_other_seeds_do_not(text):
     one, two, other = (train("--run.name", name, "--run.seed", seed) for name, seed in (("a", "1"), ("b", "1"), ("c", "2")))
     assert_same_run(one, two)
     assert losses(one) != losses(other)
@@ -121,20 +121,20 @@ def test_the_run_stops_at_its_target(text):
     assert summary["steps"] == summary["target_step"] < 12
 
 
-def test_a_second_run_does_not_touch_the_first(text):
+def test_a_second_run_gets_a_folder_of_its_own(text):
     for _ in range(2):
         train_gpt.main(parse(arguments()))
     assert sorted(p.name for p in Path("runs").iterdir()) == ["tiny", "tiny-2"]
 
 
-def test_a_dry_run_prints_the_plan_and_leaves_nothing(text, capsys):
+def test_a_dry_run_prints_the_plan_and_writes_no_files(text, capsys):
     train_gpt.main(parse(arguments("--run.dry_run")))
     out = capsys.readouterr().out
     assert "role" in out and "parameters" in out and "sequence_tokens" in out
     assert not Path("runs").exists()
 
 
-def test_warm_up_leaves_no_trace(text):
+def test_warm_up_restores_optimizer_state_and_random_state(text):
     trainer = train_gpt.Trainer(parse(arguments()))
     before = {name: tensor.clone() for name, tensor in trainer.optimizer.state.tensors().items()}
     state = torch.get_rng_state()
@@ -181,7 +181,7 @@ def test_resuming_a_finished_run_changes_nothing(text):
     assert before[1] == after[1] and all(torch.equal(before[0][k], after[0][k]) for k in before[0])
 
 
-def test_the_clock_goes_on_where_it_stopped(text, monkeypatch):
+def test_training_time_continues_after_resuming(text, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt_at(6, signal.SIGINT, patch)
         train("--run.name", "cut")
@@ -190,8 +190,8 @@ def test_the_clock_goes_on_where_it_stopped(text, monkeypatch):
     assert seconds == sorted(seconds) and seconds[0] > 0
 
 
-def test_killed_at_random_moments_and_resumed(text):
-    """Kill -9, often while a checkpoint is written: nothing is lost but the steps since the last checkpoint."""
+def test_a_run_killed_at_random_moments_and_resumed_equals_the_whole_run(text):
+    """SIGKILL, often while a checkpoint is written, loses only the steps since the last checkpoint."""
     flags = ("--train.steps", "40", "--run.checkpoint_every_steps", "1")
     whole = train("--run.name", "whole", *flags)
     rng = random.Random(1)
@@ -207,15 +207,15 @@ def test_killed_at_random_moments_and_resumed(text):
 
 
 def wait_for_lines(path: Path, child: subprocess.Popen) -> None:
-    """Until the file grows, or the process ends."""
+    """Wait until the file grows or the process ends."""
     size = path.stat().st_size if path.exists() else 0
     while child.poll() is None and (not path.exists() or path.stat().st_size <= size):
         time.sleep(0.01)
 
 
-def test_a_non_finite_loss_stops_with_advice(text):
-    said = r"(loss is (nan|inf)|the gradient of \S+ is not finite) at step \d+.*Lower --optim.matrix.lr"
-    with pytest.raises(train_gpt.DivergedError, match=said):
+def test_a_non_finite_loss_stops_the_run_with_advice(text):
+    message = r"(loss is (nan|inf)|the gradient of \S+ is not finite) at step \d+.*Lower --optim.matrix.lr"
+    with pytest.raises(train_gpt.DivergedError, match=message):
         train("--run.name", "a", "--model.softcap", "none", "--optim.head.lr", "1e38")
 
 
@@ -224,7 +224,7 @@ def test_a_non_finite_loss_stops_with_advice(text):
 
 @pytest.fixture(scope="module")
 def ranked(tmp_path_factory):
-    """The same run on 1, 2 and 3 gloo ranks; a fourth, begun on 3 ranks, is cut in the middle."""
+    """A folder with the same run on 1, 2 and 3 gloo ranks."""
     folder = tmp_path_factory.mktemp("ranked")
     rng = random.Random(0)
     (folder / "my.txt").write_text(" ".join(rng.choice(["steepest", "descent", "norm", "\n"]) for _ in range(3000)))
@@ -248,7 +248,7 @@ def test_every_world_size_gives_the_same_curve(ranked, ranks):
             assert a.get(key, 0) == pytest.approx(b.get(key, 0), abs=1e-4)
 
 
-def test_saved_on_three_ranks_resumed_on_one(ranked, monkeypatch):
+def test_a_run_saved_on_three_ranks_resumes_on_one(ranked, monkeypatch):
     monkeypatch.chdir(ranked)
     flags = ("--run.name", "mixed", "--run.checkpoint_every_steps", "6")
     code = f"""
@@ -275,7 +275,7 @@ train_gpt.main(parse({arguments(*flags)!r}))
         assert a.get("train/loss_nats", 0) == pytest.approx(b.get("train/loss_nats", 0), abs=1e-4)
 
 
-def test_two_nodes_on_loopback(text):
+def test_two_nodes_train_together_on_loopback(text):
     """Two launchers of one process each, as on two machines."""
     nodes = [subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--node_rank={rank}",
@@ -289,8 +289,8 @@ def test_two_nodes_on_loopback(text):
 # ---- Mistakes ---------------------------------------------------------------------------------------------------------
 
 
-def enter(monkeypatch, capsys, *argv: str) -> str:
-    """Run the script as a command; its error message. It must exit with status 2 and no traceback."""
+def error_message(monkeypatch, capsys, *argv: str) -> str:
+    """Run train_gpt.py as a command and return its error message. It must exit with status 2 and no traceback."""
     monkeypatch.setattr(sys, "argv", [SCRIPT, *argv])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(SCRIPT, run_name="__main__")
@@ -311,7 +311,7 @@ SHARDS = ("--data.source shards --data.tokenizer gpt2 --data.order contiguous --
           "--data.val_files v.bin --log.wandb disabled").split()
 
 
-@pytest.mark.parametrize("flags, said", [
+@pytest.mark.parametrize("flags, message", [
     (["tinny"], "did you mean 'tiny'"),
     (["tiny", "--optim.matrx.lr", "0.1"], "--optim.matrix.lr"),
     (["tiny", "--train.steps", "many"], "many"),
@@ -320,46 +320,46 @@ SHARDS = ("--data.source shards --data.tokenizer gpt2 --data.order contiguous --
     (["tiny", "--data.source", "text", "--data.train_files", "none.txt"], "none.txt"),
     (["tiny", *SHARDS], "t*.bin"),
 ])
-def test_wrong_flags_and_missing_files(text, monkeypatch, capsys, flags, said):
-    assert said in enter(monkeypatch, capsys, *flags)
+def test_wrong_flags_and_missing_files_are_refused(text, monkeypatch, capsys, flags, message):
+    assert message in error_message(monkeypatch, capsys, *flags)
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("fault, said", [
+@pytest.mark.parametrize("fault, value", [
     ({"magic": 1}, "magic"), ({"claimed": 3000}, "3000"), ({"token": 60_000}, "60000")])
-def test_broken_shards(text, monkeypatch, capsys, fault, said):
+def test_damaged_shards_are_refused(text, monkeypatch, capsys, fault, value):
     write_shard("v.bin")
     write_shard("t1.bin", **fault)
-    message = enter(monkeypatch, capsys, "tiny", *SHARDS, "--train.batch_tokens", "1024")
-    assert said in message.replace(",", "") and "t1.bin" in message
+    message = error_message(monkeypatch, capsys, "tiny", *SHARDS, "--train.batch_tokens", "1024")
+    assert value in message.replace(",", "") and "t1.bin" in message
     assert not list(Path(".").rglob("summary.json")) and not list(Path(".").rglob("checkpoint*"))
 
 
-def test_text_that_is_not_utf8(text, monkeypatch, capsys):
+def test_text_that_is_not_utf8_is_refused(text, monkeypatch, capsys):
     Path("my.txt").write_bytes(b"fine so far \xff\xfe")
-    assert "my.txt" in enter(monkeypatch, capsys, *arguments())
+    assert "my.txt" in error_message(monkeypatch, capsys, *arguments())
 
 
-def test_corrupt_checkpoint(text, monkeypatch, capsys):
+def test_corrupt_checkpoint_is_refused(text, monkeypatch, capsys):
     path = train("--run.name", "a") / "checkpoint.safetensors"
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
-    assert "checkpoint.safetensors" in enter(monkeypatch, capsys, *arguments("--run.name", "a", "--run.resume"))
+    assert "checkpoint.safetensors" in error_message(monkeypatch, capsys, *arguments("--run.name", "a", "--run.resume"))
 
 
-def test_checkpoint_of_another_model(text, monkeypatch, capsys):
+def test_checkpoint_of_another_model_is_refused(text, monkeypatch, capsys):
     train("--run.name", "a")
-    message = enter(monkeypatch, capsys, *arguments("--run.name", "a", "--run.resume", "--model.layers", "3"))
+    message = error_message(monkeypatch, capsys, *arguments("--run.name", "a", "--run.resume", "--model.layers", "3"))
     assert "checkpoint.safetensors" in message
 
 
-def test_checkpoint_of_another_experiment(text, monkeypatch, capsys):
+def test_checkpoint_of_another_experiment_is_refused(text, monkeypatch, capsys):
     train("--run.name", "a")
-    message = enter(monkeypatch, capsys, *arguments("--run.name", "a", "--run.resume", "--optim.matrix.lr", "0.5"))
+    message = error_message(monkeypatch, capsys, *arguments("--run.name", "a", "--run.resume", "--optim.matrix.lr", "0.5"))
     assert "--optim.matrix.lr" in message and "0.5" in message
 
 
-def test_unwritable_run_folder(text, monkeypatch, capsys):
+def test_unwritable_run_folder_is_refused(text, monkeypatch, capsys):
     Path("runs").write_text("a file in the way")
-    assert "runs" in enter(monkeypatch, capsys, *arguments())
+    assert "runs" in error_message(monkeypatch, capsys, *arguments())

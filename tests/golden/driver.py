@@ -1,6 +1,6 @@
-"""Train several runs in one process: `python driver.py COMMANDS.json`, a list of command lines; under torchrun on all ranks.
+"""Train several runs in one process: `python driver.py COMMANDS.json`, which holds a list of command lines.
 
-The code that trains is the one that Python finds first: PYTHONPATH chooses the tree.
+Under torchrun every rank trains them all. PYTHONPATH chooses the tree whose train_gpt is imported.
 """
 
 import json
@@ -12,9 +12,11 @@ from torch import set_num_threads
 from torch.distributed import TCPStore
 
 
-def new_meeting_place(agent: TCPStore, number: int) -> TCPStore | None:
-    """Point the environment at an empty store, which rank 0 hosts, for the next process group to meet at: torchrun's own
-    still holds the addresses of the group before, and ranks would try to connect to those."""
+def open_rendezvous(agent: TCPStore, number: int) -> TCPStore | None:
+    """Point the environment at a new empty store for the next process group; return the store on rank 0, which hosts it.
+
+    torchrun's own store still holds the addresses of the previous group, and ranks would try to connect to those.
+    """
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False) if os.environ["RANK"] == "0" else None
     if store:
         agent.set(f"port of run {number}", str(store.port))
@@ -23,17 +25,17 @@ def new_meeting_place(agent: TCPStore, number: int) -> TCPStore | None:
 
 
 def main(commands: list[list[str]]) -> None:
-    """Train one command line after another, on one thread."""
+    """Train the command lines one after another, on one thread."""
     import train_gpt
     from configs.cli import parse
 
     set_num_threads(1)
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     agent = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])) if several else None
-    stores = []  # a store lives as long as it is referred to
+    stores = []  # keeps the stores alive: one without a reference is closed
     for number, command in enumerate(commands):
         if agent:
-            stores.append(new_meeting_place(agent, number))
+            stores.append(open_rendezvous(agent, number))
         train_gpt.main(parse(command))
 
 

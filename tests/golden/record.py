@@ -1,6 +1,6 @@
-"""Train the golden runs by the present code and write down their losses: `python -m tests.golden.record`.
+"""Train the golden runs with the current code and record their losses: `python -m tests.golden.record`.
 
-For changes that are meant to change losses; a change that is not meant to must leave losses.json as it is.
+Run this only after a change that is meant to change losses. Any other change must leave losses.json as it is.
 """
 
 import contextlib
@@ -16,7 +16,10 @@ FILE = HERE / "losses.json"
 
 
 def golden_losses(folder: Path, *, ranks: int) -> dict[str, list[float]]:
-    """By run: its training losses, then the final validation loss, in nats; one rank in this process, more by torchrun."""
+    """Train all golden runs; return by run its training losses, then the final validation loss, in nats.
+
+    One rank is trained in this process, several by torchrun.
+    """
     write_text(folder)
     commands = [run.command("--train.steps", str(STEPS), "--train.val_every_steps", "0", "--run.name", f"{run.name}-{ranks}")
                 for run in RUNS]
@@ -28,7 +31,7 @@ def golden_losses(folder: Path, *, ranks: int) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    """Write losses.json anew."""
+    """Overwrite losses.json."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         recorded = {str(ranks): golden_losses(Path(folder), ranks=ranks) for ranks in (1, 2)}
@@ -38,5 +41,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.redirect_stdout(None):  # what the runs say
+    with contextlib.redirect_stdout(None):  # the progress lines of the runs
         main()

@@ -1,6 +1,6 @@
-"""The runs whose losses must not change: small ones that together take every path of training, on a text made from a seed.
+"""The golden runs, whose losses must not change: small runs that together cover training, on a text generated from a seed.
 
-They are described by command lines alone, so that any commit can be asked to train them.
+Each is described by its command line alone, so that any commit can train it.
 """
 
 import contextlib
@@ -21,16 +21,16 @@ from configs.cli import parse
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-TEXT = "text.txt"  # a relative name: a checkpoint remembers it, and is resumed only under the same
-STEPS = 6  # long enough to pass the jumps of every schedule
-SAME_ANYWHERE = 2  # so many first losses hardly depend on the machine; later ones carry rounding on
+TEXT = "text.txt"  # a relative path: a checkpoint stores it, and can be resumed only with the same path
+STEPS = 6  # long enough to reach every jump of the schedules
+SAME_ANYWHERE = 2  # this many first losses hardly depend on the machine; in later ones rounding differences grow
 LOSSES = ("train/loss_nats", "val/loss_nats")
 EVERY_RUN = (f"--data.source text --data.train_files {TEXT} --data.val_bytes 512 --run.device cpu --run.compile off "
              "--log.every_steps 1 --log.wandb disabled --log.sample_tokens 0")
 
 
 class GoldenRun(NamedTuple):
-    """A run by its command line. `old_spellings` are (a part of `flags`, what an earlier commit calls it)."""
+    """A run, described by its command line. `old_spellings`: pairs (part of `flags`, its spelling in an earlier commit)."""
 
     name: str
     preset: str
@@ -38,7 +38,7 @@ class GoldenRun(NamedTuple):
     old_spellings: tuple[tuple[str, str], ...] = ()
 
     def command(self, *more: str, old: bool = False) -> list[str]:
-        """The words after train_gpt.py; with `old` as the earlier commit spells them."""
+        """Return the arguments of train_gpt.py, with `more` appended. `old`: in the spelling of the earlier commit."""
         flags = self.flags
         for new_spelling, old_spelling in self.old_spellings if old else ():
             flags = flags.replace(new_spelling, old_spelling)
@@ -51,10 +51,10 @@ RUNS = (
     GoldenRun("bytes", "bytes", ""),
     GoldenRun("track3", "track3", "--data.tokenizer bytes --data.val_files --data.sequence_tokens 64 "
                                   "--train.batch_tokens 512 --model.layers 2 --model.dim 64 --model.head_dim 32"),
-    # Scalars whose gradient is nothing but rounding: without a floor Adam would step as far along it as along any.
+    # Some scalars have gradients of pure rounding error; with a smaller eps Adam would scale them up to full steps.
     GoldenRun("ngpt_bytes", "ngpt_bytes", "--optim.scalar.eps 1e-5"),
     GoldenRun("speedrun_cpu", "speedrun_cpu", f"{BPE} --model.bigram_buckets 1024"),
-    # Every setting of the rule is spelled out, so that its defaults may change.
+    # All settings of the rule are given, so that its defaults may change.
     GoldenRun("soap", "bytes", "--model.layers 2 --model.dim 64 --optim.matrix.rule soap --optim.matrix.lr 0.005 "
                                "--optim.matrix.beta1 0.8 --optim.matrix.beta2 0.95 --optim.matrix.eps 1e-8 "
                                "--optim.matrix.gram_beta 0.95 --optim.matrix.every_steps 1"),
@@ -63,9 +63,9 @@ RUNS = (
 SMALL = "--model.layers 2 --model.dim 64"
 RULES = ("adam", "normuon", "muon2", "muown", "dion", "dion2", "sm3", "prodigy", "agd", "swan", "shampoo", "soap_muon",
          "psgd")
-# As commits spell it whose configurations have format 1: one class with the fields of all optimizers.
+# Spelling in commits whose configurations have format 1, where one class holds the fields of all optimizers.
 FORMAT_1 = ((".extra.", "."), (".graft.rule", ".graft"))
-# Further runs, for comparison with another commit on one machine: too many to be trained by every test.
+# More runs, for comparing with another commit on one machine; too many to train in every test run.
 OTHER_RUNS = (
     *(GoldenRun(rule, "bytes", f"{SMALL} --optim.matrix.rule {rule}") for rule in RULES),
     GoldenRun("shampoo_adam", "bytes", f"{SMALL} --optim.matrix.rule shampoo --optim.matrix.graft.rule adam",
@@ -94,9 +94,9 @@ OTHER_RUNS = (
 
 
 def write_text(folder: Path, length: int = 60_000) -> None:
-    """Write TEXT into a folder: sentences of made-up words, frequent and rare, equal on every machine.
+    """Write TEXT into a folder: sentences of frequent and rare invented words, the same on every machine.
 
-    Only `random()` draws: it alone is promised to give the same numbers in every version of Python.
+    Only random.random() is used: Python promises the same numbers in every version for that method alone.
     """
     rng = random.Random(20240520)
 
@@ -113,8 +113,10 @@ def write_text(folder: Path, length: int = 60_000) -> None:
 
 
 def machine() -> dict[str, str]:
-    """What decides the last bits of a loss: PyTorch's version, its instruction set, and a hash of what it computes here,
-    since CPUs of one instruction set may still sum in another order."""
+    """Describe what decides the last bits of a loss: PyTorch's version, its instruction set, and a hash of some results.
+
+    The hash is needed because CPUs with the same instruction set may still sum in different orders.
+    """
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(shape, generator=generator) for shape in ((192, 128), (128, 512)))
     outputs = [a @ b, a[:16] @ b, a[:, :32] @ b[:32, :48], (a @ b).softmax(-1), torch.nn.functional.gelu(a),
@@ -125,17 +127,20 @@ def machine() -> dict[str, str]:
 
 
 def train(commands: Sequence[list[str]], *, folder: Path, ranks: int, tree: Path = ROOT) -> None:
-    """Train all command lines in turn by the code in `tree`, in one process a rank, in `folder`. Raises RuntimeError."""
+    """Train the command lines one after another in `folder`, with the code in `tree` and one process per rank.
+
+    Raises RuntimeError with the end of the output if training fails.
+    """
     (folder / "commands.json").write_text(json.dumps(commands))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    done = subprocess.run([sys.executable, *launcher, str(HERE / "driver.py"), "commands.json"], cwd=folder,
+    result = subprocess.run([sys.executable, *launcher, str(HERE / "driver.py"), "commands.json"], cwd=folder,
                           env=os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"training on {ranks} ranks by {tree} failed:\n{done.stdout[-1000:]}\n{done.stderr[-4000:]}")
+    if result.returncode:
+        raise RuntimeError(f"training on {ranks} ranks by {tree} failed:\n{result.stdout[-1000:]}\n{result.stderr[-4000:]}")
 
 
 def train_here(commands: Sequence[list[str]], *, folder: Path) -> None:
-    """Train all command lines in turn in this process, in `folder`, on one thread."""
+    """Train the command lines one after another in `folder`, in this process and on one thread."""
     torch.set_num_threads(1)
     with contextlib.chdir(folder):
         for command in commands:
@@ -143,6 +148,6 @@ def train_here(commands: Sequence[list[str]], *, folder: Path) -> None:
 
 
 def losses(run_folder: Path) -> list[float]:
-    """Training and validation losses of a run, in nats, in the order in which metrics.jsonl has them."""
+    """Return the training and validation losses of a run, in nats, in the order of metrics.jsonl."""
     records = map(json.loads, (run_folder / "metrics.jsonl").read_text().splitlines())
     return [record[key] for record in records for key in LOSSES if key in record]

@@ -11,7 +11,7 @@ from scripts.sample import Sample, sample
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run that has learned one sentence by heart."""
+    """A run that has memorised one sentence."""
     folder = tmp_path_factory.mktemp("sample")
     (folder / "my.txt").write_text("steepest descent under a norm. " * 400)
     flags = ["--data.source", "text", "--data.tokenizer", "bytes", "--data.train_files", str(folder / "my.txt"),
@@ -22,17 +22,17 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
-def test_the_model_continues_what_it_learned(run):
+def test_the_model_continues_a_memorised_sentence(run):
     text = sample(Sample(folder=run, prompt="steepest descent ", tokens=30, temperature=0.0))
     assert text.startswith("steepest descent under a norm.")
 
 
-def test_the_seed_decides(run):
-    one, two, other = (sample(Sample(folder=run, prompt="a", tokens=40, temperature=3.0, seed=s)) for s in (1, 1, 2))
-    assert one == two != other
-    assert len(one) > 30
+def test_equal_seeds_give_equal_text(run):
+    first, same, other = (sample(Sample(folder=run, prompt="a", tokens=40, temperature=3.0, seed=s)) for s in (1, 1, 2))
+    assert first == same != other
+    assert len(first) > 30
 
 
-def test_a_folder_without_a_run(tmp_path):
+def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="config.json is missing"):
         sample(Sample(folder=Path(tmp_path)))

@@ -1,4 +1,4 @@
-"""Every metric, setting and summary value that the dashboard shows is one that a run writes."""
+"""The dashboard refers only to metrics, settings and summary values that runs write."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from configs.schema import Run
 from configs.serialize import config_to_dict, flatten
 from data.run.metrics import SUMMARY_KEYS, read_metrics
 from scripts import wandb_workspace
-from scripts.wandb_workspace import View, build_workspace, spec
+from scripts.wandb_workspace import View, build_workspace, workspace_json
 
 ROOT = Path(wandb_workspace.__file__).resolve().parent.parent
 NOT_ON_EVERY_MACHINE = {"time/mfu_frac"}  # only where the device's peak is known
@@ -22,7 +22,7 @@ pytest.importorskip("wandb_workspaces")
 
 
 def call(*arguments, **variables):
-    """Status, output and error of a command run in the repository."""
+    """Return exit status, output and error of a command run in the repository."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120,
                           env=inherited | {"OMP_NUM_THREADS": "1"} | variables)
@@ -31,8 +31,8 @@ def call(*arguments, **variables):
 
 @pytest.fixture(scope="module")
 def view():
-    """The saved view's section, as JSON gives it back."""
-    return json.loads(spec(build_workspace(View(entity="us", project="p", name="n"))))["section"]
+    """The view that would be saved, as JSON."""
+    return json.loads(workspace_json(build_workspace(View(entity="us", project="p", name="n"))))["section"]
 
 
 @pytest.fixture(scope="module")
@@ -43,28 +43,28 @@ def panels(view):
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
-    """Names of all metrics of a real run."""
+    """The names of all metrics that a real run logs."""
     folder = tmp_path_factory.mktemp("runs")
-    status, said, error = call("train_gpt.py", "ngpt_bytes", "--train.steps", 2, "--data.val_bytes", 2048, "--log.wandb",
+    status, output, error = call("train_gpt.py", "ngpt_bytes", "--train.steps", 2, "--data.val_bytes", 2048, "--log.wandb",
                                "disabled", "--run.dir", folder, "--run.name", "a", "--log.sample_tokens", 0,
                                "--log.layers_every_steps", 2)
-    assert status == 0, said + error
+    assert status == 0, output + error
     return {name for record in read_metrics(folder / "a" / "metrics.jsonl") for name in record}
 
 
 def configs(panels, key):
-    """All values under one key of the panels' configurations."""
+    """Return all values under one key of the panels' configurations."""
     return [panel["config"][key] for section in panels.values() for panel in section if key in panel.get("config", {})]
 
 
-def test_every_metric_is_one_that_runs_log(panels, logged):
+def test_every_plotted_metric_is_logged_by_runs(panels, logged):
     metrics = {name for names in configs(panels, "metrics") for name in names}
     assert {"val/loss_nats", "train/loss_nats", "time/step_ms"} <= metrics <= logged | NOT_ON_EVERY_MACHINE
     axes = set(configs(panels, "xAxis"))
     assert axes == {"_step", "tokens", "train_seconds"} and axes <= logged | {"_step"}
 
 
-def test_every_measure_of_the_optimizer_and_of_layers_has_one_plot(panels, logged):
+def test_every_measure_of_optimizer_and_layers_has_one_plot(panels, logged):
     patterns = configs(panels, "metricRegex")
     measured = {name for name in logged if name.startswith(("optim/", "diag/"))}
     drawn = [{name for name in measured if re.search(pattern, name)} for pattern in patterns]
@@ -72,7 +72,7 @@ def test_every_measure_of_the_optimizer_and_of_layers_has_one_plot(panels, logge
     assert sum(map(len, drawn)) == len(measured)
 
 
-def test_parallel_coordinates_lead_from_settings_to_the_score(panels, logged):
+def test_parallel_coordinates_show_settings_and_end_with_the_score(panels, logged):
     columns, = configs(panels, "columns")
     where = [column["accessor"].split(":", 1) for column in columns]
     settings = [name.removesuffix(".value") for place, name in where if place == "config"]
@@ -81,11 +81,11 @@ def test_parallel_coordinates_lead_from_settings_to_the_score(panels, logged):
     assert {name for place, name in where if place == "summary"} <= logged
 
 
-def test_runs_are_grouped_and_their_table_shows_what_they_reached(view, logged):
+def test_runs_are_grouped_by_experiment_and_their_table_shows_summary_values(view, logged):
     runs, = view["runSets"]
     assert runs["grouping"] == [{"section": "run", "name": "group"}]
-    shown = {name.removeprefix("summary:") for name in runs["runFeed"]["columnOrder"] if name.startswith("summary:")}
-    assert "val/loss_nats" in shown and shown <= logged | set(SUMMARY_KEYS)
+    columns = {name.removeprefix("summary:") for name in runs["runFeed"]["columnOrder"] if name.startswith("summary:")}
+    assert "val/loss_nats" in columns and columns <= logged | set(SUMMARY_KEYS)
 
 
 def test_bars_are_means_over_the_seeds_of_an_experiment(panels):
@@ -93,11 +93,11 @@ def test_bars_are_means_over_the_seeds_of_an_experiment(panels):
     assert [(bar["groupBy"], bar["groupAgg"], bar["groupArea"]) for bar in bars] == [("group", "mean", "stderr")] * 2
 
 
-def test_samples_are_the_table_that_runs_log(panels):
+def test_the_samples_panel_shows_the_table_that_runs_log(panels):
     assert '"samples"' in json.dumps(panels["Samples"])
 
 
-def test_printing_needs_no_network_and_saving_says_what_it_lacks(tmp_path):
+def test_printing_needs_no_network_and_saving_without_a_key_is_refused(tmp_path):
     status, printed, error = call("-m", "scripts.wandb_workspace", "--print", WANDB_BASE_URL="http://127.0.0.1:9")
     assert status == 0 and error == "" and json.loads(printed)["section"]["panelBankConfig"]["sections"]
     keyless = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_CONFIG_DIR": str(tmp_path / "config")}
@@ -105,7 +105,7 @@ def test_printing_needs_no_network_and_saving_says_what_it_lacks(tmp_path):
     assert status == 2 and error.startswith("error: no wandb key") and error.count("\n") == 1
 
 
-def test_a_refusal_is_one_line(monkeypatch):
+def test_a_failed_save_gives_one_line(monkeypatch):
     import wandb
 
     workspace = build_workspace(View(entity="us"))
