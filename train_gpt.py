@@ -124,7 +124,7 @@ def train(trainer: "Trainer", log: Log) -> bool:
             with clock.paused():
                 score = trainer.validate()
                 progress.record_score(score, run.run.target_loss_nats)
-                log.validation(score, trainer.measures.of_roles(trainer.last_values()) if run.log.diagnostics else {})
+                log.validation(score, trainer.measures.by_role(trainer.last_values()) if run.log.diagnostics else {})
                 check_finite(score.nats_per_token, step)
         # A checkpoint; after a signal too, on which all ranks must agree, because all of them save.
         saves = progress.is_finished(run) or is_due(step, run.run.checkpoint_every_steps)
@@ -262,7 +262,7 @@ class Trainer:
     def layer_metrics(self) -> Metrics:
         """How the last step turned each hidden matrix; on rank 0 also features, spectra and factors of every layer, on the
         validation text's first tokens, and the angles that groups should turn by. A collective."""
-        values, turns = self.last_values(), self.measures.turns("matrix")
+        values, turns = self.last_values(), self.measures.by_tensor("matrix")
         if self.comm.rank > 0:
             return {}
         measures = weight_metrics(self.model)

@@ -78,7 +78,7 @@ def make_bank(group: ParamGroup, names: list[str], comm: Comm) -> Bank:
     """Move the storage of a group's parameters `names` into a bank: rank 0's weights, zero gradients, first state."""
     params, spec = [group.params[name] for name in names], group.specs[names[0]]
     step = group.step_for(spec)
-    flat = lead_view(torch.stack([p.detach() for p in params]), group.scope, spec.blocks)
+    flat = shard_view(torch.stack([p.detach() for p in params]), group.scope, spec.blocks)
     step.project_start(flat)
     sharded = comm.world_size > 1 and flat.numel() >= SMALL_BANK_ELEMENTS
     padding = -flat.size(0) % comm.world_size if sharded else 0
@@ -99,7 +99,7 @@ def as_matrices(lead: Tensor) -> Tensor:
     return lead if lead.ndim == 3 else lead.reshape(1, -1, lead.size(-1) if lead.ndim == 2 else 1)
 
 
-def lead_view(stack: Tensor, scope: str, blocks: int = 1) -> Tensor:
+def shard_view(stack: Tensor, scope: str, blocks: int = 1) -> Tensor:
     """(K, *shape) with the dimension that may be cut first: elements (N,), rows (R, n) or matrices (K b, m / b, n), each cut
     into b blocks of rows."""
     if scope == "element":

@@ -33,7 +33,7 @@ class Constraint:
         """The set that a rule's configuration describes."""
         return cls()
 
-    def along(self, axis: int) -> "Constraint":
+    def with_axis(self, axis: int) -> "Constraint":
         """The same set for tensors whose model dimension is `axis`, -1 or -2."""
         return self
 

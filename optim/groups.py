@@ -10,7 +10,7 @@ from configs.notation import number_of, parse_by_name, raise_if, unmatched_keys
 from configs.optim import Graft, Optim, RuleConfig
 from optim.constraint import Scope
 from optim.norms import build_norm
-from optim.rule import Rule, Step, coarsest, load
+from optim.rule import Rule, Step, coarsest, load_class
 
 # Where each rule's class is; its module is imported when a role names the rule.
 RULES = {
@@ -25,10 +25,10 @@ RULES = {
 
 def build_rule(config: RuleConfig) -> Rule:
     """The rule that a configuration describes, grafted if it says so."""
-    rule = load(RULES[config.rule])(config)
+    rule = load_class(RULES[config.rule])(config)
     if config.graft == Graft():
         return rule
-    return load("optim.zoo.graft:Grafted")(rule, load(RULES[config.graft.rule])(config.graft))
+    return load_class("optim.zoo.graft:Grafted")(rule, load_class(RULES[config.graft.rule])(config.graft))
 
 
 class TensorSpec(NamedTuple):
@@ -63,7 +63,7 @@ class ParamGroup:
 
     def step_for(self, spec: TensorSpec) -> Step:
         """The step of its tensors with a spec."""
-        return replace(self.step.along(spec.axis), peak_lr=self.step.peak_lr * spec.lr_factor)
+        return replace(self.step.with_axis(spec.axis), peak_lr=self.step.peak_lr * spec.lr_factor)
 
 
 def build_groups(params: Mapping[str, Tensor], roles: Mapping[str, str], optim: Optim,
@@ -89,7 +89,7 @@ def build_groups(params: Mapping[str, Tensor], roles: Mapping[str, str], optim: 
 def build_group(role: str, config: RuleConfig, members: dict[str, Tensor], axes: Mapping[str, int]) -> ParamGroup:
     """The group of one role. Raises ValueError for settings that the rule, as it is configured, cannot follow."""
     extra = config.extra
-    clip = load("optim.zoo.clip:Clip")(build_norm(extra.clip_norm), extra.clip) if extra.clip else None
+    clip = load_class("optim.zoo.clip:Clip")(build_norm(extra.clip_norm), extra.clip) if extra.clip else None
     group = ParamGroup(role, config, build_rule(config), Step.build(config), clip, members,
                        tensor_specs(role, config, members, axes))
     raise_if(extra.sparse_rows and group.scope == "matrix",

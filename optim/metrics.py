@@ -30,7 +30,7 @@ class StepMetrics:
         self._before = [(bank, bank.weights[bank.own].clone()) for bank in banks]
 
     @torch.no_grad()
-    def of_roles(self, values: Values) -> Metrics:
+    def by_role(self, values: Values) -> Metrics:
         """By role lr, update_rms, weight_rms, weight_size (the largest) and the step's angle; nothing if no weights
         are remembered. A collective: every rank must call it."""
         moments: dict[str, list[Moments]] = {}
@@ -44,7 +44,7 @@ class StepMetrics:
                 for role, parts in moments.items()}
 
     @torch.no_grad()
-    def turns(self, role: str) -> Metrics:
+    def by_tensor(self, role: str) -> Metrics:
         """How each tensor of a role turned in the step: angle, in radians, and update_ratio, the step's length over that of
         the weights before it; tensors that were zero left out. A collective."""
         banks = [(bank, moments_by_tensor(bank, before)) for bank, before in self._before if bank.group.role == role]

@@ -23,7 +23,7 @@ CONSTRAINTS = {"hyperball": "optim.zoo.hyperball:Hyperball", "radial": "optim.zo
                "sphere": "optim.zoo.sphere:Sphere", "stiefel": "optim.zoo.stiefel:StiefelSet"}
 
 
-def load(place: str) -> type:
+def load_class(place: str) -> type:
     """The class at `module:Class`, its module imported only now."""
     module, name = place.split(":")
     return getattr(import_module(module), name)
@@ -81,12 +81,12 @@ class Step:
         constraint = "stiefel" if config.rule == "stiefel" else config.constraint
         shaped = config.extra.radial_brake or config.extra.row_floor
         return cls(config.decay if config.weight_decay else "none", config.lr,
-                   load(CONSTRAINTS[constraint]).build(config) if constraint != "none" else None, config.rounding,
-                   load("optim.zoo.radial:Shape")(config.extra.radial_brake, config.extra.row_floor) if shaped else None)
+                   load_class(CONSTRAINTS[constraint]).build(config) if constraint != "none" else None, config.rounding,
+                   load_class("optim.zoo.radial:Shape")(config.extra.radial_brake, config.extra.row_floor) if shaped else None)
 
-    def along(self, axis: int) -> "Step":
+    def with_axis(self, axis: int) -> "Step":
         """The same for tensors whose model dimension is `axis`, -1 or -2."""
-        return self if self.constraint is None else replace(self, constraint=self.constraint.along(axis))
+        return self if self.constraint is None else replace(self, constraint=self.constraint.with_axis(axis))
 
     @property
     def scope(self) -> Scope:

@@ -38,7 +38,7 @@ class Sphere(Constraint):
         """Rows, or where columns are the vectors, whole matrices."""
         return "row" if self.axis == -1 else "matrix"
 
-    def along(self, axis: int) -> "Sphere":
+    def with_axis(self, axis: int) -> "Sphere":
         """Vectors along `axis`."""
         return replace(self, axis=axis)
 

@@ -35,7 +35,7 @@ def turned_by(config: RuleConfig) -> float:
         params["w0"].grad.copy_(torch.randn(24, 32))
         measures.remember(optimizer.banks if step >= 300 else [])
         optimizer.step(values, step + 1)
-        angles += [found["angle"] for found in measures.of_roles(values).values()]
+        angles += [found["angle"] for found in measures.by_role(values).values()]
     return math.fsum(angles) / len(angles) / equilibrium_angle(group, values)
 
 
@@ -97,19 +97,19 @@ def test_turns_are_those_of_each_tensor(config):
     params["w3"].data.zero_()
     optimizer = ShardedOptimizer([group], Comm())
     measures = StepMetrics(optimizer.comm)
-    assert measures.turns("matrix") == measures.of_roles(FULL) == {}
+    assert measures.by_tensor("matrix") == measures.by_role(FULL) == {}
     old = {name: param.detach().double().clone() for name, param in params.items()}
     for param in params.values():
         param.grad.copy_(torch.randn(param.shape))
     measures.remember(optimizer.banks)
     optimizer.step(FULL, 1)
-    found = measures.turns("matrix")
+    found = measures.by_tensor("matrix")
     assert found.keys() == {"w0", "w1", "w2"}  # what was zero has no angle
     for name, turned in found.items():
         before, after = old[name].flatten(), params[name].detach().double().flatten()
         assert turned["angle"] == pytest.approx(math.acos((before @ after / before.norm() / after.norm()).item()))
         assert turned["update_ratio"] == pytest.approx(((after - before).norm() / before.norm()).item())
-    assert measures.turns("head") == {} and measures.of_roles(FULL)["matrix"]["angle"] > 0
+    assert measures.by_tensor("head") == {} and measures.by_role(FULL)["matrix"]["angle"] > 0
 
 
 @pytest.mark.parametrize("config", [MUON, ADAM, replace(PLAIN, norm="row")], ids=["matrix", "element", "row"])

@@ -99,7 +99,7 @@ def run_steps(optimizer: ShardedOptimizer, params: dict[str, nn.Parameter], step
         if measured:
             measures.remember(optimizer.banks)
         optimizer.step(values_at(step), step + 1)
-        found.append(measures.of_roles(values_at(step)))
+        found.append(measures.by_role(values_at(step)))
     return found
 
 
@@ -233,7 +233,7 @@ def test_blocks_are_matrices_and_factors_are_learning_rates(config):
             optimizer.step(Values(1 - 0.2 * step, 1, 0.9, 1, 1, None), step + 1)
     torch.testing.assert_close(whole["w"], torch.cat(list(parts.values())), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(whole["w"], start, atol=0.01)
-    assert measures.turns("matrix")["w"]["angle"] > 0
+    assert measures.by_tensor("matrix")["w"]["angle"] > 0
     assert {name: tuple(tensor.shape) for name, tensor in cut.state.tensors().items()} == cut.state.shapes()
 
 

@@ -102,5 +102,5 @@ def test_measures_of_a_group_that_rests_are_zero():
     measures = StepMetrics(optimizer.comm)
     measures.remember(optimizer.banks)
     run(params, optimizer, range(1))
-    found = measures.of_roles(FULL)
+    found = measures.by_role(FULL)
     assert found["embed"]["update_rms"] == 0 < found["matrix"]["update_rms"]
