@@ -9,7 +9,7 @@ import torch
 from configs.optim import Adam, Dion, Muon, NorMuon, Optim, RuleConfig, Steepest
 from optim.comm import Comm
 from optim.groups import ParamGroup, build_groups
-from optim.metrics import StepMetrics, angle_between, equilibrium_angle, moments_by_tensor, spread
+from optim.metrics import StepMetrics, angle_between, equilibrium_angle, squares_by_tensor, variance_ratio
 from optim.muon import average_gradient
 from optim.sharded import ShardedOptimizer
 from tests.optim.oracle import FULL
@@ -66,7 +66,7 @@ def test_the_spread_of_an_average_by_an_impulse(kind, nesterov):
     config, impulse = Muon(averaging=kind, nesterov=nesterov), torch.eye(1, 600, dtype=torch.float64)[0]
     state, mu = {"momentum": torch.zeros((), dtype=torch.float64)}, torch.tensor(0.9, dtype=torch.float64)
     weights = torch.stack([average_gradient(grad, state, config, mu).clone() for grad in impulse])
-    assert spread(0.9, nesterov=nesterov) == pytest.approx((weights.square().sum() / weights.sum().square()).item())
+    assert variance_ratio(0.9, nesterov=nesterov) == pytest.approx((weights.square().sum() / weights.sum().square()).item())
 
 
 @pytest.mark.parametrize("config", [
@@ -118,8 +118,8 @@ def test_what_ranks_own_adds_up_wherever_they_cut(config):
     (bank,) = ShardedOptimizer([group], Comm()).banks
     before = bank.weights.clone()
     bank.weights.add_(torch.randn_like(bank.weights))
-    whole, parts = moments_by_tensor(bank, before), torch.zeros(3, 3, dtype=torch.float64)
+    whole, parts = squares_by_tensor(bank, before), torch.zeros(3, 3, dtype=torch.float64)
     ends = sorted({0, len(before) // 3 + 1, len(before) // 2 + 1, len(before)})
-    for bank.own in (slice(0, 0), *map(slice, ends, ends[1:])):
-        parts += moments_by_tensor(bank, before[bank.own])
+    for bank.shard in (slice(0, 0), *map(slice, ends, ends[1:])):
+        parts += squares_by_tensor(bank, before[bank.shard])
     assert torch.allclose(parts, whole) and (whole > 0).all()

@@ -24,14 +24,14 @@ def test_one_bad_number_is_enough(bad):
     params = parameters(SHAPES)
     optimizer = one_role(Adam(), params)
     params["other"].grad[3, 5] = bad
-    with pytest.raises(NonFiniteError, match="gradient of other is not finite at step 3; no weight has seen it"):
+    with pytest.raises(NonFiniteError, match="gradient of other is not finite at step 3; it changed no weight"):
         optimizer.step(FULL, 3)
 
 
 @pytest.mark.parametrize("config", [Adam(), Prodigy(), AGD(), Muon()], ids=lambda config: config.rule)
 def test_refused_later_no_weight_sees_it(config, monkeypatch):
     """As on CUDA."""
-    monkeypatch.setattr(sharded, "AT_ONCE", ())
+    monkeypatch.setattr(sharded, "CHECKED_AT_ONCE", ())
     params = parameters(SHAPES)
     optimizer = one_role(config, params)
     step_all(params, optimizer, {"tall": 2})
@@ -41,7 +41,7 @@ def test_refused_later_no_weight_sees_it(config, monkeypatch):
 
 
 def test_the_first_of_several_is_named_and_forgotten_on_restore(monkeypatch):
-    monkeypatch.setattr(sharded, "AT_ONCE", ())
+    monkeypatch.setattr(sharded, "CHECKED_AT_ONCE", ())
     params = parameters(SHAPES)
     optimizer = one_role(Adam(), params)
     snapshot = optimizer.state.snapshot()
@@ -57,9 +57,9 @@ def test_the_parameter_is_found_in_a_banks_slice():
     params = parameters(dict.fromkeys("abc", (2, 3)))
     optimizer = one_role(Muon(), params)
     bank, = optimizer.banks
-    bank.own, bank.gradient = slice(1, 3), torch.ones(2, 2, 3)
-    bank.gradient[1, 0, 2] = float("inf")
+    bank.shard, bank.reduced_grad = slice(1, 3), torch.ones(2, 2, 3)
+    bank.reduced_grad[1, 0, 2] = float("inf")
     optimizer._receive(bank, 7)
-    assert not bank.gradient.any()
+    assert not bank.reduced_grad.any()
     with pytest.raises(NonFiniteError, match="gradient of c is not finite at step 7"):
         optimizer.check_finite()

@@ -28,7 +28,7 @@ def test_with_the_remainder_nothing_is_lost():
         D = gaussian(2, 9, 11, seed=i)
         step.apply(W, D, state, hyper(1e-4))
         Step().apply(exact, D, {}, hyper(1e-4))
-    assert torch.equal(step.exact(W, state), exact)
+    assert torch.equal(step.float32_weights(W, state), exact)
     assert ((W.float() - exact).abs() <= (exact.bfloat16().float() - exact).abs()).all()
     assert not torch.equal(walk(Step(), start, 100, lr=1e-4), W)
 
@@ -38,7 +38,7 @@ def test_the_remainder_is_exact_for_every_value(value):
     step, W = Step(rounding="remainder"), torch.zeros(1, 1, 1, dtype=torch.bfloat16)
     state = step.init_state(W)
     step.apply(W, torch.full((1, 1, 1), -value), state, hyper(1.0))
-    assert step.exact(W, state).item() == torch.tensor(value).item()
+    assert step.float32_weights(W, state).item() == torch.tensor(value).item()
 
 
 def test_stochastic_rounding_is_right_in_the_mean():

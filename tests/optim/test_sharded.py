@@ -169,7 +169,7 @@ def test_backward_accumulates_in_the_bank_and_zeroing_keeps_the_views():
     places = {name: param.grad.data_ptr() for name, param in params.items()}
     for times in (1, 2):
         sum((param.float() * 3).sum() for param in params.values()).backward()
-        assert all((bank.stacked(bank.grads) == 3 * times).all() for bank in optimizer.banks)
+        assert all((bank.per_parameter(bank.grads) == 3 * times).all() for bank in optimizer.banks)
     assert {name: param.grad.data_ptr() for name, param in params.items()} == places
     optimizer.zero_grad()
     assert not any(param.grad.any() for param in params.values())
@@ -312,7 +312,7 @@ def test_weights_in_bfloat16_are_exact_when_compiled():
                 param.grad.add_(torch.randn(param.shape, generator=seeded(name, step)))
             optimizer.step(Values(1 - 0.1 * step, 1, 0.9, 1, 1, None), step + 1)
             optimizer.zero_grad()
-        found.append({bank.names[0]: bank.step.exact(bank.weights, bank.state) for bank in optimizer.banks})
+        found.append({bank.names[0]: bank.step.float32_weights(bank.weights, bank.state) for bank in optimizer.banks})
     plain, fast = found
     for name in plain:
         torch.testing.assert_close(fast[name], plain[name], atol=1e-6, rtol=1e-6)
@@ -399,7 +399,7 @@ def as_rank(folder: Path) -> None:
     params = make_params(seed=int(os.environ["RANK"]))
     optimizer = make_optimizer(params)
     found: dict = {"start": copies(params), "banks": {
-        bank.names[0]: (bank.sharded, tuple(bank.weights.shape), bank.own.start, bank.own.stop)
+        bank.names[0]: (bank.sharded, tuple(bank.weights.shape), bank.shard.start, bank.shard.stop)
         for bank in optimizer.banks}}
     found["measures"] = run_steps(optimizer, params, range(HALF), measured=True)
     found["middle"] = optimizer.state.tensors()
