@@ -1,8 +1,8 @@
 """Banks: the parameters of one group, shape and dtype as views into one buffer, and their gradients into another.
 
-One collective then serves a whole bank, and one batched product updates all of its matrices, without copying; the model keeps
-using its parameters as before. A bank's first dimension, the shard dimension, is the one that ranks divide among themselves.
-What it counts depends on the group's scope, the finest piece that can be updated alone:
+One collective then serves a whole bank, and one batched product updates all of its matrices, without copying; the model
+uses its parameters as before. A bank's first dimension is the shard dimension, which ranks divide among themselves. What it
+counts depends on the group's scope, the finest piece that can be updated alone:
 
     element    (N,)             all elements, in a row
     row        (R, n)           the rows of all parameters
@@ -48,7 +48,7 @@ class Bank:
     matrices: Tensor
     """This rank's shard of the weights as stacked matrices (k, m, n), a view: what a rule updates."""
     state: dict[str, Tensor] = field(default_factory=dict)
-    """State tensors of this rank's shard as the rule has them: (k, ...) for scope matrix, else (1, rows or elements, ...)."""
+    """State of this rank's shard as the rule has it: (k, ...) for scope matrix, else (1, rows or elements, ...)."""
     reduced_grad: Tensor | None = None
     """During a step: this rank's shard of the gradients' sum over ranks; valid once `work` was waited for."""
     work: Work = DONE
@@ -68,7 +68,7 @@ class Bank:
         return grad if constraint is None else constraint.project_gradient(self.matrices, grad, self.state)
 
     def per_parameter(self, whole: Tensor) -> Tensor:
-        """Return a view (K, *shape of one parameter's part) of a whole-bank tensor, shard dimension first, without padding."""
+        """View a whole-bank tensor, shard dimension first, as (K, *part_shape): one part per parameter, without padding."""
         entries = whole[:len(self.names) * self._entries_per_parameter()]
         return entries.reshape(len(self.names), *self.part_shape(whole))
 
@@ -84,8 +84,7 @@ class Bank:
 
     def _entries_per_parameter(self) -> int:
         """Return how many entries of the shard dimension one parameter has: matrices, rows or elements."""
-        scope = self.group.scope
-        return {"matrix": self.spec.blocks, "row": self.shape[:-1].numel(), "element": self.shape.numel()}[scope]
+        return {"matrix": self.spec.blocks, "row": self.shape[:-1].numel(), "element": self.shape.numel()}[self.group.scope]
 
     def name_at(self, entry: int) -> str:
         """Return the name of the parameter that an entry of the shard dimension belongs to."""
@@ -97,7 +96,7 @@ class Bank:
 
 
 def make_bank(group: ParamGroup, names: list[str], comm: Comm) -> Bank:
-    """Move the storage of the parameters `names` into a new bank, with rank 0's weights, zero gradients and initial state."""
+    """Move the storage of parameters into a new bank, with rank 0's weights, zero gradients and the initial state."""
     # Stack the weights, and bring them into the constraint set.
     params, spec = [group.params[name] for name in names], group.specs[names[0]]
     step = group.step_for(spec)

@@ -1,4 +1,4 @@
-"""Parameter groups: each role of the model's parameters with its config and rule. Every parameter is in exactly one group."""
+"""Parameter groups: for each role its parameters, config and rule. Every parameter is in exactly one group."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -63,7 +63,7 @@ class ParamGroup:
 
     @property
     def scope(self) -> Scope:
-        """Finest piece of a tensor that can be updated alone: the coarsest that rule, step, clipping or communication needs."""
+        """Finest piece of a tensor that can be updated alone, by rule, step, clipping and communication."""
         step_scopes = (self.step_for(spec).scope for spec in self.specs.values())
         clip_scope = self.clip.scope if self.clip else "element"
         sent_scope = "row" if self.config.extra.sparse_rows else "element"
@@ -84,8 +84,8 @@ def build_groups(params: Mapping[str, Tensor], roles: Mapping[str, str], optim: 
     known = [f.name for f in fields(optim)]
     uncovered = sorted(set(params) ^ set(roles))
     unknown = sorted(f"{name}: {role}" for name, role in roles.items() if role not in known)
-    raise_if(bool(uncovered or unknown), f"roles must cover the parameters exactly; not covered: {uncovered}, unknown roles: "
-                                         f"{unknown}, known roles: {known}")
+    raise_if(bool(uncovered or unknown), f"roles must cover the parameters exactly; not covered: {uncovered}, unknown "
+                                         f"roles: {unknown}, known roles: {known}")
     groups = []
     for role in known:
         members = {name: param for name, param in params.items() if roles[name] == role}

@@ -63,10 +63,7 @@ class WeightAverage(Hook):
 
     def evaluation_weights(self, banks: Sequence[Bank], comm: Comm) -> AbstractContextManager[None]:
         """Return a context in which the parameters are blend avg + (1 - blend) W."""
-        def blended(bank: Bank) -> Tensor:
-            return bank.matrices.float().lerp(bank.state[AVERAGE], self.blend)
-
-        return swap_weights(banks, comm, blended)
+        return swap_weights(banks, comm, lambda bank: bank.matrices.float().lerp(bank.state[AVERAGE], self.blend))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +84,7 @@ class Lookahead(Hook):
 
     @classmethod
     def build(cls, run: Run) -> "Lookahead":
-        """Return the hook that a run's config describes: b follows the lr curve between lookahead_start and lookahead_end."""
+        """Return the hook that a run's config describes: b follows the lr curve from lookahead_start to lookahead_end."""
         train, schedule = run.train, Schedule(run)
         first, last = round(train.lookahead_start * train.steps), round(train.lookahead_end * train.steps)
         reach = (train.lookahead * schedule.values(step).lr if first <= step < last else 0.0 for step in range(train.steps))
@@ -121,7 +118,7 @@ class RoleSums(Hook):
         self._comm, self._receive = comm, receive
 
     def before(self, banks: Sequence[Bank], due: Sequence[Bank], hypers: Mapping[str, Hyper], count: int) -> None:
-        """Wait for the role's gradients, sum `Rule.sums` over banks and ranks, and let the rule update its shared numbers."""
+        """Wait for the role's gradients, add up `Rule.sums` over banks and ranks, and update the shared numbers."""
         for role, hyper in hypers.items():
             if hyper.shared:
                 members = [bank for bank in due if bank.group.role == role]

@@ -41,9 +41,8 @@ class StepMetrics:
         squares: dict[str, list[StepSquares]] = {}
         for bank, before in self._before:
             of_bank = step_squares(bank.group.rule.norm, as_matrices(before), bank.matrices)
-            if not self._counts(bank):
-                of_bank = of_bank._replace(update=0, before=0, after=0)
-            squares.setdefault(bank.group.role, []).append(of_bank)
+            counted = of_bank if self._counts(bank) else of_bank._replace(update=0, before=0, after=0)
+            squares.setdefault(bank.group.role, []).append(counted)
         groups = {bank.group.role: bank.group for bank, _ in self._before}
         self._before = []
         return {role: {"lr": groups[role].config.lr * values.lr} | role_metrics(of_role, groups[role], self._comm)

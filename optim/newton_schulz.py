@@ -1,8 +1,8 @@
 """Orthogonalisation by Newton-Schulz: the polar factor U V^T of G = U S V^T, by matrix products alone.
 
-With A = X X^T, the iteration X <- a X + (b A + c A^2) X keeps U and V and maps every singular value x to the odd polynomial
-p(x) = a x + b x^3 + c x^5. Repeated, it drives all singular values towards 1 (Kovarik 1970; Higham 2008; Bernstein & Newhouse
-2024, arXiv 2409.20325). Matrix products run at a GPU's full speed in bfloat16, an SVD does not.
+With A = X X^T, the iteration X <- a X + (b A + c A^2) X keeps U and V and maps each singular value x to the odd polynomial
+p(x) = a x + b x^3 + c x^5. Repeated, it drives all singular values towards 1 (Kovarik 1970; Higham 2008; Bernstein &
+Newhouse 2024, arXiv 2409.20325). Unlike an SVD it needs nothing but matrix products, which GPUs do fast in bfloat16.
 
 Iterating on A alone and multiplying the polynomials into X once takes about half the time for n = 4m (float32 on a CPU),
 but diverges in bfloat16 where singular values fall like 1/i.
@@ -105,8 +105,8 @@ def unit_length(unit: str, m: int, n: int) -> float:
 def orthogonalize_svd(G_Kmn: Tensor) -> Tensor:
     """Return the exact polar factor U V^T by an SVD in float64: the slow reference for `orthogonalize`.
 
-    Directions whose singular value is below 1e-12 of the largest count as zero. Zero and rank-deficient matrices, whose polar
-    factor is not unique, so have one answer: the one of least norm.
+    Directions whose singular value is below 1e-12 of the largest count as zero. The polar factor of a zero or rank-deficient
+    matrix is not unique; this gives the one of least norm.
     """
     U, S, Vh = torch.linalg.svd(G_Kmn.double(), full_matrices=False)
     is_nonzero = S > 1e-12 * S.amax(dim=-1, keepdim=True)

@@ -6,8 +6,8 @@
 
 Shapes: K stacked matrices G_Kmn and W_Kmn with m = outputs and n = inputs; sizes are (K,). A vector is a matrix of one row;
 its RMS norm is `Row`. A unit multiplies dual and ball by a length that depends only on the shape: the field's learning-rate
-corrections. `scope` is the finest piece of a tensor whose dual can be computed alone: an element, a row or a matrix. The sharded
-optimizer cuts tensors only between such pieces.
+corrections. `scope` is the finest piece of a tensor whose dual can be computed alone: an element, a row or a matrix. The
+sharded optimizer cuts tensors only between such pieces.
 """
 
 from dataclasses import dataclass
@@ -60,7 +60,6 @@ class Spectral:
     steps: int = 5
     """Newton-Schulz iterations."""
     scope: Scope = "matrix"
-    """Finest piece whose dual can be computed alone."""
 
     def scale(self, m: int, n: int) -> float:
         """Return the spectral norm of an m x n tensor of size 1."""
@@ -90,7 +89,6 @@ class Row:
     """
 
     scope: Scope = "row"
-    """Finest piece whose dual can be computed alone."""
 
     def dual(self, G_Kmn: Tensor) -> Tensor:
         """Return G with every row scaled to RMS 1."""
@@ -109,8 +107,7 @@ class Row:
 class Column:
     """Largest RMS of a column, max_j (mean_i W_ij^2)^.5: `Row` of the transpose."""
 
-    scope: Scope = "matrix"
-    """Finest piece whose dual can be computed alone: a column needs all rows."""
+    scope: Scope = "matrix"  # no finer: a column has an element of every row
 
     def dual(self, G_Kmn: Tensor) -> Tensor:
         """Return G with every column scaled to RMS 1."""
@@ -127,10 +124,9 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Sign:
-    """Largest absolute entry, max |W_ij|: the l1 -> l-infinity operator norm; the dual is the sign (Bernstein et al. 2018)."""
+    """Largest absolute entry, max |W_ij|, the l1 -> l-infinity operator norm; its dual is sign(G) (Bernstein et al. 2018)."""
 
     scope: Scope = "element"
-    """Finest piece whose dual can be computed alone."""
 
     def dual(self, G_Kmn: Tensor) -> Tensor:
         """Return sign(G)."""
@@ -184,7 +180,6 @@ class Frobenius:
     unit: Literal["plain", "rms"] = "plain"
     """Unit of the norm, see above."""
     scope: Scope = "matrix"
-    """Finest piece whose dual can be computed alone."""
 
     def scale(self, m: int, n: int) -> float:
         """Return the Euclidean norm of an m x n tensor of size 1."""

@@ -35,9 +35,11 @@ def coarsest(*scopes: Scope) -> Scope:
 
 
 class Hyper(NamedTuple):
-    """Hyperparameters that change from step to step, as 0-D float32 tensors: a Python float would be compiled into the graph,
-    and each new value would compile it again. On the CPU, where creating them waits for no device; kernels on a GPU take 0-D
-    CPU tensors as arguments."""
+    """Hyperparameters that change from step to step, as 0-D float32 tensors on the CPU.
+
+    torch.compile would make a Python float part of the graph, and compile again for each new value. Creating CPU tensors
+    waits for no device, and operations on GPU tensors accept them.
+    """
 
     lr: Tensor
     """Learning rate of this step: config times schedule."""
@@ -63,7 +65,7 @@ class Hyper(NamedTuple):
 class Step:
     """Update of a group's weights along their directions: shape the direction, decay, subtract, constrain, round.
 
-    Decay uses the weights before the step, as in AdamW. The constraint comes after it, so that the step ends in the set.
+    Decay acts on the weights before the step, as in AdamW. The constraint comes later, so that the step ends in the set.
     Rounding comes last and once: bfloat16 has 8 bits of precision, and would lose a decay below 1/512 of the weight.
     """
 
@@ -80,7 +82,7 @@ class Step:
     """Rounding of weights stored in bfloat16: nearest; stochastic: up or down by a hash of the weight, right in the mean;
     remainder: nearest, with what it drops of the float32 weight as 16 bits of state, so that nothing is lost."""
     shape: "object | None" = None
-    """Change of the direction before all that (optim.zoo.radial.Shape: a brake on growth, a floor under rows); None: none."""
+    """Change of the direction before all else (optim.zoo.radial.Shape: brake on growth, floor under rows); None: none."""
 
     @classmethod
     def build(cls, config: RuleConfig) -> "Step":
@@ -153,7 +155,7 @@ class Step:
         return (high + state["step_remainder"].to(torch.int32)).view(torch.float32)
 
     def set_weights(self, param: Tensor, weights: Tensor, state: dict[str, Tensor], count: int) -> None:
-        """Set the parameter to float32 `weights`, brought into the constraint set and rounded. Overwrites `weights`."""
+        """Set the parameter to float32 `weights`, retracted to the constraint set and rounded. Overwrites `weights`."""
         if self.constraint is not None:
             self.constraint.retract(weights, state)
         self.store(param, weights, state, torch.tensor(count))
@@ -166,11 +168,11 @@ class Step:
         # As integers, so that rounding is arithmetic on bits: bfloat16 keeps the upper 16 of float32's 32.
         bits = weights.contiguous().view(torch.int32)
         if self.rounding == "stochastic":
-            # Add a random number below 2^16, then drop the lower half. With lower half r the sum carries into the upper half,
-            # that is rounds away from zero, with probability r / 2^16.
+            # Add a random number below 2^16, then drop the lower half. If the lower half is r, the sum carries into the upper
+            # half, that is rounds away from zero, with probability r / 2^16: the mean is exact.
             high = (bits + hash_bits(bits, count)) >> 16
         else:
-            # Add half a unit, then drop the lower half: round to nearest, so that the difference to the original bits lies in
+            # Add half a unit, then drop the lower half: round to nearest. The difference to the original bits then lies in
             # [-2^15, 2^15) and fits int16.
             high = (bits + 0x8000) >> 16
             state["step_remainder"].copy_(bits - (high << 16))
@@ -181,8 +183,8 @@ def hash_bits(bits: Tensor, count: Tensor) -> Tensor:
     """Return 16 pseudo-random bits for every element, as int32: a hash of the weight's bits and the step.
 
     Unlike a generator, a hash gives the same bits however weights are divided among ranks, and has no state to save. It is
-    the finaliser of MurmurHash3; 0x9E3779B9, 2^32 over the golden ratio, spreads consecutive steps. Computed in int64 and cut
-    to 32 bits, because PyTorch's >> keeps the sign.
+    the finaliser of MurmurHash3; 0x9E3779B9, 2^32 over the golden ratio, spreads consecutive steps. Computed in int64 and
+    cut to 32 bits, because PyTorch's >> keeps the sign.
     """
     x = bits.to(torch.int64) + count.to(torch.int64) * 0x9E3779B9 & 0xFFFFFFFF
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):

@@ -1,4 +1,4 @@
-"""Schedule: hyperparameters and sizes as a pure function of the step, so that a resumed run continues with the right ones."""
+"""Schedule: hyperparameters and sizes as a pure function of the step, so that a resumed run gets the right ones."""
 
 from typing import NamedTuple
 

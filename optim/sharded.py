@@ -1,7 +1,7 @@
 """The sharded optimizer: every parameter lives in a bank (optim/bank.py), and each rank updates its own shard of each bank.
 
-A step sums gradients over ranks by reduce-scatter, updates the shard, and sends the new weights to all ranks by all-gather, as
-ZeRO does (Rajbhandari et al. 2019, arXiv 1910.02054). State and work per rank shrink with the world size. Small banks are
+A step sums gradients over ranks by reduce-scatter, updates the shard, and sends the new weights to all ranks by all-gather,
+as ZeRO does (Rajbhandari et al. 2019, arXiv 1910.02054). State and work per rank shrink with the world size. Small banks are
 all-reduced instead and updated on every rank: for them one more collective costs more than the update.
 """
 
@@ -55,13 +55,12 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def step(self, values: Values, count: int) -> None:
-        """Update all weights from the gradients' sum over ranks; `count` is 1 at the first step. May overwrite the gradients.
+        """Update all weights from the gradients' sum over ranks; `count` is 1 at the first step. Overwrites gradients.
 
         Groups with `update_every` k are updated at every k-th step, by the mean of k steps' gradients.
-        A gradient that is not finite changes no weight. It raises NonFiniteError here, or on CUDA in the next `check_finite`.
+        A gradient that is not finite changes no weight. NonFiniteError is raised here, on CUDA by the next `check_finite`.
         """
-        # Launch all reductions first: they run one after another in the background, the later ones while the first banks are
-        # updated.
+        # Launch all reductions first: they run in the background, the later ones while the first banks are updated.
         due = [bank for bank in self.banks if count % bank.update_every == 0]
         for bank in due:
             self._launch(bank)
@@ -75,8 +74,8 @@ class ShardedOptimizer:
         # Hooks: sums over a role need its gradients, and must be known before its first update.
         for hook in self.hooks:
             hook.before(self.banks, due, hypers, count)
-        # Bank by bank: wait for its gradient, update this rank's shard, launch the all-gather of the new weights. It runs while
-        # the next bank is updated.
+        # Bank by bank: wait for its gradient, update this rank's shard, and launch the all-gather of the new weights, which
+        # runs while the next bank is updated.
         gathers = []
         for bank in self.banks:
             if bank in due:
@@ -149,11 +148,9 @@ class ShardedOptimizer:
         """Update this rank's shard of a bank by its rule, in place."""
         if bank.spec.lr_factor != 1:
             hyper = hyper._replace(lr=hyper.lr * bank.spec.lr_factor)
-        rule, matrices = bank.group.rule, bank.matrices
-        if matrices.numel() and self._compiled is not None and rule.compiles:
-            self._compiled(rule, bank.step, matrices, bank.rule_gradient(), bank.state, hyper)
-        elif matrices.numel():
-            rule.update(matrices, bank.rule_gradient(), bank.state, hyper, step=bank.step)
+        update = self._compiled if self._compiled is not None and bank.group.rule.compiles else _update
+        if bank.matrices.numel():  # a rank may own nothing of a bank with fewer matrices than ranks
+            update(bank.group.rule, bank.step, bank.matrices, bank.rule_gradient(), bank.state, hyper)
         if bank.update_every > 1:
             bank.grads.zero_()
 

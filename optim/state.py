@@ -20,8 +20,8 @@ class OptimizerState:
     def tensors(self) -> dict[str, Tensor]:
         """Return weights and state of every parameter as whole CPU tensors, the same at any world size. A collective.
 
-        `weights/NAME`; `KEY/NAME` for each state tensor of rule, step and hooks (`momentum/...`, `mean/...`); `pending/NAME`,
-        the sum over ranks of gradients that add up; `shared/ROLE/KEY` for numbers that a role shares.
+        Names: `weights/NAME`; `KEY/NAME` for each state tensor of rule, step and hooks (`momentum/...`, `mean/...`);
+        `pending/NAME`, the sum over ranks of gradients that add up; `shared/ROLE/KEY` for numbers that a role shares.
         """
         tensors = {f"shared/{role}/{key}": tensor.reshape(1).clone().cpu()
                    for role, numbers in self._shared.items() for key, tensor in numbers.items()}
