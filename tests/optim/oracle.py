@@ -1,5 +1,11 @@
 """What the optimizers' tests share: gradients, a training loop, and slow exact duals in float64."""
 
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +16,7 @@ from optim.rule import Hyper, Step
 from optim.schedule import Values
 from optim.sharded import ShardedOptimizer
 
+ROOT = Path(__file__).resolve().parents[2]
 SHAPES = [(2, 12, 20), (2, 20, 12), (2, 16, 16)]
 FULL = Values(1, 1, None, 1, 1, None)
 
@@ -44,14 +51,14 @@ def train(config: RuleConfig, start: Tensor, grads: list[Tensor], *, lr=None, mo
     change, nor state tensors be replaced."""
     rule, step, W = build_rule(config), Step.build(config), start.clone()
     state = step.init_state(W) | rule.init_state(W)
-    kept = dict(state)
+    state_tensors = dict(state)
     for t, grad in enumerate(grads):
         before = grad.clone()
-        now = hyper(lr(t) if lr else config.lr, wd=config.weight_decay, count=t + 1,
+        numbers = hyper(lr(t) if lr else config.lr, wd=config.weight_decay, count=t + 1,
                     momentum=momentum(t) if momentum else getattr(config, "momentum", 0.0))
-        rule.update(W, grad, state, now, step=step)
+        rule.update(W, grad, state, numbers, step=step)
         assert torch.equal(grad, before)
-    assert state.keys() == kept.keys() and all(state[key] is kept[key] for key in kept)
+    assert state.keys() == state_tensors.keys() and all(state[key] is state_tensors[key] for key in state)
     return W
 
 
@@ -60,19 +67,19 @@ def directions(config: RuleConfig, grads: list[Tensor], *, mu: float | None = No
     """What the rule alone makes of the gradients, at weights that stay what they are."""
     rule = build_rule(config)
     W = gaussian(*grads[0].shape, seed=77) if start is None else start
-    state, kept = rule.init_state(W), W.clone()
+    state, W_before = rule.init_state(W), W.clone()
     mu = getattr(config, "momentum", 0.0) if mu is None else mu
-    found = [rule.direction(W, grad, state, hyper(config.lr, momentum=mu, count=t + 1)).clone()
+    outputs = [rule.direction(W, grad, state, hyper(config.lr, momentum=mu, count=t + 1)).clone()
              for t, grad in enumerate(grads)]
-    assert torch.equal(W, kept)
-    return found
+    assert torch.equal(W, W_before)
+    return outputs
 
 
-def assert_moved_alike(found: Tensor, wanted: Tensor, start: Tensor, *, tolerance: float) -> None:
+def assert_moved_alike(actual: Tensor, expected: Tensor, start: Tensor, *, tolerance: float) -> None:
     """Equal within a share of the distance moved."""
-    moved = (wanted.double() - start.double()).norm()
+    moved = (expected.double() - start.double()).norm()
     assert moved > 0
-    assert (found.double() - wanted.double()).norm() / moved <= tolerance
+    assert (actual.double() - expected.double()).norm() / moved <= tolerance
 
 
 def polar(G: Tensor) -> Tensor:
@@ -83,8 +90,26 @@ def polar(G: Tensor) -> Tensor:
 
 def nesterov_means(grads: list[Tensor], mu: float) -> list[Tensor]:
     """mu m + (1 - mu) g after each gradient, in float64."""
-    memory, found = torch.zeros_like(grads[0], dtype=torch.float64), []
+    momentum, means = torch.zeros_like(grads[0], dtype=torch.float64), []
     for grad in grads:
-        memory = mu * memory + (1 - mu) * grad.double()
-        found.append(mu * memory + (1 - mu) * grad.double())
-    return found
+        momentum = mu * momentum + (1 - mu) * grad.double()
+        means.append(mu * momentum + (1 - mu) * grad.double())
+    return means
+
+
+def run_ranks(script: str, world_size: int, folder: Path) -> list[dict]:
+    """Run `script FOLDER` once for each rank, in processes; return what each saved as folder/rank{r}.pt."""
+    with socket.socket() as sock:  # port 0: the system chooses a free one
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    processes = [subprocess.Popen(
+        [sys.executable, script, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
+                          "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}) for rank in range(world_size)]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * world_size, "\n".join(outputs)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(world_size)]

@@ -40,8 +40,8 @@ def torch_adamw(config: Adam, start: Tensor, grads: list[Tensor]) -> Tensor:
     Adam(weight_decay=0.1), Adam(beta1=0.9, beta2=0.999, eps=1e-8), Adam(eps=0.3, weight_decay=0.01), Adam(beta1=0.0)])
 def test_adam_is_pytorchs_adamw(config):
     start, grads = gaussian(2, 5, 7, seed=99), spotted(2, 5, 7)
-    found, wanted = train(config, start, grads, lr=warm_then_cold), torch_adamw(config, start, grads)
-    assert_moved_alike(found, wanted, start, tolerance=1e-6)
+    actual, expected = train(config, start, grads, lr=warm_then_cold), torch_adamw(config, start, grads)
+    assert_moved_alike(actual, expected, start, tolerance=1e-6)
 
 
 @pytest.mark.parametrize("config", [Adam(weight_decay=0.1), Adam(eps=0.3), Adam(decay="none", weight_decay=0.1)])
@@ -50,8 +50,8 @@ def test_the_fast_path_of_adam_is_the_plain_one(config):
     rule, W = build_rule(config), start.clone()
     state = rule.init_state(W)
     for step, grad in enumerate(grads):
-        now = hyper(warm_then_cold(step), wd=config.weight_decay, count=step + 1)
-        Step.build(config).apply(W, rule.direction(W, grad, state, now), state, now)
+        numbers = hyper(warm_then_cold(step), wd=config.weight_decay, count=step + 1)
+        Step.build(config).apply(W, rule.direction(W, grad, state, numbers), state, numbers)
     assert_moved_alike(train(config, start, grads, lr=warm_then_cold), W, start, tolerance=1e-6)
 
 

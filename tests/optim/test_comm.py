@@ -18,9 +18,9 @@ def echo(monkeypatch) -> tuple[Comm, list[Tensor]]:
     """Rank 1 of 2, where the other rank sends what this one does; and all that was sent."""
     sent: list[Tensor] = []
 
-    def exchange(out: Tensor, mine: Tensor, to: list | None = None, fro: list | None = None, *, async_op: bool = False):
-        halves = mine.split(fro or [1, 1])
-        sent.append(mine)
+    def exchange(out: Tensor, rows: Tensor, to: list | None = None, fro: list | None = None, *, async_op: bool = False):
+        halves = rows.split(fro or [1, 1])
+        sent.append(rows)
         out.copy_(torch.cat([halves[1], halves[1]]))
         return _Now()
 
@@ -36,9 +36,9 @@ def test_what_is_sent_is_the_touched_rows_and_their_numbers(echo):
     bank[[3, 70]] = torch.arange(32.0).view(2, 16) + 1
     own, work = comm.reduce_scatter_rows(bank)
     work.wait()
-    wanted = torch.zeros(50, 16)
-    wanted[20] = 2 * bank[70]
-    assert torch.equal(own, wanted)
+    expected = torch.zeros(50, 16)
+    expected[20] = 2 * bank[70]
+    assert torch.equal(own, expected)
     assert sorted(tensor.numel() for tensor in sent) == [2, 2, 32]
 
 

@@ -30,12 +30,12 @@ def turned_by(config: RuleConfig) -> float:
     """The mean angle of a step by random gradients, once the weights' length is steady, over what is foreseen."""
     params, group = built(config)
     optimizer = ShardedOptimizer([group], Comm())
-    values, angles, measures = FULL._replace(lr=0.8), [], StepMetrics(optimizer.comm)
+    values, angles, metrics = FULL._replace(lr=0.8), [], StepMetrics(optimizer.comm)
     for step in range(600):
         params["w0"].grad.copy_(torch.randn(24, 32))
-        measures.remember(optimizer.banks if step >= 300 else [])
+        metrics.remember(optimizer.banks if step >= 300 else [])
         optimizer.step(values, step + 1)
-        angles += [found["angle"] for found in measures.by_role(values).values()]
+        angles += [of_role["angle"] for of_role in metrics.by_role(values).values()]
     return math.fsum(angles) / len(angles) / equilibrium_angle(group, values)
 
 
@@ -96,20 +96,20 @@ def test_turns_are_those_of_each_tensor(config):
     params, group = built(config, (4, 6), (4, 6), (6, 4), (4, 6))
     params["w3"].data.zero_()
     optimizer = ShardedOptimizer([group], Comm())
-    measures = StepMetrics(optimizer.comm)
-    assert measures.by_tensor("matrix") == measures.by_role(FULL) == {}
+    metrics = StepMetrics(optimizer.comm)
+    assert metrics.by_tensor("matrix") == metrics.by_role(FULL) == {}
     old = {name: param.detach().double().clone() for name, param in params.items()}
     for param in params.values():
         param.grad.copy_(torch.randn(param.shape))
-    measures.remember(optimizer.banks)
+    metrics.remember(optimizer.banks)
     optimizer.step(FULL, 1)
-    found = measures.by_tensor("matrix")
-    assert found.keys() == {"w0", "w1", "w2"}  # what was zero has no angle
-    for name, turned in found.items():
+    by_name = metrics.by_tensor("matrix")
+    assert by_name.keys() == {"w0", "w1", "w2"}  # what was zero has no angle
+    for name, turned in by_name.items():
         before, after = old[name].flatten(), params[name].detach().double().flatten()
         assert turned["angle"] == pytest.approx(math.acos((before @ after / before.norm() / after.norm()).item()))
         assert turned["update_ratio"] == pytest.approx(((after - before).norm() / before.norm()).item())
-    assert measures.by_tensor("head") == {} and measures.by_role(FULL)["matrix"]["angle"] > 0
+    assert metrics.by_tensor("head") == {} and metrics.by_role(FULL)["matrix"]["angle"] > 0
 
 
 @pytest.mark.parametrize("config", [MUON, ADAM, replace(PLAIN, norm="row")], ids=["matrix", "element", "row"])

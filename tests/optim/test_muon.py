@@ -16,11 +16,11 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 
 def muon_twin(start: Tensor, grads: list[Tensor], *, lr: float, wd: float, mu: float = 0.95) -> Tensor:
     """Jordan's Muon in float64: lerped momentum, Nesterov, five quintic steps, max(1, m/n)^.5."""
-    W, memory = start.double()[0], torch.zeros(start.shape[1:], dtype=torch.float64)
+    W, momentum = start.double()[0], torch.zeros(start.shape[1:], dtype=torch.float64)
     a, b, c = QUINTIC
     for grad in grads:
-        memory = mu * memory + (1 - mu) * grad.double()[0]
-        X = (1 - mu) * grad.double()[0] + mu * memory
+        momentum = mu * momentum + (1 - mu) * grad.double()[0]
+        X = (1 - mu) * grad.double()[0] + mu * momentum
         X = X / X.norm()
         for _ in range(5):
             X = a * X + b * X @ X.T @ X + c * X @ X.T @ X @ X.T @ X
@@ -35,8 +35,8 @@ def muon(**changes: object) -> Muon:
 @pytest.mark.parametrize("shape", [(1, 24, 40), (1, 40, 24), (1, 32, 32)])
 def test_muon_is_its_formula(shape):
     start, grads = gaussian(*shape, seed=99, scale=0.1), gradients(*shape, steps=20)
-    wanted = muon_twin(start, grads, lr=0.02, wd=0.1)
-    assert_moved_alike(train(muon(), start, grads), wanted, start, tolerance=2e-6)
+    expected = muon_twin(start, grads, lr=0.02, wd=0.1)
+    assert_moved_alike(train(muon(), start, grads), expected, start, tolerance=2e-6)
 
 
 @pytest.mark.parametrize(("unit", "name"), [("at_least_one", "original"), ("match_adam", "match_rms_adamw")])
@@ -50,8 +50,8 @@ def test_muon_is_pytorchs_muon(unit, name, nesterov, shape):
     for grad in grads:
         param.grad = grad[0].clone()
         optimizer.step()
-    found = train(muon(unit=unit, nesterov=nesterov), start, grads)
-    assert_moved_alike(found[0], param.detach(), start[0], tolerance=0.03)
+    actual = train(muon(unit=unit, nesterov=nesterov), start, grads)
+    assert_moved_alike(actual[0], param.detach(), start[0], tolerance=0.03)
 
 
 # ---- One average --------------------------------------------------------------------------------------------------------
@@ -93,20 +93,20 @@ def test_several_averages_are_the_mean_of_each(count, nesterov):
     the present gradient once more."""
     mus = coefficients(count, 0.3, 0.95)
     start, grads = gaussian(1, 5, 8, seed=9, scale=0.1), gradients(1, 5, 8, steps=20)
-    wanted = start.double()
+    expected = start.double()
     for t in range(20):
         D = sum(sum((1 - mu) * mu ** (t - s + nesterov) for mu in mus) / count * grads[s].double() for s in range(t + 1))
         if nesterov:
             D = D + sum(1 - mu for mu in mus) / count * grads[t].double()
-        wanted = wanted - 0.02 * D / D.norm()
+        expected = expected - 0.02 * D / D.norm()
     config = Steepest(lr=0.02, norm="frobenius", averages=count, momentum=0.95, momentum_fast=0.3, nesterov=nesterov)
-    assert_moved_alike(train(config, start, grads), wanted, start, tolerance=3e-6)
+    assert_moved_alike(train(config, start, grads), expected, start, tolerance=3e-6)
 
 
 def test_equal_ends_are_one_average():
     start, grads = gaussian(1, 5, 8, seed=9), gradients(1, 5, 8, steps=10)
-    several, one = (Steepest(lr=0.02, norm="frobenius", averages=n, momentum=0.8, momentum_fast=0.8) for n in (4, 1))
-    assert_moved_alike(train(several, start, grads), train(one, start, grads), start, tolerance=1e-6)
+    several, single = (Steepest(lr=0.02, norm="frobenius", averages=n, momentum=0.8, momentum_fast=0.8) for n in (4, 1))
+    assert_moved_alike(train(several, start, grads), train(single, start, grads), start, tolerance=1e-6)
 
 
 def test_the_kernel_has_a_heavier_tail_than_its_mean_age():
@@ -142,11 +142,11 @@ def test_equilibrated_rules_do_not_see_the_length_of_rows(config, shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equilibration_is_its_formula(shape):
     start, grads = gaussian(*shape, seed=99, scale=0.1), gradients(*shape, steps=20)
-    wanted = start.double()
+    expected = start.double()
     for average in nesterov_means(grads, 0.8):
-        wanted = wanted - 0.02 * polar(average / average.norm(dim=-1, keepdim=True))
+        expected = expected - 0.02 * polar(average / average.norm(dim=-1, keepdim=True))
     config = Muon(lr=0.02, unit="spectral", ns="svd", momentum=0.8, equilibrate=True)
-    assert_moved_alike(train(config, start, grads), wanted, start, tolerance=1e-5)
+    assert_moved_alike(train(config, start, grads), expected, start, tolerance=1e-5)
 
 
 def test_equilibration_leaves_empty_rows_empty():

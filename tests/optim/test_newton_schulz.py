@@ -90,9 +90,9 @@ def test_radii_beats_the_quintic_within_its_outer_radius():
 def test_bfloat16_stays_in_the_band(table):
     """192 singular values over one decade: rounding moves none of them far beyond the scalar map's greatest."""
     G = with_spectrum(torch.logspace(-1, 0, 192, dtype=torch.float64), 192, 256)
-    found = torch.linalg.svdvals(orthogonalize(G.bfloat16(), table).double())
+    actual = torch.linalg.svdvals(orthogonalize(G.bfloat16(), table).double())
     low, high = TABLES[table].band
-    assert low - 0.05 < found.min() and found.max() < high + 0.01
+    assert low - 0.05 < actual.min() and actual.max() < high + 0.01
 
 
 # ---- Inline tables -------------------------------------------------------------------------------
@@ -128,10 +128,10 @@ def test_band_holds_for_matrices(table, shape, dtype):
     values = torch.logspace(math.log10(4e-3), -1.5, min(shape), dtype=torch.float64)
     values[-1] = 1
     G = with_spectrum(values, *shape)
-    found = torch.linalg.svdvals(orthogonalize(G.to(dtype), table).double())
+    actual = torch.linalg.svdvals(orthogonalize(G.to(dtype), table).double())
     low, high = TABLES[table].band
     assert (values / values.norm()).min() >= 3e-3
-    assert low <= found.min() and found.max() <= high
+    assert low <= actual.min() and actual.max() <= high
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -149,7 +149,7 @@ def test_matrix_map_is_the_polynomial_on_singular_values(table, shape, steps):
 @pytest.mark.parametrize("shape", [(4, 12, 20), (4, 20, 12)])
 def test_a_batch_is_a_loop(table, shape):
     G = gaussian(*shape) * torch.tensor([1e-3, 1.0, 50.0, 0.2], dtype=torch.float64)[:, None, None]
-    loop = torch.cat([orthogonalize(one[None], table) for one in G])
+    loop = torch.cat([orthogonalize(matrix[None], table) for matrix in G])
     torch.testing.assert_close(orthogonalize(G, table), loop, rtol=0, atol=1e-12)
 
 
@@ -243,8 +243,8 @@ def test_convergent_converges_and_quintic_does_not():
 
 def test_convergent_twelve_steps_reach_small_values():
     values = torch.logspace(math.log10(5e-3), 0, 16, dtype=torch.float64)
-    found = torch.linalg.svdvals(orthogonalize(with_spectrum(values, 16, 24), "convergent", steps=12))
-    assert 0.98 < found.min() and found.max() < 1.002
+    actual = torch.linalg.svdvals(orthogonalize(with_spectrum(values, 16, 24), "convergent", steps=12))
+    assert 0.98 < actual.min() and actual.max() < 1.002
 
 
 # ---- The exact twin ------------------------------------------------------------------------------
@@ -256,8 +256,8 @@ def test_svd_twin_is_the_polar_factor(shape):
     G = gaussian(*shape)
     Q = orthogonalize(G, "svd")
     short = Q @ Q.mT if shape[1] <= shape[2] else Q.mT @ Q
-    one = torch.eye(min(shape[1:]), dtype=torch.float64).expand_as(short)
-    torch.testing.assert_close(short, one, rtol=0, atol=1e-12)
+    identity = torch.eye(min(shape[1:]), dtype=torch.float64).expand_as(short)
+    torch.testing.assert_close(short, identity, rtol=0, atol=1e-12)
     H = Q.mT @ G
     torch.testing.assert_close(H, H.mT, rtol=0, atol=1e-11)
     assert torch.linalg.eigvalsh(H).min() > -1e-11
@@ -270,9 +270,9 @@ def test_svd_twin_of_deficient_matrices(rank, shape):
     values = torch.logspace(-3, 0, rank, dtype=torch.float64)
     G = with_spectrum(values, *shape)
     Q = orthogonalize_svd(G)
-    found = torch.linalg.svdvals(Q)[0]
+    actual = torch.linalg.svdvals(Q)[0]
     expected = torch.tensor([1.0] * rank + [0.0] * (8 - rank), dtype=torch.float64)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
     assert (Q * G).sum().item() == pytest.approx(values.sum().item(), rel=1e-9)
 
 

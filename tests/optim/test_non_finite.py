@@ -52,7 +52,7 @@ def test_the_first_of_several_is_named_and_forgotten_on_restore(monkeypatch):
     optimizer.check_finite()
 
 
-def test_the_parameter_is_found_in_a_banks_slice():
+def test_the_bad_parameter_is_named_from_a_banks_shard():
     """Three matrices, of which this rank owns the last two."""
     params = parameters(dict.fromkeys("abc", (2, 3)))
     optimizer = one_role(Muon(), params)

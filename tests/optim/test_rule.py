@@ -45,15 +45,15 @@ def test_stochastic_rounding_is_right_in_the_mean():
     """A weight of 1 that should become 1 + d, d a tenth of a bfloat16 unit, in 20,000 copies that differ in nothing but
     their tiny offsets: the mean moves by d; rounding to nearest never moves."""
     offsets = torch.linspace(0, 1e-4, 20_000).view(1, 1, -1)
-    wanted = 1 + 2**-7 / 10 + offsets
+    expected = 1 + 2**-7 / 10 + offsets
 
     def rounded(kind: str) -> Tensor:
-        W = torch.ones_like(wanted, dtype=torch.bfloat16)
-        Step(rounding=kind).apply(W, 1 - wanted, {}, hyper(1.0))
+        W = torch.ones_like(expected, dtype=torch.bfloat16)
+        Step(rounding=kind).apply(W, 1 - expected, {}, hyper(1.0))
         return W.float()
 
-    assert torch.equal(rounded("nearest"), torch.ones_like(wanted))
-    assert (rounded("stochastic") - wanted).mean().abs() < 1e-4
+    assert torch.equal(rounded("nearest"), torch.ones_like(expected))
+    assert (rounded("stochastic") - expected).mean().abs() < 1e-4
     assert set(rounded("stochastic").unique().tolist()) == {1.0, 1 + 2**-7}
 
 
@@ -83,21 +83,21 @@ DECAYS = ["none", "decoupled", "independent", "corrected", "cautious"]
 
 def decayed(kind: str, W: Tensor, D: Tensor, lr: float, wd: float, peak: float) -> Tensor:
     """One element after another."""
-    found = []
+    weights = []
     for w, d in zip(W.flatten().tolist(), D.flatten().tolist(), strict=True):
         shrink = {"none": 0, "decoupled": lr * wd, "independent": wd * lr / peak,
                   "corrected": wd * lr * lr / peak, "cautious": lr * wd * (w * d >= 0)}[kind]
-        found.append(w - shrink * w - lr * d)
-    return torch.tensor(found, dtype=torch.float64).view_as(W)
+        weights.append(w - shrink * w - lr * d)
+    return torch.tensor(weights, dtype=torch.float64).view_as(W)
 
 
 @pytest.mark.parametrize("kind", DECAYS)
 def test_decay_is_its_formula(kind):
     W, D = gaussian(1, 6, 9), gaussian(1, 6, 9, seed=1)
     D[0, 0], W[0, 1] = 0, 0
-    wanted = decayed(kind, W, D, 0.03, 0.4, 0.1)
+    expected = decayed(kind, W, D, 0.03, 0.4, 0.1)
     Step(kind, 0.1).apply(W, D, {}, hyper(0.03, wd=0.4))
-    torch.testing.assert_close(W.double(), wanted, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(W.double(), expected, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", DECAYS)
@@ -106,17 +106,17 @@ def test_rules_apply_every_decay(kind, rule):
     """Decay takes the weights before the step; its direction is that of the sign in the first step of both rules."""
     W, G = gaussian(1, 6, 9), gaussian(1, 6, 9, seed=1)
     config = rule(decay=kind, weight_decay=0.4, lr=0.1)
-    wanted = decayed(kind, W, G.sign(), 0.03, 0.4, 0.1)
-    torch.testing.assert_close(train(config, W, [G], lr=lambda step: 0.03).double(), wanted, rtol=1e-5, atol=1e-6)
+    expected = decayed(kind, W, G.sign(), 0.03, 0.4, 0.1)
+    torch.testing.assert_close(train(config, W, [G], lr=lambda step: 0.03).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", DECAYS)
 def test_bfloat16_weights_are_rounded_once(kind):
     """Decay and step are computed in float32 and rounded at the end."""
     W, D = gaussian(1, 64, 64).bfloat16(), gaussian(1, 64, 64, seed=1).bfloat16()
-    wanted = decayed(kind, W, D, 0.013, 0.4, 0.1).float().bfloat16()
+    expected = decayed(kind, W, D, 0.013, 0.4, 0.1).float().bfloat16()
     Step(kind, 0.1).apply(W, D, {}, hyper(0.013, wd=0.4))
-    assert (W != wanted).float().mean() < 0.002
+    assert (W != expected).float().mean() < 0.002
 
 
 @pytest.mark.parametrize("kind", DECAYS[1:])

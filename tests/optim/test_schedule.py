@@ -63,11 +63,11 @@ curves = st.lists(st.tuples(st.integers(0, 60), st.floats(0, 3)), min_size=1, ma
 def test_portions_are_whole_sequences_near_what_was_asked(batch_curve, sequence_curve, sequence, rows):
     schedule = planned(steps=60, batch=rows * sequence, sequence=sequence, batch_tokens=batch_curve,
                        sequence_tokens=sequence_curve)
-    wanted = planned(steps=60, lr=batch_curve)
+    expected = planned(steps=60, lr=batch_curve)
     for step in range(0, 60, 7):
         batch, length, _ = schedule.portions(step)
         assert length >= 1 and batch >= length and batch % length == 0
-        assert batch == length or abs(batch - rows * sequence * wanted.values(step).lr) <= length / 2 + 1e-6
+        assert batch == length or abs(batch - rows * sequence * expected.values(step).lr) <= length / 2 + 1e-6
         assert schedule.values(step)[3:5] == (batch, length)
 
 

@@ -97,10 +97,10 @@ def test_the_period_is_when_all_are_updated():
     assert make(1)[1].period == 1 and make(6)[1].period == 6
 
 
-def test_measures_of_a_group_that_rests_are_zero():
+def test_metrics_of_a_group_that_rests_are_zero():
     params, optimizer = make(2)
-    measures = StepMetrics(optimizer.comm)
-    measures.remember(optimizer.banks)
+    step_metrics = StepMetrics(optimizer.comm)
+    step_metrics.remember(optimizer.banks)
     run(params, optimizer, range(1))
-    found = measures.by_role(FULL)
-    assert found["embed"]["update_rms"] == 0 < found["matrix"]["update_rms"]
+    by_role = step_metrics.by_role(FULL)
+    assert by_role["embed"]["update_rms"] == 0 < by_role["matrix"]["update_rms"]
