@@ -124,7 +124,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Sign:
-    """Largest absolute entry, max |W_ij|, the l1 -> l-infinity operator norm; its dual is sign(G) (Bernstein et al. 2018)."""
+    """Largest absolute entry, max |W_ij|: the l1 -> l-infinity operator norm, with dual sign(G) (Bernstein et al. 2018)."""
 
     scope: Scope = "element"
 

@@ -1,4 +1,4 @@
-"""What the optimizers' tests share: gradients, a training loop, and slow exact duals in float64."""
+"""Helpers of the optimizers' tests: gradients, a training loop, ranks, and slow exact duals in float64."""
 
 import os
 import socket
@@ -26,7 +26,7 @@ def gaussian(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 
 
 def gradients(*shape: int, steps: int) -> list[Tensor]:
-    """Of several magnitudes."""
+    """Return Gaussian gradients of three magnitudes."""
     return [gaussian(*shape, seed=i, scale=10.0 ** (i % 3 - 1)) for i in range(steps)]
 
 
@@ -35,20 +35,20 @@ def hyper(lr: float, *, wd: float = 0.0, momentum: float = 0.95, count: int = 1,
 
 
 def parameters(shapes: dict[str, tuple[int, ...]], *, scale: float = 1.0, seed: int = 0) -> dict[str, nn.Parameter]:
-    """Gaussian ones, the first by `seed`, the next by the next."""
+    """Return Gaussian parameters by name; the first has seed `seed`, the next seed + 1, ..."""
     return {name: nn.Parameter(gaussian(*shape, seed=seed + i, scale=scale))
             for i, (name, shape) in enumerate(shapes.items())}
 
 
 def one_role(config: RuleConfig, params: dict[str, nn.Parameter], **options: object) -> ShardedOptimizer:
-    """The optimizer of parameters that all have the role `matrix`."""
+    """Return the optimizer of parameters that all have the role `matrix`."""
     groups = build_groups(params, dict.fromkeys(params, "matrix"), Optim(matrix=config))
     return ShardedOptimizer(groups, Comm(), **options)
 
 
 def train(config: RuleConfig, start: Tensor, grads: list[Tensor], *, lr=None, momentum=None) -> Tensor:
-    """The weights after all gradients, lr and momentum functions of the step where given; neither start nor gradients may
-    change, nor state tensors be replaced."""
+    """Return the weights after a step by each gradient. `lr` and `momentum` are functions of the step; None: the config's.
+    Check that gradients are not written to and that state tensors are updated in place."""
     rule, step, W = build_rule(config), Step.build(config), start.clone()
     state = step.init_state(W) | rule.init_state(W)
     state_tensors = dict(state)
@@ -64,7 +64,7 @@ def train(config: RuleConfig, start: Tensor, grads: list[Tensor], *, lr=None, mo
 
 def directions(config: RuleConfig, grads: list[Tensor], *, mu: float | None = None,
                start: Tensor | None = None) -> list[Tensor]:
-    """What the rule alone makes of the gradients, at weights that stay what they are."""
+    """Return the rule's direction for each gradient, at fixed weights."""
     rule = build_rule(config)
     W = gaussian(*grads[0].shape, seed=77) if start is None else start
     state, W_before = rule.init_state(W), W.clone()
@@ -76,20 +76,20 @@ def directions(config: RuleConfig, grads: list[Tensor], *, mu: float | None = No
 
 
 def assert_moved_alike(actual: Tensor, expected: Tensor, start: Tensor, *, tolerance: float) -> None:
-    """Equal within a share of the distance moved."""
+    """Check that weights are equal up to `tolerance` times the distance that they moved from `start`."""
     moved = (expected.double() - start.double()).norm()
     assert moved > 0
     assert (actual.double() - expected.double()).norm() / moved <= tolerance
 
 
 def polar(G: Tensor) -> Tensor:
-    """U V^T over the singular values that are not zero, matrix by matrix, in float64."""
+    """Return U V^T over the nonzero singular values of each matrix, in float64."""
     U, S, Vh = torch.linalg.svd(G.double(), full_matrices=False)
     return (U * (S > 1e-10 * S.amax(-1, keepdim=True)).unsqueeze(-2)) @ Vh
 
 
 def nesterov_means(grads: list[Tensor], mu: float) -> list[Tensor]:
-    """mu m + (1 - mu) g after each gradient, in float64."""
+    """Return the Nesterov averages mu m + (1 - mu) g after each gradient, in float64."""
     momentum, means = torch.zeros_like(grads[0], dtype=torch.float64), []
     for grad in grads:
         momentum = mu * momentum + (1 - mu) * grad.double()

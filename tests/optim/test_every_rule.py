@@ -1,4 +1,4 @@
-"""What every rule owes: finite weights whatever the gradients, updates that compile once, and no more state than it says."""
+"""Every rule keeps weights finite for all gradients, compiles once, and continues bit for bit from a saved state."""
 
 import functools
 from dataclasses import replace
@@ -55,7 +55,7 @@ def make(config: RuleConfig, dtype: torch.dtype = torch.float32, **options: bool
 
 
 def run(params: dict, optimizer: ShardedOptimizer, grad_of=of_shape, steps: range = range(5)) -> dict[str, Tensor]:
-    """The state after these steps; weights must be finite after each."""
+    """Return the state after these steps. Check that weights are finite after each."""
     for step in steps:
         for name, param in params.items():
             param.grad.copy_(grad_of(name, step))
@@ -96,7 +96,7 @@ def test_zero_gradients_move_nothing(config):
 
 @every_rule
 def test_every_rule_moves_every_tensor(config):
-    """SWAN removes the mean of a row, and so leaves a single number where it is; on the Stiefel manifold it is 1 or -1."""
+    """Two rules cannot move a single number: SWAN removes the mean of a row; on the Stiefel manifold it is 1 or -1."""
     params, optimizer = make(config)
     before = {name: param.detach().clone() for name, param in params.items()}
     run(params, optimizer)
@@ -134,7 +134,7 @@ def test_a_gradient_that_is_not_finite_is_refused_before_any_weight_moves(config
 
 @pytest.mark.parametrize("rule", [name for name in RULES if load_class(groups.RULES[name]).compiles and name != "adam"])
 def test_updates_compile_once_and_do_the_same(rule, monkeypatch):
-    """Adam's fused path on CPUs is not compiled; on GPUs it is the plain one."""
+    """Without adam, whose fused path on CPUs is not compiled."""
     graphs = []
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=lambda g, _: graphs.append(g) or g))
     torch._dynamo.reset()
@@ -168,7 +168,7 @@ def test_what_was_saved_is_a_copy_and_loading_it_continues_bit_for_bit(config):
 
 @every_rule
 def test_each_matrix_is_updated_alone(config):
-    """A stack of matrices is what it would be one by one: banks may be cut anywhere between matrices."""
+    """A stack is updated as its matrices one by one would be: banks may be cut anywhere between matrices."""
     if build_rule(config).init_shared():
         pytest.skip("it takes sums over its role")
     start, grads = gaussian(3, 8, 6, seed=9), [gaussian(3, 8, 6, seed=i) for i in range(4)]
@@ -179,7 +179,7 @@ def test_each_matrix_is_updated_alone(config):
 
 @muons_kin
 def test_bfloat16_follows_float32(config):
-    """Weights, gradients and state of 8 bits: the first steps go the same way, within a few percent."""
+    """With weights, gradients and state of 8 bits of precision the first steps have nearly the same direction."""
     start = gaussian(2, 24, 16, seed=9, scale=0.1).bfloat16()
     grads = [gaussian(2, 24, 16, seed=i).bfloat16() for i in (1, 2)]
     low = directions(config, grads, start=start)
@@ -190,7 +190,7 @@ def test_bfloat16_follows_float32(config):
 
 @muons_kin
 def test_it_descends(config):
-    """A quadratic with a curvature of its own for every element falls below a twentieth of its start."""
+    """A quadratic loss with another curvature in every element falls below a twentieth of its initial value."""
     W, target = gaussian(1, 8, 12, seed=1, scale=0.5), gaussian(1, 8, 12, seed=2, scale=0.5)
     curvature = 1 + gaussian(1, 8, 12, seed=3).abs()
     rule = build_rule(config)
@@ -203,6 +203,6 @@ def test_it_descends(config):
 
 @pytest.mark.parametrize("config", [Muon(), Adam()], ids=lambda config: config.rule)
 def test_averages_start_at_zero_contiguous_and_of_the_parameters_dtype(config):
-    """Also where the parameter is strided, as a transposed one is."""
+    """Averages are contiguous even if the parameter is a transposed view."""
     for tensor in build_rule(config).init_state(gaussian(6, 4, 3).mT.bfloat16()).values():
         assert tensor.size(0) == 6 and not tensor.any() and tensor.is_contiguous() and tensor.dtype == torch.bfloat16

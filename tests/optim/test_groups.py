@@ -17,7 +17,7 @@ ROLES = {"wte.weight": "embed", "a.weight": "matrix", "b.weight": "matrix", "hea
 
 
 def table(**roles: RuleConfig) -> dict[str, str]:
-    """Lines of the printed table by role."""
+    """Return the lines of the printed table by role."""
     optim = dataclasses.replace(Optim(), **roles)
     return {line.split()[0]: line for line in format_groups(build_groups(PARAMS, ROLES, optim)).splitlines()}
 

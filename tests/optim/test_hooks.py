@@ -1,4 +1,4 @@
-"""Hooks: look-ahead and averaged weights, each against a slow float64 twin; saved, resumed, free where they are off."""
+"""Hooks: look-ahead and averaged weights against slow float64 twins; saved and resumed; without cost if off."""
 
 from dataclasses import replace
 
@@ -41,7 +41,7 @@ def evaluated(param: nn.Parameter, optimizer: ShardedOptimizer) -> Tensor:
 
 
 def twin(steps: int) -> list[tuple[Tensor, Tensor]]:
-    """y = x + b d; x' = (1 - lr wd) y - lr g / |g| with g taken at y; d follows x' - x."""
+    """Return (y, x) after each step of y = x + b d; x' = (1 - lr wd) y - lr g / |g| with g taken at y; d follows x' - x."""
     x, drift, path = gaussian(5, 8).double(), torch.zeros(5, 8, dtype=torch.float64), []
     for t in range(steps):
         y = x + REACH[t] * drift
@@ -93,7 +93,7 @@ def test_averages_are_of_the_evaluated_weights():
 
 
 def test_with_the_remainder_bfloat16_weights_move_as_float32_ones_do():
-    """Also by steps far below what bfloat16 resolves: only gradients are taken at rounded weights."""
+    """Even steps far below the resolution of bfloat16 count; only gradients are taken at rounded weights."""
     config = Steepest(norm="frobenius", averaging="none", lr=1e-3, rounding="remainder", state_dtype="float32")
     start = gaussian(5, 8).bfloat16()
     moved = []

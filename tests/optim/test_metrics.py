@@ -1,4 +1,4 @@
-"""Rotational equilibrium against random walks; angles and turns against direct computation."""
+"""Rotational equilibrium against random walks; angles per tensor against direct computation."""
 
 import math
 from dataclasses import replace
@@ -27,7 +27,7 @@ def built(config: RuleConfig, *shapes: tuple[int, int]) -> tuple[dict[str, torch
 
 
 def turned_by(config: RuleConfig) -> float:
-    """The mean angle of a step by random gradients, once the weights' length is steady, over what is foreseen."""
+    """Return the mean angle of steps by random gradients at steady weight length, over the predicted angle."""
     params, group = built(config)
     optimizer = ShardedOptimizer([group], Comm())
     values, angles, metrics = FULL._replace(lr=0.8), [], StepMetrics(optimizer.comm)
@@ -50,7 +50,7 @@ def test_random_gradients_turn_weights_by_that_angle(config):
 @pytest.mark.parametrize("config, more", [(MUON, 1.1), (NorMuon(lr=0.05, weight_decay=0.4, momentum=0.9), 1.1),
                                           (replace(PLAIN, norm="sign", lr=0.02), 1.2)])
 def test_where_the_dual_is_not_a_length_alone_they_turn_somewhat_more(config, more):
-    """Neighbouring averages are more alike than their signs, or their polar factors."""
+    """Consecutive averages are more correlated than their signs or polar factors."""
     assert turned_by(config) == pytest.approx(more, rel=0.05)
 
 

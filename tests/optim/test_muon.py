@@ -15,7 +15,7 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def muon_twin(start: Tensor, grads: list[Tensor], *, lr: float, wd: float, mu: float = 0.95) -> Tensor:
-    """Jordan's Muon in float64: lerped momentum, Nesterov, five quintic steps, max(1, m/n)^.5."""
+    """Run Jordan's Muon in float64: EMA momentum, Nesterov, five quintic steps, max(1, m/n)^.5."""
     W, momentum = start.double()[0], torch.zeros(start.shape[1:], dtype=torch.float64)
     a, b, c = QUINTIC
     for grad in grads:
@@ -43,7 +43,7 @@ def test_muon_is_its_formula(shape):
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("shape", [(1, 24, 40), (1, 40, 24)])
 def test_muon_is_pytorchs_muon(unit, name, nesterov, shape):
-    """PyTorch orthogonalises in bfloat16: equal within a few percent."""
+    """PyTorch orthogonalises in bfloat16, so the two agree within a few percent."""
     start, grads = gaussian(*shape, seed=99), gradients(*shape, steps=20)
     param = torch.nn.Parameter(start[0].clone())
     optimizer = torch.optim.Muon([param], lr=0.02, weight_decay=0.1, nesterov=nesterov, adjust_lr_fn=name)
@@ -81,7 +81,7 @@ def test_nesterov_matters():
 
 
 def coefficients(count: int, fast: float, slow: float) -> list[float]:
-    """Ages 1 / (1 - mu) in a geometric sequence, the slowest first."""
+    """Return the mu_k whose time scales 1 / (1 - mu_k) are a geometric sequence, the slowest first."""
     ages = [(1 / (1 - slow)) ** (1 - k / (count - 1)) * (1 / (1 - fast)) ** (k / (count - 1)) for k in range(count)]
     return [1 - 1 / age for age in ages]
 
@@ -89,8 +89,8 @@ def coefficients(count: int, fast: float, slow: float) -> list[float]:
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_several_averages_are_the_mean_of_each(count, nesterov):
-    """Unrolled: sum over s of w(t - s) g_s, with w(a) = mean over k of (1 - mu_k) mu_k^a; looking ahead mu_k^(a + 1), and
-    the present gradient once more."""
+    """The average is sum over s of w(t - s) g_s, with w(a) = mean over k of (1 - mu_k) mu_k^a; with Nesterov mu_k^(a + 1),
+    and the current gradient once more."""
     mus = coefficients(count, 0.3, 0.95)
     start, grads = gaussian(1, 5, 8, seed=9, scale=0.1), gradients(1, 5, 8, steps=20)
     expected = start.double()
@@ -110,7 +110,7 @@ def test_equal_ends_are_one_average():
 
 
 def test_the_kernel_has_a_heavier_tail_than_its_mean_age():
-    """An impulse is remembered longer than by one average of the same mean age."""
+    """The response to an impulse fades more slowly than that of one average of the same mean age."""
     config, impulse = Muon(nesterov=False, averages=6, momentum_fast=0.5), torch.ones(1, 1, 1)
     state, response = init_average(impulse, config), []
     for t in range(1000):
@@ -129,7 +129,7 @@ def test_the_kernel_has_a_heavier_tail_than_its_mean_age():
 @pytest.mark.parametrize("config", [Muon(ns="svd"), NorMuon(ns="svd"), Muon2(ns="svd", eps=1e6)],
                          ids=lambda config: config.rule)
 def test_equilibrated_rules_do_not_see_the_length_of_rows(config, shape):
-    """Rows scaled by any positive numbers give the same step (without the elementwise second moment of muon2)."""
+    """Scaling rows by positive numbers changes no step; eps is huge for muon2, to switch off its second moment."""
     equilibrated = replace(config, equilibrate=True)
     grads = gradients(*shape, steps=6)
     scales = gaussian(shape[0], shape[1], 1, seed=5).exp()

@@ -1,4 +1,4 @@
-"""Gradients that are not finite are refused by name: at once, or later where raising would wait for the device."""
+"""Gradients that are not finite raise an error that names the parameter: at once, or on CUDA later."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ SHAPES = {"wide": (5, 8), "other": (5, 8), "tall": (9, 4), "vector": (7,)}
 
 
 def step_all(params: dict, optimizer: ShardedOptimizer, bad: dict[str, int], steps: int = 5) -> None:
-    """Steps of which `bad` says where a tensor's gradients begin to be infinite."""
+    """Run steps; `bad` gives, by name, the first step at which a tensor's gradient is infinite."""
     for step in range(steps):
         for name, param in params.items():
             param.grad.copy_(gaussian(*SHAPES[name], seed=step) / (step < bad.get(name, steps)))
@@ -30,7 +30,7 @@ def test_one_bad_number_is_enough(bad):
 
 @pytest.mark.parametrize("config", [Adam(), Prodigy(), AGD(), Muon()], ids=lambda config: config.rule)
 def test_refused_later_no_weight_sees_it(config, monkeypatch):
-    """As on CUDA."""
+    """Without the check at once, as on CUDA, a bad gradient changes no weight and is reported by `check_finite`."""
     monkeypatch.setattr(sharded, "CHECKED_AT_ONCE", ())
     params = parameters(SHAPES)
     optimizer = one_role(config, params)
@@ -53,7 +53,7 @@ def test_the_first_of_several_is_named_and_forgotten_on_restore(monkeypatch):
 
 
 def test_the_bad_parameter_is_named_from_a_banks_shard():
-    """Three matrices, of which this rank owns the last two."""
+    """The bank has three matrices, of which this rank owns the last two."""
     params = parameters(dict.fromkeys("abc", (2, 3)))
     optimizer = one_role(Muon(), params)
     bank, = optimizer.banks

@@ -22,7 +22,7 @@ def normuon(**changes: object) -> NorMuon:
 
 
 def twin(start, grads, *, lr, mu, beta2, wd=0.0, dim=-1):
-    """Float64, one matrix after another."""
+    """Run NorMuon in float64, one matrix after another."""
     weights = []
     for k in range(start.size(0)):
         W, v = start[k].double(), 0
@@ -47,7 +47,7 @@ def test_normuon_is_its_formula(shape, along):
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
 @pytest.mark.parametrize(("unit", "scale"), [("at_least_one", "preserve_norm"), ("match_adam", "match_rms")])
 def test_normuon_is_pytorch_optimizers(shape, unit, scale):
-    """Of the public code, and of the paper. It orthogonalises in bfloat16, and so differs by some percent."""
+    """Check both scalings, of the public code and of the paper. pytorch_optimizer orthogonalises in bfloat16, hence 2 %."""
     public = pytest.importorskip("pytorch_optimizer")
     start, grads = gaussian(*shape, seed=99), gradients(*shape, steps=20)
     param = torch.nn.Parameter(start.clone())
@@ -74,7 +74,7 @@ def test_rows_become_equally_long_without_memory():
 
 
 def test_wide_matrices_need_the_longer_side():
-    """The rows of a wide polar factor have length one already: with `rows` it is Muon; with `longer` it is not."""
+    """Rows of a wide polar factor already have length 1, so `rows` changes nothing and `longer` does."""
     G = gradients(2, 12, 20, steps=1)
     torch.testing.assert_close(directions(normuon(averaging="none"), G)[0].double(), polar(G[0]), rtol=0, atol=1e-5)
     assert (directions(normuon(averaging="none", normalise="longer"), G)[0] - polar(G[0])).norm() > 0.3

@@ -1,4 +1,4 @@
-"""From a direction to a step: decay, constraint, rounding; and what rules share."""
+"""Step: decay and rounding; and the second moment that rules share."""
 
 from functools import partial
 
@@ -20,7 +20,7 @@ def walk(step: Step, start: Tensor, steps: int, *, lr: float = 0.01) -> Tensor:
 
 
 def test_with_the_remainder_nothing_is_lost():
-    """bfloat16 weights that keep their remainder walk exactly as float32 weights do, and are those rounded."""
+    """bfloat16 weights with a remainder move exactly as float32 weights do, and are their rounded values."""
     start, step = gaussian(2, 9, 11).bfloat16(), Step(rounding="remainder")
     W, exact = start.clone(), start.float()
     state = step.init_state(W)
@@ -42,8 +42,8 @@ def test_the_remainder_is_exact_for_every_value(value):
 
 
 def test_stochastic_rounding_is_right_in_the_mean():
-    """A weight of 1 that should become 1 + d, d a tenth of a bfloat16 unit, in 20,000 copies that differ in nothing but
-    their tiny offsets: the mean moves by d; rounding to nearest never moves."""
+    """20,000 copies of the weight 1, with tiny offsets, should become 1 + d, d a tenth of a bfloat16 unit: with stochastic
+    rounding their mean moves by d, with rounding to nearest not at all."""
     offsets = torch.linspace(0, 1e-4, 20_000).view(1, 1, -1)
     expected = 1 + 2**-7 / 10 + offsets
 
@@ -82,7 +82,7 @@ DECAYS = ["none", "decoupled", "independent", "corrected", "cautious"]
 
 
 def decayed(kind: str, W: Tensor, D: Tensor, lr: float, wd: float, peak: float) -> Tensor:
-    """One element after another."""
+    """Return the weights after a step with decay, computed element by element."""
     weights = []
     for w, d in zip(W.flatten().tolist(), D.flatten().tolist(), strict=True):
         shrink = {"none": 0, "decoupled": lr * wd, "independent": wd * lr / peak,
@@ -103,7 +103,7 @@ def test_decay_is_its_formula(kind):
 @pytest.mark.parametrize("kind", DECAYS)
 @pytest.mark.parametrize("rule", [Adam, partial(Steepest, norm="sign")])
 def test_rules_apply_every_decay(kind, rule):
-    """Decay takes the weights before the step; its direction is that of the sign in the first step of both rules."""
+    """Decay acts on the weights before the step. The first direction of both rules is the sign."""
     W, G = gaussian(1, 6, 9), gaussian(1, 6, 9, seed=1)
     config = rule(decay=kind, weight_decay=0.4, lr=0.1)
     expected = decayed(kind, W, G.sign(), 0.03, 0.4, 0.1)
@@ -121,6 +121,6 @@ def test_bfloat16_weights_are_rounded_once(kind):
 
 @pytest.mark.parametrize("kind", DECAYS[1:])
 def test_a_frozen_group_stays_finite(kind):
-    """lr 0 is allowed, and moves nothing."""
+    """A group with lr 0 does not move."""
     W, config = gaussian(1, 6, 9), Steepest(norm="sign", decay=kind, weight_decay=0.1, lr=0.0)
     assert torch.equal(train(config, W, [gaussian(1, 6, 9, seed=1)]), W)

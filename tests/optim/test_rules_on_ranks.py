@@ -1,4 +1,4 @@
-"""Every rule on 2 and 3 ranks is the rule on one, saved and resumed on any number.
+"""Every rule gives the same weights on 1, 2 and 3 ranks, and resumes on any number of them.
 
 Run as a program with RANK and WORLD_SIZE in the environment, this file is one rank, which trains by all rules in turn.
 """
@@ -55,13 +55,15 @@ def make(case: str, comm: Comm, seed: int = 0) -> tuple[dict[str, nn.Parameter],
 
 
 def gradient(index: int, step: int) -> Tensor:
-    """Multiples of 1/16, whose sums are exact in any order; around a mean, so that distances grow."""
+    """Return multiples of 1/16, whose sums are exact in any order; with mean 1/2, so that the weights drift."""
     return (random(list(SHAPES.values())[index], 77, index, step) * 16).round() / 16 + 0.5
 
 
 def run(params: dict, optimizer: ShardedOptimizer, steps: range) -> dict[str, Tensor]:
-    """Rank r contributes r shares of the gradient, rank 0 the rest of 1; where rows are sparse, of two rows in three nothing
-    and of every sixth one rank all."""
+    """Run steps and return the state. Rank r contributes r times the gradient, rank 0 the rest of the sum 1.
+
+    With sparse rows, two of three rows are zero on all ranks, and every sixth row comes from one rank alone.
+    """
     for step in steps:
         for index, param in enumerate(params.values()):
             share = sparse_share(optimizer.comm, len(param), step) if is_sparse(optimizer) else share_of(optimizer.comm)
@@ -76,7 +78,7 @@ def share_of(comm: Comm) -> int:
 
 
 def sparse_share(comm: Comm, rows: int, step: int) -> Tensor:
-    """A factor a row (of a vector: by_one_rank for all)."""
+    """Return the share of each row, (rows, 1); for a vector one share."""
     row = torch.arange(rows if rows != 37 else 1) + step
     by_one_rank = (row // 6 % comm.world_size == comm.rank).float()
     share = torch.where(row % 6 == 0, by_one_rank, torch.where(row % 3 == 0, share_of(comm), 0.0))
@@ -93,7 +95,7 @@ def averaged(params: dict, optimizer: ShardedOptimizer) -> dict[str, Tensor]:
 
 
 def refusal(params: dict, optimizer: ShardedOptimizer) -> str:
-    """What this rank says when the last rank's gradient of wide2 has a NaN."""
+    """Return this rank's error message after a step in which the last rank's gradient of wide2 has a NaN."""
     for param in params.values():
         param.grad.fill_(1.0)
     if optimizer.comm.rank == optimizer.comm.world_size - 1:
@@ -132,7 +134,7 @@ def ranks(request, tmp_path_factory) -> list[dict]:
 
 
 def assert_alike(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Within a share of what each tensor moved (weights) or is (state)."""
+    """Check that tensors are equal up to `tolerance` times the distance moved (weights) or the norm (state)."""
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         short = name.removeprefix("weights/")

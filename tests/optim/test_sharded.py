@@ -1,4 +1,4 @@
-"""The sharded optimizer: banks are views, one rank is a plain loop, several ranks are one rank, states move between.
+"""The sharded optimizer: banks are views; one rank equals a plain loop, several ranks equal one; states move between.
 
 Run as a program with RANK and WORLD_SIZE in the environment, this file is one rank of the runs that its tests compare.
 """
@@ -68,7 +68,7 @@ def make_optimizer(params: dict[str, Tensor], optim: Optim = OPTIM, **options: b
 
 
 def whole_gradient(name: str, step: int) -> Tensor:
-    """Small whole numbers, whose sums are exact in every order and in bfloat16; some rows have none."""
+    """Return small whole numbers, whose sums are exact in any order and in bfloat16; some rows are zero."""
     grad = torch.randint(-9, 10, TENSORS[name][1], generator=seeded("gradient", name, step)).float()
     if grad.ndim == 2:
         grad[step::7] = 0
@@ -76,7 +76,7 @@ def whole_gradient(name: str, step: int) -> Tensor:
 
 
 def gradient_share(name: str, step: int, rank: int, world_size: int) -> Tensor:
-    """What one rank contributes to `whole_gradient`: different on every rank."""
+    """Return one rank's part of `whole_gradient`; different on every rank."""
     parts = [torch.randint(-9, 10, TENSORS[name][1], generator=seeded("share", name, step, r)).float()
              for r in range(world_size - 1)]
     return parts[rank] if rank < world_size - 1 else whole_gradient(name, step) - sum(parts)
@@ -87,7 +87,7 @@ def values_at(step: int) -> Values:
 
 
 def run_steps(optimizer: ShardedOptimizer, params: dict[str, nn.Parameter], steps: range, *, measured: bool = False) -> list:
-    """What was measured at each step, where asked."""
+    """Run steps; return the metrics by role after each, {} unless `measured`."""
     comm, step_metrics, rows = optimizer.comm, StepMetrics(optimizer.comm), []
     for step in steps:
         optimizer.zero_grad()
@@ -105,7 +105,7 @@ def copies(params: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 def assert_moved_alike(actual: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor]) -> None:
-    """Every tensor equal within 1e-5 of the distance it moved, bfloat16 within 1e-2."""
+    """Check that tensors are equal up to 1e-5 of the distance that they moved, bfloat16 up to 1e-2."""
     assert actual.keys() == expected.keys()
     for name in expected:
         moved = (expected[name].double() - start[name].double()).norm()
@@ -116,7 +116,7 @@ def assert_moved_alike(actual: dict[str, Tensor], expected: dict[str, Tensor], s
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Bit for bit."""
+    """Check that tensors are equal bit for bit."""
     assert actual.keys() == expected.keys()
     for name in expected:
         assert torch.equal(actual[name], expected[name]), name
@@ -127,7 +127,7 @@ def weights_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def start_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Where distances are measured from: the weights' own start, zero for state."""
+    """Return the tensors from which distances are measured: initial weights, zero for state."""
     start = {f"weights/{name}": weight for name, weight in copies(make_params()).items()}
     return {name: start.get(name, torch.zeros_like(tensor)) for name, tensor in state.items()}
 
@@ -188,7 +188,7 @@ def test_a_step_changes_the_model_in_place():
 
 
 def plain_loop(steps: int = STEPS) -> dict[str, Tensor]:
-    """The slow twin: every parameter alone, as one matrix, with its own rule and state."""
+    """Return the weights of the slow twin: every parameter alone, as one matrix, with its own rule and state."""
     weights, states = copies(make_params()), {}
     for step in range(steps):
         values = values_at(step)
@@ -215,7 +215,7 @@ def test_one_rank_is_a_plain_loop():
     Muon(lr=0.04), NorMuon(lr=0.04), SOAP(lr=0.04), Adam(lr=0.04, constraint="hyperball"),
     Muon(lr=0.04, weight_decay=0.2, decay="independent")], ids=["muon", "normuon", "soap", "hyperball", "independent"])
 def test_blocks_are_matrices_and_factors_are_learning_rates(config):
-    """Cut into three blocks, at twice the lr, a tensor moves as three tensors would at that lr."""
+    """A tensor with three blocks and lr_factor 2 moves as three tensors at twice the lr."""
     start, grads = torch.randn(12, 5, generator=seeded("cut")), torch.randn(3, 12, 5, generator=seeded("cuts"))
     whole = {"w": nn.Parameter(start.clone())}
     parts = {f"p{i}": nn.Parameter(start[4 * i:4 * i + 4].clone()) for i in range(3)}
@@ -263,7 +263,7 @@ def test_vectors_and_single_numbers_take_every_norm(norm, shape):
 
 
 def size_of(role: str, W: Tensor) -> float:
-    """Size of a tensor in its group's norm, restated."""
+    """Return a tensor's size in its group's norm, written independently of the tested code."""
     W = W.double().reshape(-1, W.size(-1))
     return {
         "matrix": lambda: torch.linalg.matrix_norm(W, 2).item() / max(1, W.size(0) / W.size(1)) ** 0.5,
@@ -293,7 +293,7 @@ def test_metrics_are_their_formulas():
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch's compiler needs a C++ compiler")
 def test_weights_in_bfloat16_are_exact_when_compiled():
-    """The record's groups, whose weights keep their remainders, by the real compiler."""
+    """Compile the record's groups, whose weights have remainders, with the real compiler."""
     start = {"a": (48, 32), "b": (32, 96), "t": (300, 32)}
     roles = {"a": "matrix", "b": "matrix", "t": "value_embed"}
     record = record_optim()
@@ -317,7 +317,7 @@ def test_weights_in_bfloat16_are_exact_when_compiled():
 
 
 def test_compiled_updates_are_the_plain_ones_and_compile_once(monkeypatch):
-    """The numbers that change at each step must not make new graphs."""
+    """Hyperparameters that change at each step must not compile new graphs."""
     graphs = []
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=lambda g, _: graphs.append(g) or g))
     torch._dynamo.reset()
@@ -381,7 +381,7 @@ def test_restore_undoes_bit_for_bit():
 
 
 def one_rank() -> dict:
-    """The run that several ranks must reproduce."""
+    """Return the results on one rank, which several ranks must reproduce."""
     params = make_params()
     optimizer = make_optimizer(params)
     metrics = run_steps(optimizer, params, range(HALF), measured=True)
@@ -391,7 +391,7 @@ def one_rank() -> dict:
 
 
 def as_rank(folder: Path) -> None:
-    """One rank's part: start from its own weights, train, save, undo, continue from another world's state."""
+    """Run one rank: start from its own weights, train, save, undo, continue from a state saved on one rank."""
     torch.set_num_threads(1)
     params = make_params(seed=int(os.environ["RANK"]))
     optimizer = make_optimizer(params)
