@@ -38,10 +38,10 @@ class Adam(Rule):
     def update(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper, *, step: Step) -> None:
         """Do the whole step in place; float32 parameters on CPUs by PyTorch's fused AdamW, in one pass over memory."""
         config, mean, square = self.config, state["mean"], state["square"]
-        on_cpu = param.device.type == "cpu"  # elsewhere .item() below would wait for the device
-        all_float32 = param.dtype == grad.dtype == mean.dtype == torch.float32
-        same_step = step.decay in ("none", "decoupled") and step.shape is None
-        if not (on_cpu and all_float32 and same_step and (step.constraint is None or step.constraint.plain)):
+        # On CPUs only: elsewhere .item() below would wait for the device.
+        on_cpu_float32 = param.device.type == "cpu" and param.dtype == grad.dtype == mean.dtype == torch.float32
+        is_adamw = step.decay in ("none", "decoupled") and step.shape is None
+        if not (on_cpu_float32 and is_adamw and (step.constraint is None or step.constraint.plain)):
             return super().update(param, grad, state, hyper, step=step)
         # PyTorch increments the step count before it updates, hence count - 1.
         adamw([param], [grad], [mean], [square], [], [hyper.count - 1], fused=True, amsgrad=False, maximize=False,

@@ -90,14 +90,13 @@ class Comm:
         send_counts = torch.bincount(nonzero // shard.size(0), minlength=self.world_size)
         receive_counts = torch.empty_like(send_counts)
         dist.all_to_all_single(receive_counts, send_counts)
-        sizes = receive_counts.tolist(), send_counts.tolist()
+        receives, sends = receive_counts.tolist(), send_counts.tolist()
         # Exchange rows, and their indices within the receiver's shard.
-        total = sum(sizes[0])
-        rows, indices = bank.new_empty(total, *bank.shape[1:]), nonzero.new_empty(total)
-        works = [dist.all_to_all_single(rows, bank[nonzero], *sizes, async_op=True),
-                 dist.all_to_all_single(indices, nonzero % shard.size(0), *sizes, async_op=True)]
+        rows, indices = bank.new_empty(sum(receives), *bank.shape[1:]), nonzero.new_empty(sum(receives))
+        works = [dist.all_to_all_single(rows, bank[nonzero], receives, sends, async_op=True),
+                 dist.all_to_all_single(indices, nonzero % shard.size(0), receives, sends, async_op=True)]
         result = torch.zeros_like(shard)
-        return result, _RowsWork(works, result, list(zip(indices.split(sizes[0]), rows.split(sizes[0]), strict=True)))
+        return result, _RowsWork(works, result, list(zip(indices.split(receives), rows.split(receives), strict=True)))
 
     def all_gather(self, bank: Tensor) -> Work:
         """Start to send this rank's shard of `bank` to all ranks, in place: each rank gets the whole bank."""

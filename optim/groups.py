@@ -65,9 +65,8 @@ class ParamGroup:
     def scope(self) -> Scope:
         """Finest piece of a tensor that can be updated alone, by rule, step, clipping and communication."""
         step_scopes = (self.step_for(spec).scope for spec in self.specs.values())
-        clip_scope = self.clip.scope if self.clip else "element"
         sent_scope = "row" if self.config.extra.sparse_rows else "element"
-        return coarsest(self.rule.scope, clip_scope, sent_scope, *step_scopes)
+        return coarsest(self.rule.scope, self.clip.scope if self.clip else "element", sent_scope, *step_scopes)
 
     def step_for(self, spec: TensorSpec) -> Step:
         """Return the step of tensors with this spec; its peak lr has the tensor's factor too, as lr will have."""

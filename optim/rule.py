@@ -168,8 +168,8 @@ class Step:
         # As integers, so that rounding is arithmetic on bits: bfloat16 keeps the upper 16 of float32's 32.
         bits = weights.contiguous().view(torch.int32)
         if self.rounding == "stochastic":
-            # Add a random number below 2^16, then drop the lower half. If that half was r, the sum carries into the upper one
-            # with probability r / 2^16, which rounds the weight away from zero: the mean is exact.
+            # Add a random number below 2^16, then drop the lower half. If that half was r, the sum carries into the upper
+            # half with probability r / 2^16, which rounds away from zero: the mean is exact.
             high = (bits + hash_bits(bits, count)) >> 16
         else:
             # Add half a unit, then drop the lower half: round to nearest. The difference to the original bits then lies in

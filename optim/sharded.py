@@ -51,7 +51,7 @@ class ShardedOptimizer:
         self.state = OptimizerState(self.banks, self.shared, comm, also_restored=[self._bad_step, self._bad_entry])
         if compile_updates:
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # one graph for each bank
-        self._compiled = torch.compile(_update, dynamic=False) if compile_updates else None
+        self._compiled = torch.compile(_update, dynamic=False) if compile_updates else _update
 
     @torch.no_grad()
     def step(self, values: Values, count: int) -> None:
@@ -148,7 +148,7 @@ class ShardedOptimizer:
         """Update this rank's shard of a bank by its rule, in place."""
         if bank.spec.lr_factor != 1:
             hyper = hyper._replace(lr=hyper.lr * bank.spec.lr_factor)
-        update = self._compiled if self._compiled is not None and bank.group.rule.compiles else _update
+        update = self._compiled if bank.group.rule.compiles else _update
         if bank.matrices.numel():  # a rank may own nothing of a bank with fewer matrices than ranks
             update(bank.group.rule, bank.step, bank.matrices, bank.rule_gradient(), bank.state, hyper)
         if bank.update_every > 1:
