@@ -129,7 +129,7 @@ def train(trainer: "Trainer", log: Log) -> bool:
             with clock.paused():
                 score = trainer.validate()
                 progress.record_score(score, run.run.target_loss_nats)
-                log.validation(score, trainer.measures.of_roles(trainer.last_values()) if run.log.diagnostics else {})
+                log.validation(score, trainer.measures.by_role(trainer.last_values()) if run.log.diagnostics else {})
                 check_finite(score.nats_per_token, step)
         # Save a checkpoint, also after a signal: on all ranks or none, because saving is a collective. Gradients are checked
         # first, so that a checkpoint never holds the weights after a bad step.
@@ -271,7 +271,7 @@ class Trainer:
     def layer_metrics(self) -> Metrics:
         """Return, on rank 0, spectra and rotation angles of the weights, the equilibrium angles that theory predicts, and
         the activations' RMS on the first validation tokens; {} on other ranks. A collective."""
-        values, angles = self.last_values(), self.measures.turns("matrix")
+        values, angles = self.last_values(), self.measures.by_tensor("matrix")
         if self.comm.rank > 0:
             return {}
         metrics = weight_metrics(self.model)

@@ -1,1 +1,1 @@
-"""An averaged gradient, turned into steepest descent under a norm chosen by the tensor's role."""
+"""Optimizers: steepest descent along averaged gradients, under a norm that is chosen for each role of parameters."""

@@ -1,4 +1,7 @@
-"""Adam: the sign of the gradient, softened by running averages (without them it is steepest descent under max |.|)."""
+"""Adam: a step of about lr in every element, along the sign of the averaged gradient.
+
+Without its running averages it is sign(G), steepest descent under the norm max |W_ij|.
+"""
 
 import torch
 from torch import Tensor
@@ -10,36 +13,37 @@ from optim.rule import Hyper, Rule, Step, update_second_moment, zeros_like_bank
 
 
 class Adam(Rule):
-    """D = mhat / (sqrt(vhat) + eps) with m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) g^2, hats divided by 1 - b^t.
+    """Direction D = mhat / (sqrt(vhat) + eps) (Kingma & Ba 2014, arXiv 1412.6980, algorithm 1).
 
-    Kingma & Ba 2014, arXiv 1412.6980, algorithm 1; with decoupled decay it is AdamW. State has the parameter's dtype; the
-    arithmetic is at least float32.
+    m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  mhat = m / (1 - b1^t);  vhat = v / (1 - b2^t) at update t = 1, 2, ...
+    With decoupled weight decay it is AdamW. The state has the parameter's dtype; the arithmetic is in float32.
     """
 
     config: configs.Adam
     norm = Sign()
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
-        """First and second moment."""
+        """Return the zero first moment (`mean`) and second moment (`square`), of the parameter's shape."""
         return {"mean": zeros_like_bank(param), "square": zeros_like_bank(param)}
 
     def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
-        """mhat / (sqrt(vhat) + eps), float32, of any shape."""
+        """Update both moments in place and return mhat / (sqrt(vhat) + eps), float32, of any shape."""
         config, mean, square = self.config, state["mean"], state["square"]
         grad = grad.float()
         mean.lerp_(grad.to(mean.dtype), 1 - config.beta1)
         update_second_moment(square, grad, config.beta2)
-        root = (square.float() / (1 - config.beta2**hyper.count)).sqrt_().add_(config.eps)
-        return mean.float().div(root).div_(1 - config.beta1**hyper.count)
+        denominator = (square.float() / (1 - config.beta2**hyper.count)).sqrt_().add_(config.eps)
+        return mean.float().div(denominator).div_(1 - config.beta1**hyper.count)
 
     def update(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper, *, step: Step) -> None:
-        """The whole step, in place; on CPUs in one pass over memory by PyTorch's fused AdamW, where it is the same."""
+        """Do the whole step in place; float32 parameters on CPUs by PyTorch's fused AdamW, in one pass over memory."""
         config, mean, square = self.config, state["mean"], state["square"]
-        exact = param.device.type == "cpu" and param.dtype == grad.dtype == mean.dtype == torch.float32
-        plain = step.decay in ("none", "decoupled") and step.shape is None
-        if not (exact and plain and (step.constraint is None or step.constraint.plain)):
+        # On CPUs only: elsewhere .item() below would wait for the device.
+        on_cpu_float32 = param.device.type == "cpu" and param.dtype == grad.dtype == mean.dtype == torch.float32
+        is_adamw = step.decay in ("none", "decoupled") and step.shape is None
+        if not (on_cpu_float32 and is_adamw and (step.constraint is None or step.constraint.plain)):
             return super().update(param, grad, state, hyper, step=step)
-        # PyTorch counts the step before it updates, hence count - 1.
+        # PyTorch increments the step count before it updates, hence count - 1.
         adamw([param], [grad], [mean], [square], [], [hyper.count - 1], fused=True, amsgrad=False, maximize=False,
               beta1=config.beta1, beta2=config.beta2, eps=config.eps, lr=hyper.lr.item(),
               weight_decay=0.0 if step.decay == "none" else hyper.weight_decay.item())

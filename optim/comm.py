@@ -1,6 +1,10 @@
-"""The only file that knows the process group. At world size 1 every verb is the identity.
+"""Communication between ranks; the only file that knows the process group. At world size 1 every method is the identity.
 
-Started by torchrun: NCCL between GPUs, gloo between CPUs; ranks and addresses come from its environment variables.
+torchrun starts the ranks; rank, world size and addresses come from its environment variables. The backend is NCCL between
+GPUs and gloo between CPUs.
+
+The methods that return a `Work` are asynchronous: they start a collective, and its result may be used after `wait()`. With
+NCCL `wait` makes the current CUDA stream wait, not the Python thread; with gloo it blocks.
 """
 
 import os
@@ -13,120 +17,128 @@ from torch import Tensor
 
 
 class Work:
-    """A collective in flight, with the one verb of PyTorch's own; this one has ended."""
+    """Handle of a collective, with the `wait` of torch.distributed.Work; this one has already ended."""
 
     def wait(self) -> object:
-        """Block (or order the stream) until the result is there: here not at all."""
+        """Return when the result may be used: here at once."""
 
 
 DONE = Work()
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows(Work):
-    """Rows on their way to be added to `result`, by the rank that they come from: that order is the sum's on every run."""
+class _RowsWork(Work):
+    """Rows in flight from every rank, to be added to `result`."""
 
     works: list[Work]
     result: Tensor
     parts: list[tuple[Tensor, Tensor]]
+    """(row indices into `result`, rows) from rank 0, 1, ..."""
 
     def wait(self) -> None:
         for work in self.works:
             work.wait()
-        for numbers, rows in self.parts:  # each rank's numbers are distinct
-            self.result[numbers] += rows
+        # Added in the order of the ranks, so that rounding is the same in every run. `+=` is safe with these indices,
+        # because one rank sends each row at most once.
+        for indices, rows in self.parts:
+            self.result[indices] += rows
 
 
 def local_rank() -> int:
-    """This process's number on its machine, as torchrun says."""
+    """Return this process's number on its machine, from torchrun; 0 without torchrun."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 class Comm:
-    """Rank and world size, and the collectives that training needs."""
+    """Rank, world size and the collectives that training needs."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        """Join the process group that torchrun announces in the environment, if it does."""
+        """Join the process group that torchrun's environment variables describe; without them be the only rank."""
         self.device = torch.device(device)
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
-        self._in_place = self.device.type == "cuda"  # NCCL lets a collective's input be a slice of its output
+        # NCCL allows the input of a collective to be a slice of its output, or the output one of the input, and then copies
+        # nothing. gloo needs separate memory: one buffer more for each collective below.
+        self._in_place = self.device.type == "cuda"
         if self.world_size > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
     def slice_of(self, length: int) -> slice:
-        """This rank's equal share of a first dimension that the world size divides."""
+        """Return this rank's shard of a dimension of `length`, which the world size divides."""
         assert length % self.world_size == 0
         share = length // self.world_size
         return slice(self.rank * share, (self.rank + 1) * share)
 
     def reduce_scatter(self, bank: Tensor) -> tuple[Tensor, Work]:
-        """This rank's slice of the sum of `bank` over all ranks, once the work is waited for; `bank` may be clobbered."""
-        own = bank[self.slice_of(bank.size(0))]
+        """Start to sum `bank` over ranks; return this rank's shard of the sum. May overwrite `bank`."""
+        shard = bank[self.slice_of(bank.size(0))]
         if self.world_size == 1:
-            return own, DONE
-        result = own if self._in_place else torch.empty_like(own)
+            return shard, DONE
+        result = shard if self._in_place else torch.empty_like(shard)
+        # PyTorch deprecates the longer of the two names; both are the same collective.
         collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         return result, collective(result, bank, op=dist.ReduceOp.SUM, async_op=True)
 
     def reduce_scatter_rows(self, bank: Tensor) -> tuple[Tensor, Work]:
-        """As `reduce_scatter`, for a bank most of whose rows are zero on every rank: each sends the others their rows of it
-        that are not, with their numbers, and nothing else. Waits for the device, to know how many there are.
-        """
-        own = bank[self.slice_of(bank.size(0))]
+        """Do the same as `reduce_scatter` for a bank most of whose rows are zero: send only rows that are not, with their
+        indices. Waits for the device once, because a receiver must know how many rows will arrive."""
+        shard = bank[self.slice_of(bank.size(0))]
         if self.world_size == 1:
-            return own, DONE
-        touched = bank.flatten(1).any(1).nonzero().flatten()
-        sent = torch.bincount(touched // own.size(0), minlength=self.world_size)
-        arriving = torch.empty_like(sent)
-        dist.all_to_all_single(arriving, sent)
-        sizes = arriving.tolist(), sent.tolist()
-        rows, numbers = bank.new_empty(sum(sizes[0]), *bank.shape[1:]), touched.new_empty(sum(sizes[0]))
-        works = [dist.all_to_all_single(box, mine, *sizes, async_op=True)
-                 for box, mine in ((rows, bank[touched]), (numbers, touched % own.size(0)))]
-        result = torch.zeros_like(own)
-        return result, _Rows(works, result, list(zip(numbers.split(sizes[0]), rows.split(sizes[0]), strict=True)))
+            return shard, DONE
+        # Tell every rank how many rows it will get. NaN counts as nonzero, so that bad gradients are sent and found.
+        nonzero = bank.flatten(1).any(1).nonzero().flatten()
+        send_counts = torch.bincount(nonzero // shard.size(0), minlength=self.world_size)
+        receive_counts = torch.empty_like(send_counts)
+        dist.all_to_all_single(receive_counts, send_counts)
+        receives, sends = receive_counts.tolist(), send_counts.tolist()
+        # Exchange rows, and their indices within the receiver's shard.
+        rows, indices = bank.new_empty(sum(receives), *bank.shape[1:]), nonzero.new_empty(sum(receives))
+        works = [dist.all_to_all_single(rows, bank[nonzero], receives, sends, async_op=True),
+                 dist.all_to_all_single(indices, nonzero % shard.size(0), receives, sends, async_op=True)]
+        result = torch.zeros_like(shard)
+        return result, _RowsWork(works, result, list(zip(indices.split(receives), rows.split(receives), strict=True)))
 
     def all_gather(self, bank: Tensor) -> Work:
-        """Every rank's slice of `bank` reaches all ranks, in place."""
+        """Start to send this rank's shard of `bank` to all ranks, in place: each rank gets the whole bank."""
         if self.world_size == 1:
             return DONE
-        bank = bank.view(torch.uint8) if bank.dtype == torch.int16 else bank  # which neither NCCL nor gloo knows
-        own = bank[self.slice_of(bank.size(0))]
+        # Neither NCCL nor gloo has int16, the dtype of step_remainder; a gather only moves bytes.
+        bank = bank.view(torch.uint8) if bank.dtype == torch.int16 else bank
+        shard = bank[self.slice_of(bank.size(0))]
         collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        return collective(bank, own if self._in_place else own.clone(), async_op=True)
+        return collective(bank, shard if self._in_place else shard.clone(), async_op=True)
 
     def all_reduce(self, tensor: Tensor) -> Work:
-        """Sum over ranks, in place."""
+        """Start to sum a tensor over ranks, in place."""
         if self.world_size == 1:
             return DONE
         return dist.all_reduce(tensor, op=dist.ReduceOp.SUM, async_op=True)
 
     def broadcast(self, tensor: Tensor) -> None:
-        """Rank 0's values reach all ranks, in place."""
+        """Copy rank 0's values to all ranks, in place."""
         if self.world_size > 1:
             dist.broadcast(tensor, src=0)
 
     def share(self, value: object) -> object:
-        """Rank 0's small Python value (text, number, None) on all ranks."""
-        box = [value]
+        """Return rank 0's `value` on all ranks; for small Python values (text, numbers, None)."""
+        values = [value]
         if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0)
-        return box[0]
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
 
     def _combine(self, op: dist.ReduceOp, *values: float) -> list[float]:
-        """Sums or maxima of float64 numbers over ranks."""
+        """Return sums or maxima of numbers over ranks, in float64; waits for the device."""
         if self.world_size == 1:
             return list(values)
-        box = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(box, op=op)
-        return box.tolist()
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=op)
+        return tensor.tolist()
 
     sum = partialmethod(_combine, dist.ReduceOp.SUM)
     max = partialmethod(_combine, dist.ReduceOp.MAX)
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
+        """Wait until all ranks have come to this call."""
         if self.world_size > 1:
             dist.barrier()
 

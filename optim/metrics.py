@@ -1,4 +1,7 @@
-"""Metrics of a step, from the weights before and after it; and the angle that theory expects."""
+"""Metrics of an optimizer step, from the weights before and after it; and the angle per step that theory predicts.
+
+Tensors: before_Kmn and after_Kmn are K stacked matrices, m rows, n columns.
+"""
 
 import math
 from collections.abc import Sequence
@@ -19,135 +22,162 @@ Metrics = dict[str, dict[str, float]]  # role or tensor > name > value
 
 
 class StepMetrics:
-    """Remembers the weights before a step, to compare them with those after it."""
+    """Copies the weights before a step and compares them with those after it."""
 
     def __init__(self, comm: Comm) -> None:
         self._comm = comm
         self._before: list[tuple[Bank, Tensor]] = []
 
     def remember(self, banks: Sequence[Bank]) -> None:
-        """Copy the owned weights, before the step."""
-        self._before = [(bank, bank.weights[bank.own].clone()) for bank in banks]
+        """Copy this rank's shard of the weights; call it before the step."""
+        self._before = [(bank, bank.weights[bank.shard].clone()) for bank in banks]
 
     @torch.no_grad()
-    def of_roles(self, values: Values) -> Metrics:
-        """By role lr, update_rms, weight_rms, weight_size (the largest) and the step's angle; nothing if no weights
-        are remembered. A collective: every rank must call it."""
-        moments: dict[str, list[Moments]] = {}
+    def by_role(self, values: Values) -> Metrics:
+        """Return the metrics of each role (`role_metrics`, and lr), and drop the copies; {} without copies.
+
+        A collective: every rank must call it.
+        """
+        squares: dict[str, list[StepSquares]] = {}
         for bank, before in self._before:
-            of_bank = moments_of(bank.group.rule.norm, as_matrices(before), bank.matrices)
-            once = bank.sharded or self._comm.rank == 0
-            moments.setdefault(bank.group.role, []).append(of_bank if once else of_bank._replace(moved=0, old=0, new=0))
+            of_bank = step_squares(bank.group.rule.norm, as_matrices(before), bank.matrices)
+            counted = of_bank if self._counts(bank) else of_bank._replace(update=0, before=0, after=0)
+            squares.setdefault(bank.group.role, []).append(counted)
         groups = {bank.group.role: bank.group for bank, _ in self._before}
         self._before = []
-        return {role: {"lr": groups[role].config.lr * values.lr} | summarise(parts, groups[role], self._comm)
-                for role, parts in moments.items()}
+        return {role: {"lr": groups[role].config.lr * values.lr} | role_metrics(of_role, groups[role], self._comm)
+                for role, of_role in squares.items()}
 
     @torch.no_grad()
-    def turns(self, role: str) -> Metrics:
-        """How each tensor of a role turned in the step: angle, in radians, and update_ratio, the step's length over that of
-        the weights before it; tensors that were zero left out. A collective."""
-        banks = [(bank, moments_by_tensor(bank, before)) for bank, before in self._before if bank.group.role == role]
-        mine = [moments if bank.sharded or self._comm.rank == 0 else 0 * moments for bank, moments in banks]
-        total = self._comm.sum(*(x for moments in mine for x in moments.flatten().tolist()))
-        names = [name for bank, _ in banks for name in bank.names]
-        return {name: turn(*total[3 * i:3 * i + 3]) for i, name in enumerate(names) if total[3 * i + 1]}
+    def by_tensor(self, role: str) -> Metrics:
+        """Return `angle` and `update_ratio` of each tensor of a role (see `rotation`); without tensors that were zero.
+
+        A collective. The copies stay, for `by_role`.
+        """
+        names, squares = [], []
+        for bank, before in self._before:
+            if bank.group.role == role:
+                of_bank_K3 = squares_by_tensor(bank, before)
+                names += bank.names
+                squares += (of_bank_K3 if self._counts(bank) else torch.zeros_like(of_bank_K3)).flatten().tolist()
+        totals = self._comm.sum(*squares)
+        triples = zip(names, totals[0::3], totals[1::3], totals[2::3], strict=True)
+        return {name: rotation(update, before, after) for name, update, before, after in triples if before}
+
+    def _counts(self, bank: Bank) -> bool:
+        """True if this rank's numbers enter the sum over ranks: of a bank that every rank has whole, only rank 0's."""
+        return bank.sharded or self._comm.rank == 0
 
 
-class Moments(NamedTuple):
-    """Of a stack: squared length of the step, of the old and the new weights; and the largest size in the rule's norm."""
+class StepSquares(NamedTuple):
+    """Squared Frobenius norms of one step of a stack, and the size of its weights."""
 
-    moved: float
-    old: float
-    new: float
+    update: float
+    """Of the weights' change."""
+    before: float
+    """Of the weights before the step."""
+    after: float
+    """Of the weights after the step."""
     size: float
+    """Largest size of a matrix after the step, in the rule's norm."""
 
 
-def moments_of(norm: Norm, before_Kmn: Tensor, after_Kmn: Tensor) -> Moments:
-    """The moments of a step, summed in float64."""
-    if after_Kmn.device.type == "mps":  # which has neither float64 nor eigenvalues
+def step_squares(norm: Norm, before_Kmn: Tensor, after_Kmn: Tensor) -> StepSquares:
+    """Return the squared norms of a step, summed in float64, as the change may be far smaller than the weights."""
+    if after_Kmn.device.type == "mps":  # has neither float64 nor eigenvalues
         before_Kmn, after_Kmn = before_Kmn.cpu(), after_Kmn.cpu()
-    old, new = before_Kmn.double(), after_Kmn.double()
-    sums = torch.stack([(new - old).square().sum(), old.square().sum(), new.square().sum()])
+    before, after = before_Kmn.double(), after_Kmn.double()
+    sums = torch.stack([(after - before).square().sum(), before.square().sum(), after.square().sum()])
     size = norm.size(after_Kmn.float()).max().item() if after_Kmn.numel() else 0.0
-    return Moments(*sums.tolist(), size)
+    return StepSquares(*sums.tolist(), size)
 
 
-def summarise(moments: list[Moments], group: ParamGroup, comm: Comm) -> dict[str, float]:
-    """Over a group's stacks and all ranks: update_rms, weight_rms, weight_size (the largest), and angle, in radians, between
-    the weights before and after. A collective."""
-    elements = sum(param.numel() for param in group.params.values())
-    moved, old, new = comm.sum(*(sum(m[i] for m in moments) for i in range(3)))
-    return {"update_rms": (moved / elements) ** 0.5, "weight_rms": (new / elements) ** 0.5,
-            "weight_size": comm.max(max(m.size for m in moments))[0],
-            "angle": angle_between(moved, old, new)}
+def role_metrics(squares: list[StepSquares], group: ParamGroup, comm: Comm) -> dict[str, float]:
+    """Return metrics of a group from its banks' squares, over all ranks; a collective.
 
-
-def angle_between(moved: float, old: float, new: float) -> float:
-    """The angle between two vectors, in radians, from the squared lengths of their difference and of each; a right angle
-    where one of them is zero.
-
-    By the half angle: |a - b|^2 = (|a| - |b|)^2 + 4 |a| |b| sin^2(angle / 2). The inner product has lost angles below 1e-8.
+    `update_rms`, `weight_rms`: root mean square of the change and of the weights; `weight_size`: the largest size in the
+    rule's norm; `angle`: between the weights before and after, all as one vector, in radians.
     """
-    a, b = old**0.5, new**0.5
+    elements = sum(param.numel() for param in group.params.values())
+    update, before, after = comm.sum(sum(s.update for s in squares), sum(s.before for s in squares),
+                                     sum(s.after for s in squares))
+    return {"update_rms": (update / elements) ** 0.5, "weight_rms": (after / elements) ** 0.5,
+            "weight_size": comm.max(max(s.size for s in squares))[0],
+            "angle": angle_between(update, before, after)}
+
+
+def angle_between(difference: float, first: float, second: float) -> float:
+    """Return the angle between vectors a and b in radians, from |a - b|^2, |a|^2 and |b|^2; pi / 2 if one of them is zero.
+
+    Uses the half angle, |a - b|^2 = (|a| - |b|)^2 + 4 |a| |b| sin^2(angle / 2), because the cosine of an angle below 1e-8
+    rounds to 1 in float64.
+    """
+    a, b = first**0.5, second**0.5
     if not a * b:
         return math.pi / 2
-    return 2 * math.asin(min(1.0, (max(0.0, moved - (a - b) ** 2) / (4 * a * b)) ** 0.5))
+    return 2 * math.asin(min(1.0, (max(0.0, difference - (a - b) ** 2) / (4 * a * b)) ** 0.5))
 
 
-def moments_by_tensor(bank: Bank, before: Tensor) -> Tensor:
-    """Squared lengths of the step, of the old and the new weights of each of a bank's K tensors, as far as this rank owns
-    them: (K, 3), float64, on the CPU. `before` is the owned slice of old."""
-    old, new = (w.cpu().double().reshape(len(w), math.prod(w.shape[1:])) for w in (before, bank.weights[bank.own]))
+def squares_by_tensor(bank: Bank, before: Tensor) -> Tensor:
+    """Return |change|^2, |before|^2 and |after|^2 of each of a bank's K parameters, (K, 3), float64 on the CPU.
+
+    `before` is this rank's shard of the weights before the step; what other ranks own counts as zero.
+    """
+    old, new = (w.cpu().double().reshape(len(w), math.prod(w.shape[1:])) for w in (before, bank.weights[bank.shard]))
     whole = torch.zeros(len(bank.weights), 3, dtype=torch.float64)
-    whole[bank.own] = torch.stack([x.square().sum(1) for x in (new - old, old, new)], dim=1)
-    return bank.stacked(whole).reshape(len(bank.names), -1, 3).sum(1)
+    whole[bank.shard] = torch.stack([x.square().sum(1) for x in (new - old, old, new)], dim=1)
+    # A parameter may be cut between ranks, anywhere in the shard dimension: sum over its rows or elements.
+    return bank.per_parameter(whole).reshape(len(bank.names), -1, 3).sum(1)
 
 
-def turn(moved: float, old: float, new: float) -> dict[str, float]:
-    """How a tensor turned: angle, in radians, and update_ratio, its step's length over that of the weights before it."""
-    return {"angle": angle_between(moved, old, new), "update_ratio": (moved / old) ** 0.5}
+def rotation(update: float, before: float, after: float) -> dict[str, float]:
+    """Return a tensor's `angle` between before and after, in radians, and `update_ratio` = |change| / |before|."""
+    return {"angle": angle_between(update, before, after), "update_ratio": (update / before) ** 0.5}
 
 
 # ---- Rotational equilibrium -----------------------------------------------------------------------------------------------
-# Gradients that push in random directions lengthen the weights, decay shortens them; where both cancel, the weights turn by
-# an angle that neither the gradients' size nor, without decay of its own, the step's unit decides (Kosson et al. 2023,
-# arXiv 2305.17212; Wan et al. 2020, arXiv 2006.08419).
+# Random gradients make the weights longer, weight decay makes them shorter. Where the two cancel, the weights turn by a
+# constant angle per step. It does not depend on the gradients' size, nor on the step's unit unless decay does (Kosson et al.
+# 2023, arXiv 2305.17212; Wan et al. 2020, arXiv 2006.08419).
 
-BY_BETA1 = ("adam", "soap")  # whose directions average gradients with beta1
-APART = ("muown", "stiefel")  # whose lengths are set apart from their directions
+BETA1_RULES = ("adam", "soap")  # rules whose running average has the coefficient beta1
+SEPARATE_LENGTH_RULES = ("muown", "stiefel")  # rules that set the weights' lengths apart from their directions
 
 
 def equilibrium_angle(group: ParamGroup, values: Values) -> float | None:
-    """sqrt(2 d s), in radians: d is the share of the weights that a step's decay takes, s = sum c_k^2 / (sum c_k)^2 of the
-    weights c_k that the average gives past gradients. For AdamW sqrt(2 lr wd (1 - beta1) / (1 + beta1)), for Muon likewise.
-    None where nothing decays, weights are constrained, or the theory does not say.
+    """Return the angle per step at equilibrium, sqrt(2 d s), in radians; None if the theory does not apply.
 
-    Steps of an average are alike, so that they add up to longer ways than their own lengths say: hence s. It is exact for
-    directions linear in the average; polar factors and signs are less alike, and random gradients turn weights by 1.1 (Muon)
-    and 1.2 times (signs) as much.
+    d is the share of the weights that one step's decay removes, s the `variance_ratio` of the gradient average. For AdamW
+    this is sqrt(2 lr wd (1 - beta1) / (1 + beta1)), for Muon likewise. s enters because consecutive steps along an average
+    are correlated and add up to more than independent ones. Exact for directions linear in the average; measured on random
+    gradients, Muon turns the weights by 1.1 times and a sign by 1.2 times as much. None without decay, with cautious decay,
+    and for constrained weights.
     """
-    if group.step.decay in ("none", "cautious") or not _is_a_walk(group.config):
+    if group.step.decay in ("none", "cautious") or not _is_random_walk(group.config):
         return None
     config, hyper = group.config, Hyper.at(group.config, values, 1)
-    exact = hyper._replace(lr=hyper.lr.double(), weight_decay=hyper.weight_decay.double())
-    if config.rule in BY_BETA1:
-        share = spread(config.beta1, nesterov=False)
+    if config.rule in BETA1_RULES:
+        ratio = variance_ratio(config.beta1, nesterov=False)
     else:
         mu = 0.0 if config.averaging == "none" else hyper.momentum.item()
-        share = spread(mu, nesterov=config.nesterov)
+        ratio = variance_ratio(mu, nesterov=config.nesterov)
+    # Measure d on a weight of 1, so that every kind of decay is covered; in float64, because 1 - d may round to 1.
+    hyper = hyper._replace(lr=hyper.lr.double(), weight_decay=hyper.weight_decay.double())
     weight = torch.ones((), dtype=torch.float64)
-    group.step.shrink(weight, torch.zeros_like(weight), exact)
-    return math.sqrt(2 * (1 - weight.item()) * share)
+    group.step.apply_decay(weight, torch.zeros_like(weight), hyper)
+    return math.sqrt(2 * (1 - weight.item()) * ratio)
 
 
-def _is_a_walk(config: RuleConfig) -> bool:
-    """Whether a step is one average of gradients, turned into a direction, and nothing else holds the weights."""
-    averages = config.rule in BY_BETA1 or (isinstance(config, Averaged) and config.averages == 1)
-    constrained = config.constraint != "none" or config.extra.radial_brake or config.rule in APART
-    return averages and not constrained and config.graft.rule == "none" and not config.extra.lr_factors
+def _is_random_walk(config: RuleConfig) -> bool:
+    """True if a step follows one average of the gradients, and nothing but decay limits the weights."""
+    one_average = config.rule in BETA1_RULES or (isinstance(config, Averaged) and config.averages == 1)
+    constrained = config.constraint != "none" or config.extra.radial_brake or config.rule in SEPARATE_LENGTH_RULES
+    return one_average and not constrained and config.graft.rule == "none" and not config.extra.lr_factors
 
 
-def spread(mu: float, *, nesterov: bool) -> float:
-    """sum c_k^2 / (sum c_k)^2 of a running average's weights c_k = mu^k; with Nesterov's c_0 = 1 + mu, c_k = mu^(k + 1)."""
+def variance_ratio(mu: float, *, nesterov: bool) -> float:
+    """Return sum c_k^2 / (sum c_k)^2 of an average's weights c_k on past gradients: its variance for random gradients.
+
+    c_k = mu^k; with Nesterov's look-ahead c_0 = 1 + mu, c_k = mu^(k + 1).
+    """
     return (1 - mu) / (1 + mu) * (1 + 2 * mu - 2 * mu**3 if nesterov else 1)

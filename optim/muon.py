@@ -1,13 +1,17 @@
-"""Muon: momentum, orthogonalised (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+"""Muon: momentum, then orthogonalisation (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-One step of an m x n matrix W with gradient G:
+One step of a weight matrix W of shape (m, n) = (outputs, inputs), with gradient G, momentum mu and learning rate lr:
 
-    M <- mu M + (1 - mu) G                    momentum
-    U S V^T = mu M + (1 - mu) G               its look-ahead (Nesterov)
-    W <- W - lr (m/n)^.5 U V^T                orthogonalise: all singular values become 1; unit: the step's length
+    M <- mu M + (1 - mu) G              momentum buffer
+    A  = mu M + (1 - mu) G              Nesterov look-ahead
+    O  = U V^T,  where A = U S V^T      orthogonalise: all singular values become 1
+    W <- W - lr (m/n)^.5 O              scale by the unit: (m/n)^.5 by default, max(1, m/n)^.5 in the post (`at_least_one`)
 
-U V^T is the matrix of spectral norm 1 that decreases the loss most to first order: Muon is steepest descent under the
-spectral norm (Bernstein & Newhouse 2024, arXiv 2409.20325). The same with any other norm is optim/zoo/steepest.py.
+Among all matrices of spectral norm 1, U V^T has the largest inner product with A: Muon is steepest descent under the
+spectral norm (Bernstein & Newhouse 2024, arXiv 2409.20325). optim/zoo/steepest.py does the same for any other norm.
+
+This file computes the direction D = (m/n)^.5 O. `Step` in optim/rule.py then applies weight decay and W <- W - lr D, and
+optim/sharded.py communicates. All tensors are stacks (K, m, n) of K matrices of one shape.
 """
 
 import torch
@@ -20,71 +24,79 @@ from optim.rule import Hyper, Rule, zeros_like_bank
 
 
 class Muon(Rule):
-    """D = unit * orthogonalise(average of the gradients)."""
+    """Direction D = scale * orthogonalise(average of the gradients)."""
 
     config: configs.Muon
 
     def __init__(self, config: configs.Muon) -> None:
         super().__init__(config)
-        self.table = coefficient_table(config.ns)
+        self.table = coefficient_table(config.ns)  # once, so that no step parses an inline table
 
     @property
     def norm(self) -> Norm:
-        """The spectral norm in the configured unit."""
+        """Spectral norm in the configured unit."""
         return Spectral(self.config.unit, self.config.ns, self.config.ns_steps)
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
-        """The momentum buffer, (K, m, n)."""
+        """Return the zero momentum buffer, (K, m, n)."""
         return init_average(param, self.config)
 
     def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
-        """The orthogonalised average: (K, m, n) -> (K, m, n)."""
+        """Update the momentum buffer in place and return its orthogonalised look-ahead, (K, m, n)."""
         return self.dual(average_gradient(grad, state, self.config, hyper.momentum))
 
     def dual(self, average: Tensor) -> Tensor:
-        """The step of lr 1 that decreases <average, .> most: unit * U V^T of `average` = U S V^T, (K, m, n)."""
-        if self.config.equilibrate:  # the span of the rows stays as it is, their singular values come closer together
+        """Return scale * U V^T of `average` = U S V^T, (K, m, n), a new tensor; the scale is `unit_length`."""
+        if self.config.equilibrate:
+            # Rows of equal length span the same space, and their singular values lie closer together.
             average = Row().dual(average)
-        return orthogonalize(average, self.table, steps=self.config.ns_steps).mul_(
-            unit_length(self.config.unit, *average.shape[-2:]))
+        scale = unit_length(self.config.unit, *average.shape[-2:])
+        return orthogonalize(average, self.table, steps=self.config.ns_steps).mul_(scale)
 
 
-# ---- Averages of the gradient, for every rule that steps along one --------------------------------------------------------
+# ---- Averages of the gradient, for every rule that has momentum -----------------------------------------------------------
 
 
 def init_average(param: Tensor, config: configs.Averaged) -> dict[str, Tensor]:
-    """The running averages' buffers, if any, the slowest first: `momentum`, `momentum_1`, ..."""
+    """Return zero momentum buffers, the slowest first: `momentum`, `momentum_1`, ...; none for averaging "none"."""
     count = 0 if config.averaging == "none" else config.averages
     return {f"momentum_{k}" if k else "momentum": zeros_like_bank(param) for k in range(count)}
 
 
 def average_gradient(grad: Tensor, state: dict[str, Tensor], config: configs.Averaged, mu: Tensor) -> Tensor:
-    """The average with `grad` taken in, of grad's shape; not to be written into: it may be the buffer itself.
+    """Update the momentum buffers in place with `grad` and return the average, of grad's shape.
 
-    ema: m <- mu m + (1 - mu) g, looking ahead (Nesterov) mu m + (1 - mu) g; heavy_ball: m <- mu m + g, looking ahead
-    mu m + g; none: g. The first two differ by a factor, which orthogonalisation ignores, unless mu is scheduled.
+    The result may be the buffer or `grad` itself: the caller must not write into it. With config.nesterov:
+
+        ema           m <- mu m + (1 - mu) g,    return mu m + (1 - mu) g
+        heavy_ball    m <- mu m + g,             return mu m + g
+        none                                     return g
+
+    and without it m or g. At constant mu the first two differ by a factor, which orthogonalisation removes.
     """
     if config.averaging == "none":
         return grad
     if config.averages > 1:
         return mean_of_averages(grad, state, config, mu)
-    mu = mu.to(grad.dtype)
-    fresh = grad * (1 - mu) if config.averaging == "ema" else grad
-    momentum = state["momentum"].mul_(mu).add_(fresh)
-    return momentum * mu + fresh if config.nesterov else momentum
+    mu = mu.to(grad.dtype)  # before 1 - mu: in bfloat16 too, the two weights of an average add up to 1
+    weighted_grad = grad * (1 - mu) if config.averaging == "ema" else grad
+    momentum = state["momentum"].mul_(mu).add_(weighted_grad)
+    return momentum * mu + weighted_grad if config.nesterov else momentum
 
 
 def mean_of_averages(grad: Tensor, state: dict[str, Tensor], config: configs.Averaged, mu: Tensor) -> Tensor:
-    """The mean of several running averages, whose ages 1 / (1 - mu_k) are spaced evenly in the logarithm between mu's and
-    momentum_fast's: 1 - mu_k = (1 - mu)^(1 - s) (1 - momentum_fast)^s with s = k / (count - 1).
+    """Update several running averages in place and return their mean, of grad's shape.
 
-    A kernel with a power law's tail, as AdEMAMix mixes two (Pagliardini et al. 2024, arXiv 2409.03137).
+    Their time scales 1 / (1 - mu_k) are evenly spaced in the logarithm, from mu's to config.momentum_fast's:
+    1 - mu_k = (1 - mu)^(1 - s) (1 - momentum_fast)^s with s = k / (averages - 1). Old gradients then fade like a power law,
+    not exponentially; AdEMAMix mixes two averages to that end (Pagliardini et al. 2024, arXiv 2409.03137).
     """
     averages = []
     for k in range(config.averages):
         share = k / (config.averages - 1)
-        mu_k = (1 - (1 - mu) ** (1 - share) * (1 - config.momentum_fast) ** share if k else mu).to(grad.dtype)
-        fresh = grad * (1 - mu_k)
-        buffer = state[f"momentum_{k}" if k else "momentum"].mul_(mu_k).add_(fresh)
-        averages.append(buffer * mu_k + fresh if config.nesterov else buffer)
+        mu_k = 1 - (1 - mu) ** (1 - share) * (1 - config.momentum_fast) ** share if k else mu  # k = 0: mu without rounding
+        mu_k = mu_k.to(grad.dtype)
+        weighted_grad = grad * (1 - mu_k)
+        buffer = state[f"momentum_{k}" if k else "momentum"].mul_(mu_k).add_(weighted_grad)
+        averages.append(buffer * mu_k + weighted_grad if config.nesterov else buffer)
     return torch.stack(averages).mean(0)

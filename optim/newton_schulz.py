@@ -1,10 +1,13 @@
-"""Orthogonalization: the polar factor U V^T of G = U S V^T, by matrix products alone.
+"""Orthogonalisation by Newton-Schulz: the polar factor U V^T of G = U S V^T, by matrix products alone.
 
-An odd polynomial p(x) = a x + b x^3 + c x^5 acts on the singular values when computed as X <- a X + (b A + c A^2) X with
-A = X X^T; iterating it drives every singular value towards 1 and never touches U and V (Kovarik 1970; Higham 2008;
-Bernstein & Newhouse 2024, arXiv 2409.20325). Iterating on A alone and applying the product of the polynomials once takes
-about half the time for n = 4m (float32 on a CPU), but diverges in bfloat16 where singular values fall like 1/i.
-Shapes: K stacked matrices, m rows, n columns.
+With A = X X^T, the iteration X <- a X + (b A + c A^2) X keeps U and V and maps each singular value x to the odd polynomial
+p(x) = a x + b x^3 + c x^5. Repeated, it drives all singular values towards 1 (Kovarik 1970; Higham 2008; Bernstein &
+Newhouse 2024, arXiv 2409.20325). Unlike an SVD it needs nothing but matrix products, which GPUs do fast in bfloat16.
+
+Iterating on A alone and multiplying the polynomials into X once takes about half the time for n = 4m (float32 on a CPU),
+but diverges in bfloat16 where singular values fall like 1/i.
+
+Shapes: K matrices in a stack, m rows, n columns.
 """
 
 from dataclasses import dataclass
@@ -20,13 +23,17 @@ LARGE_MATRIX_ELEMENTS = 2**18  # on CPUs, matrices of this size gain nothing fro
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Coefficients of a Newton-Schulz iteration, one triple a step; the last repeats. Inputs are scaled to Frobenius
-    norm 1 / safety. `band` bounds the singular values that 5 steps give for inputs in [3e-3, 1] (measured; None: not)."""
+    """Coefficients of a Newton-Schulz iteration."""
 
     triples: tuple[Triple, ...]
+    """(a, b, c) of each step; the last repeats if there are more steps."""
     safety: float
+    """Inputs are scaled to Frobenius norm 1 / safety. Above 1 it keeps singular values that rounding lifts a little beyond 1
+    inside the interval [0, 1] for which the coefficients were designed."""
     band: tuple[float, float] | None
+    """Least and greatest singular value after 5 steps, for inputs in [3e-3, 1]; measured. None: not measured."""
     source: str
+    """Author and year, or the command that designed the coefficients."""
 
 
 TABLES = {
@@ -48,7 +55,10 @@ TABLES = {
 
 
 def coefficient_table(text: str) -> Table | None:
-    """The table of a name, or of the inline notation of configs/notation.py; None for `svd`. Raises ValueError otherwise."""
+    """Return the table named `text`, or parse it as an inline table (configs/notation.py); None for "svd".
+
+    Raises ValueError if it is neither.
+    """
     if text == "svd" or text in TABLES:
         return TABLES.get(text)
     safety, triples = parse_table(text)
@@ -56,11 +66,10 @@ def coefficient_table(text: str) -> Table | None:
 
 
 def orthogonalize(G_Kmn: Tensor, table: str | Table | None = "polar_express", *, steps: int = 5) -> Tensor:
-    """Approximate polar factor of each matrix: (K, m, n) or (m, n) -> the same shape and dtype, a new tensor.
+    """Return the approximate polar factor of each matrix: (K, m, n) or (m, n) -> the same shape and dtype, a new tensor.
 
-    Computed in bfloat16 on CUDA, in the input's precision elsewhere; tall matrices are transposed, so that A is the
-    smaller Gram matrix. Zero stays zero. `table` is a Table, a key of TABLES, an inline table, or None (`svd`) for the exact
-    twin.
+    `table` is a Table, a name in TABLES or an inline table; None or "svd" computes the exact polar factor. The iteration
+    runs in bfloat16 on CUDA and in the input's dtype elsewhere. A zero matrix stays zero.
     """
     table = coefficient_table(table) if isinstance(table, str) else table
     if table is None:
@@ -69,30 +78,36 @@ def orthogonalize(G_Kmn: Tensor, table: str | Table | None = "polar_express", *,
         return orthogonalize(G_Kmn[None], table, steps=steps)[0]
     if G_Kmn.device.type == "cpu" and len(G_Kmn) > 1 and G_Kmn[0].numel() >= LARGE_MATRIX_ELEMENTS:
         return torch.cat([orthogonalize(G_1mn, table, steps=steps) for G_1mn in G_Kmn.split(1)])
-    tall = G_Kmn.size(-2) > G_Kmn.size(-1)
-    X = G_Kmn.mT if tall else G_Kmn
-    # First by the largest entry, so that the squares in the norm neither over- nor underflow.
+    # Transpose tall matrices: X X^T then has the smaller side, and every product costs less.
+    is_tall = G_Kmn.size(-2) > G_Kmn.size(-1)
+    X = G_Kmn.mT if is_tall else G_Kmn
+    # Divide by the largest entry first, so that the squares in the norm neither overflow nor underflow.
     X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
+    # The polynomials need singular values in [0, 1]. The Frobenius norm bounds the largest one and is cheap.
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * table.safety).clamp_min(1e-7)
+    # bfloat16 is the fast type of a GPU's matrix units, and enough: each table's band around 1 is wider than its rounding.
     X = X.to(torch.bfloat16 if X.is_cuda else X.dtype)
     for i in range(steps):
-        a, b, c = table.triples[min(i, len(table.triples) - 1)]  # the last triple repeats
+        a, b, c = table.triples[min(i, len(table.triples) - 1)]
         X = torch.baddbmm(X, gram_polynomial(X, b, c), X, beta=a)
-    return (X.mT if tall else X).to(G_Kmn.dtype)
+    return (X.mT if is_tall else X).to(G_Kmn.dtype)
 
 
 def unit_length(unit: str, m: int, n: int) -> float:
-    """Spectral norm of an m x n step of size 1 in a unit: the field's lr corrections (configs.optim.Muon.unit)."""
+    """Return the spectral norm of an m x n step at lr 1 in a unit; the field's learning-rate corrections by shape.
+
+    Sources: configs.optim.Muon.unit.
+    """
     return {"spectral": 1.0, "rms_operator": (m / n) ** 0.5, "at_least_one": max(1.0, m / n) ** 0.5,
             "match_adam": 0.2 * max(m, n) ** 0.5}[unit]
 
 
 def orthogonalize_svd(G_Kmn: Tensor) -> Tensor:
-    """The exact polar factor U V^T over the non-zero singular values, by SVD in float64: slow twin of `orthogonalize`.
+    """Return the exact polar factor U V^T by an SVD in float64: the slow reference for `orthogonalize`.
 
-    Directions with singular value below 1e-12 of the largest count as zero, so that zero and rank-deficient matrices
-    have one answer: the dual of least norm.
+    Directions whose singular value is below 1e-12 of the largest count as zero. The polar factor of a zero or rank-deficient
+    matrix is not unique; this gives the one of least norm.
     """
     U, S, Vh = torch.linalg.svd(G_Kmn.double(), full_matrices=False)
-    keep = S > 1e-12 * S.amax(dim=-1, keepdim=True)
-    return ((U * keep.unsqueeze(-2)) @ Vh).to(G_Kmn.dtype)
+    is_nonzero = S > 1e-12 * S.amax(dim=-1, keepdim=True)
+    return ((U * is_nonzero.unsqueeze(-2)) @ Vh).to(G_Kmn.dtype)

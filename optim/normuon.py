@@ -1,4 +1,4 @@
-"""NorMuon: Muon's direction with its neurons brought to the same length, on average over the steps."""
+"""NorMuon: Muon's direction, with the rows (output neurons) scaled to equal length by a running second moment."""
 
 from torch import Tensor
 
@@ -6,36 +6,37 @@ import configs.optim as configs
 from optim.muon import Muon
 from optim.rule import Hyper
 
-TINY = 1e-30
+TINY = 1e-30  # smaller than any length that matters: a zero row or matrix is divided by it and stays zero
 
 
 class NorMuon(Muon):
-    """O = Muon's direction, v <- b2 v + (1 - b2) mean(O^2), D = O / (sqrt(v) + eps) scaled to ||O||_F.
+    """Direction D = O / (sqrt(v) + eps), rescaled to the Frobenius norm of Muon's direction O.
 
-    Li et al. 2025, arXiv 2510.05491, algorithm 1: one v for each row (output neuron), unit spectral. The paper gives D
-    the RMS .2, which is unit `match_adam`; its public code gives it ||O||_F, as here, in any unit. No bias correction: a
-    common factor of v cancels.
+    v <- b2 v + (1 - b2) mean(O^2), one number for each row (Li et al. 2025, arXiv 2510.05491, algorithm 1, with unit
+    `spectral`). The paper scales D to RMS .2, which is unit `match_adam`; its public code scales it to ||O||_F, as here, in
+    any unit. v needs no bias correction, because the rescaling removes a common factor.
 
-    `longer`: one v for each slice across the longer side, rows of tall and columns of wide matrices, as the speedrun
-    and nanochat do: in an orthogonalised matrix the slices across the shorter side have the same length already.
+    With `normalise="longer"` v has one number for each slice across the longer side: for each row of a tall matrix, each
+    column of a wide one, as in the speedrun and nanochat. Rows of a wide orthogonalised matrix already have equal length.
     """
 
     config: configs.NorMuon
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
-        """Muon's, and the second moment, float32: (K, m, 1), or (K, 1, n) for columns."""
+        """Return Muon's state and the zero second moment, float32: (K, m, 1) for rows, (K, 1, n) for columns."""
         square = param.float().mean(self._dim(param), keepdim=True).zero_()
         return super().init_state(param) | {"slice_square": square}
 
     def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
-        """O / (sqrt(v) + eps) at the size of O: float32 (K, m, n)."""
+        """Update the state in place and return O / (sqrt(v) + eps) at O's Frobenius norm, float32 (K, m, n)."""
         dual = super().direction(param, grad, state, hyper).float()
         square = state["slice_square"]
         square.lerp_(dual.square().mean(self._dim(dual), keepdim=True), 1 - self.config.beta2)
-        even = dual / (square.sqrt() + self.config.eps).clamp_min(TINY)
-        size = even.norm(dim=(-2, -1), keepdim=True).clamp_min(TINY)
-        return even.mul_(dual.norm(dim=(-2, -1), keepdim=True) / size)
+        normalised = dual / (square.sqrt() + self.config.eps).clamp_min(TINY)
+        length = normalised.norm(dim=(-2, -1), keepdim=True).clamp_min(TINY)
+        # The rescaling keeps the step's length Muon's, so that a learning rate tuned for Muon stays right.
+        return normalised.mul_(dual.norm(dim=(-2, -1), keepdim=True) / length)
 
     def _dim(self, stack: Tensor) -> int:
-        """The dimension that the second moment averages over."""
+        """Return the dimension over which the second moment averages: -1 for rows, -2 for columns."""
         return -2 if self.config.normalise == "longer" and stack.size(-2) < stack.size(-1) else -1

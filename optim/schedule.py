@@ -1,4 +1,4 @@
-"""From the step to the numbers that hold at it: a pure function, so that resuming is right by construction."""
+"""Schedule: hyperparameters and sizes as a pure function of the step, so that a resumed run gets the right ones."""
 
 from typing import NamedTuple
 
@@ -7,37 +7,37 @@ from configs.schema import Run
 
 
 class Values(NamedTuple):
-    """What holds at one step."""
+    """Scheduled hyperparameters and sizes of one step."""
 
     lr: float
-    """Multiplies each group's lr."""
+    """Multiplies each group's learning rate."""
     weight_decay: float
     """Multiplies each group's weight decay."""
     momentum: float | None
     """Momentum of every group whose rule has one, in place of its own; None: each group's own."""
     batch_tokens: int
-    """Tokens of the step, over all ranks: a multiple of sequence_tokens."""
+    """Tokens of the step over all ranks, a multiple of sequence_tokens."""
     sequence_tokens: int
     """Context length."""
     window_tokens: int | None
-    """Sliding window of attention; None: none."""
+    """Sliding attention window; None: no window."""
     long_window_tokens: int | None = None
-    """Window of the layers that see further; None: everything."""
+    """Sliding window of the layers with a long window; None: the whole context."""
     mtp: float = 99.0
-    """How many further tokens multi-token prediction reaches."""
+    """Number of further tokens that multi-token prediction predicts."""
     prefix_loss: float = 1.0
     """Multiplies the weight of the prefix loss."""
     max_document_tokens: int = 2048
-    """Longer documents are clipped."""
+    """Length to which longer documents are clipped."""
 
     @property
     def windows(self) -> dict[str, int | None]:
-        """As the model takes them."""
+        """Attention windows as keyword arguments of the model."""
         return {"window": self.window_tokens, "long_window": self.long_window_tokens}
 
 
 class Schedule:
-    """The curves of a run, evaluated."""
+    """Curves of a run, evaluated at any step."""
 
     def __init__(self, run: Run) -> None:
         self.total_steps = run.train.steps
@@ -47,21 +47,25 @@ class Schedule:
                       "max_document_tokens": run.data.max_document_tokens}
 
     def values(self, step: int) -> Values:
-        """What holds at optimizer step 0, 1, ..., total_steps - 1."""
-        now = {name: evaluate_curve(knots, step, self.total_steps) for name, knots in self._curves.items()}
-        sequence = max(1, round(self._base["sequence_tokens"] * now["sequence_tokens"]))
-        batch = max(1, round(self._base["batch_tokens"] * now["batch_tokens"] / sequence)) * sequence
-        windows = (None if self._base[name] is None else max(1, round(self._base[name] * now[name]))
-                   for name in ("window_tokens", "long_window_tokens"))
-        longest = max(1, round(self._base["max_document_tokens"] * now["max_document_tokens"]))
-        return Values(now["lr"], now["weight_decay"], now.get("momentum"), batch, sequence, *windows, now["mtp"],
-                      now["prefix_loss"], longest)
+        """Return the values of optimizer step 0, 1, ..., total_steps - 1."""
+        curves = {name: evaluate_curve(knots, step, self.total_steps) for name, knots in self._curves.items()}
+        sequence = self._scaled("sequence_tokens", curves)
+        # Batches are whole sequences, at least one.
+        batch = max(1, round(self._base["batch_tokens"] * curves["batch_tokens"] / sequence)) * sequence
+        return Values(curves["lr"], curves["weight_decay"], curves.get("momentum"), batch, sequence,
+                      self._scaled("window_tokens", curves), self._scaled("long_window_tokens", curves), curves["mtp"],
+                      curves["prefix_loss"], self._scaled("max_document_tokens", curves))
+
+    def _scaled(self, name: str, curves: dict[str, float]) -> int | None:
+        """Return a configured number of tokens times its curve, at least 1; None stays None."""
+        tokens = self._base[name]
+        return None if tokens is None else max(1, round(tokens * curves[name]))
 
     def portions(self, step: int) -> tuple[int, int, int]:
-        """(batch_tokens, sequence_tokens, max_document_tokens) of a step: what the data pipeline must know."""
+        """Return (batch_tokens, sequence_tokens, max_document_tokens) of a step, the sizes that the data pipeline needs."""
         values = self.values(step)
         return values.batch_tokens, values.sequence_tokens, values.max_document_tokens
 
     def tokens_before(self, step: int) -> int:
-        """Training tokens of all steps before `step`."""
+        """Return the number of training tokens of all steps before `step`."""
         return sum(self.values(i).batch_tokens for i in range(step))

@@ -1,9 +1,8 @@
-"""The sharded optimizer: parameters live in banks, and every rank updates its own slice of each.
+"""The sharded optimizer: every parameter lives in a bank (optim/bank.py), and each rank updates its own shard of each bank.
 
-Parameters of one group, shape and dtype are views into one buffer, their gradients into another (optim/bank.py), so that
-collectives copy nothing and the model knows nothing of it. A bank's first dimension is what its rule allows to cut
-(elements, rows or whole matrices), padded to a multiple of the world size. Banks of few elements are all-reduced and updated
-on every rank.
+A step sums gradients over ranks by reduce-scatter, updates the shard, and sends the new weights to all ranks by all-gather,
+as ZeRO does (Rajbhandari et al. 2019, arXiv 1910.02054). State and work per rank shrink with the world size. Small banks are
+all-reduced instead and updated on every rank: for them one more collective costs more than the update.
 """
 
 import math
@@ -21,20 +20,20 @@ from optim.rule import Hyper, Rule, Step
 from optim.schedule import Values
 from optim.state import OptimizerState
 
-NEVER = 2.0**30
-AT_ONCE = ("cpu", "mps")  # devices whose gradients are checked before any weight is touched: there it waits for nothing
+NEVER = 2.0**30  # stands for the step of a bad gradient while there was none
+CHECKED_AT_ONCE = ("cpu", "mps")  # devices where the check of gradients is cheap; on CUDA it would wait for the GPU
 
 
 class NonFiniteError(RuntimeError):
-    """A gradient holds a NaN or an infinity."""
+    """A gradient contains NaN or infinity."""
 
 
 class ShardedOptimizer:
-    """Owns weights, gradients and state of all groups; the only writer of the model's parameters after construction."""
+    """Optimizer of all groups. It owns weights, gradients and state; after construction nothing else writes parameters."""
 
     def __init__(self, groups: list[ParamGroup], comm: Comm, *, compile_updates: bool = False,
                  hooks: Sequence[Hook] = ()) -> None:
-        """Moves every parameter's storage into a bank and broadcasts rank 0's weights. `hooks` act in every step."""
+        """Move all parameters into banks, with rank 0's weights. `hooks` act in every step, in their order."""
         self.comm = comm
         self.shared = {group.role: {key: tensor.to(comm.device) for key, tensor in group.rule.init_shared().items()}
                        for group in groups}
@@ -45,127 +44,142 @@ class ShardedOptimizer:
                 hook.init(bank)
         if any(self.shared.values()):
             self.hooks.insert(0, RoleSums(comm, self._receive))
-        # On the device, so that noting a bad gradient waits for nothing: the step of each bank's first, and where it was.
+        # For each bank the step of its first bad gradient, and the entry of its shard that was bad. On the device, so that a
+        # step can write them without waiting for it.
         self._bad_step = torch.full((len(self.banks),), NEVER, device=comm.device)
         self._bad_entry = torch.zeros(len(self.banks), dtype=torch.int64, device=comm.device)
         self.state = OptimizerState(self.banks, self.shared, comm, also_restored=[self._bad_step, self._bad_entry])
         if compile_updates:
-            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # one graph a bank
-        self._compiled = torch.compile(_update, dynamic=False) if compile_updates else None
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # one graph for each bank
+        self._compiled = torch.compile(_update, dynamic=False) if compile_updates else _update
 
     @torch.no_grad()
     def step(self, values: Values, count: int) -> None:
-        """One update from the gradients' sum over ranks; `count` is 1 at the first. The gradients are spent afterwards.
-        Groups with `update_every` k are updated at every k-th, by the mean of k steps; till then they add gradients up.
+        """Update all weights from the gradients' sum over ranks; `count` is 1 at the first step. Overwrites gradients.
 
-        A gradient that is not finite touches no weight: it raises NonFiniteError here, or on CUDA, where that would wait for
-        the device, at the next `check_finite`.
+        Groups with `update_every` k are updated at every k-th step, by the mean of k steps' gradients.
+        A gradient that is not finite changes no weight. NonFiniteError is raised here, on CUDA by the next `check_finite`.
         """
-        # Launch all sums over ranks: the network works while the first banks are updated.
+        # Launch all reductions first: they run in the background, the later ones while the first banks are updated.
         due = [bank for bank in self.banks if count % bank.update_every == 0]
         for bank in due:
             self._launch(bank)
         hypers = {bank.group.role: Hyper.at(bank.group.config, values, count, self.shared[bank.group.role]) for bank in due}
-        # Check that gradients are finite before any weight is touched, where that costs no waiting for the device.
-        if self.comm.device.type in AT_ONCE:
+        # Check all gradients before any weight changes, so that an error leaves the weights of the last step. Not on CUDA,
+        # where it would wait for the GPU and end the overlap: there `_receive` zeroes a bad gradient and notes it.
+        if self.comm.device.type in CHECKED_AT_ONCE:
             for bank in due:
                 self._receive(bank, count)
             self.check_finite()
+        # Hooks: sums over a role need its gradients, and must be known before its first update.
         for hook in self.hooks:
             hook.before(self.banks, due, hypers, count)
-        # Bank by bank: wait for its sum, update the owned slice, launch the all-gather of the new weights.
+        # Bank by bank: wait for its gradient, update this rank's shard, and launch the all-gather of the new weights, which
+        # runs while the next bank is updated.
         gathers = []
         for bank in self.banks:
             if bank in due:
                 self._receive(bank, count)
-                self._update_own(bank, hypers[bank.group.role])
+                self._update_shard(bank, hypers[bank.group.role])
             for hook in self.hooks:
                 hook.after_update(bank, count)
             if bank in due and bank.sharded:
                 gathers.append(self.comm.all_gather(bank.weights))
-        # Wait until every rank has all weights.
+        # Wait for the gathers last: nothing reads the other ranks' weights before the next forward pass.
         for gather in gathers:
             gather.wait()
 
     def _launch(self, bank: Bank) -> None:
-        """Start to sum a bank's gradients over ranks; `bank.gradient` is the owned slice of the sum, once it is received."""
+        """Start to sum a bank's gradients over ranks; `bank.reduced_grad` is this rank's shard, once it is received."""
         bank.received = False
         if not bank.sharded:
-            bank.gradient, bank.work = bank.grads, self.comm.all_reduce(bank.grads)
+            bank.reduced_grad, bank.work = bank.grads, self.comm.all_reduce(bank.grads)
         elif bank.group.config.extra.sparse_rows:
-            bank.gradient, bank.work = self.comm.reduce_scatter_rows(bank.grads)
+            bank.reduced_grad, bank.work = self.comm.reduce_scatter_rows(bank.grads)
         else:
-            bank.gradient, bank.work = self.comm.reduce_scatter(bank.grads)
+            bank.reduced_grad, bank.work = self.comm.reduce_scatter(bank.grads)
 
     def _receive(self, bank: Bank, count: int) -> None:
-        """Wait for a bank's gradient, once a step; one that is not finite is noted and counts as zero; then take the mean
-        over the steps whose gradients added up."""
+        """Wait for a bank's gradient, once a step. Zero and note it if it is not finite; divide it by `update_every`."""
         if bank.received:
             return
         bank.work.wait()
         bank.received = True
-        if bank.gradient.numel():
-            low, high = torch.aminmax(bank.gradient)  # NaN is both; one pass, a tenth of the maximum norm's time on CPUs
+        if bank.reduced_grad.numel():
+            # NaN makes both extremes NaN. One pass over memory, in a tenth of the time of the maximum norm on CPUs.
+            low, high = torch.aminmax(bank.reduced_grad)
             finite = low.isfinite() & high.isfinite()
-            if self.comm.device.type not in AT_ONCE or not finite:
+            # `not finite` reads the result, which on CUDA would wait for the GPU: there always run the masked version.
+            if self.comm.device.type not in CHECKED_AT_ONCE or not finite:
                 self._note_non_finite(bank, finite, count)
         if bank.update_every > 1:
-            bank.gradient.div_(bank.update_every)
+            bank.reduced_grad.div_(bank.update_every)
 
     def _note_non_finite(self, bank: Bank, finite: Tensor, count: int) -> None:
-        """Note a bank's gradient where it is not finite, and zero it; without waiting for the device."""
-        index, grad = self.banks.index(bank), bank.gradient
-        fresh = ~finite & (self._bad_step[index] == NEVER)
+        """Note the step and entry of a bank's first gradient that is not finite, and zero the gradient.
+
+        Does nothing if 0-D `finite` is True. Masked arithmetic without a branch, so that it never waits for the device.
+        """
+        index, grad = self.banks.index(bank), bank.reduced_grad
+        is_first = ~finite & (self._bad_step[index] == NEVER)
         entry = grad.isfinite().logical_not().reshape(grad.size(0), -1).any(1).int().argmax()
-        self._bad_entry[index] = torch.where(fresh, entry, self._bad_entry[index])
-        self._bad_step[index] = torch.where(fresh, float(count), self._bad_step[index])
+        self._bad_entry[index] = torch.where(is_first, entry, self._bad_entry[index])
+        self._bad_step[index] = torch.where(is_first, float(count), self._bad_step[index])
         grad.masked_fill_(~finite, 0)
 
     def check_finite(self) -> None:
-        """Raise NonFiniteError, naming a parameter and the step, if a gradient of any rank so far was not finite. A
-        collective, which waits for the device."""
-        first = [-x for x in self.comm.max(*(-self._bad_step).tolist())]
-        step = min(first, default=NEVER)
+        """Raise NonFiniteError, with parameter and step, if a gradient of any rank so far was not finite.
+
+        A collective that waits for the device.
+        """
+        first_steps = [-x for x in self.comm.max(*(-self._bad_step).tolist())]  # the minimum over ranks
+        step = min(first_steps, default=NEVER)
         if step == NEVER:
             return
-        index = first.index(step)
-        here = self._bad_step[index].item() == step  # only the ranks that saw it know where; all name the same parameter
-        entry = self.banks[index].own.start + int(self._bad_entry[index]) if here else -1
-        name = self.banks[index].name_at(int(self.comm.max(entry)[0]))
-        raise NonFiniteError(f"the gradient of {name} is not finite at step {step:.0f}; no weight has seen it")
+        index = first_steps.index(step)
+        bank, is_here = self.banks[index], self._bad_step[index].item() == step
+        # Only ranks whose shard was bad know the entry. The maximum over ranks makes all of them name the same parameter.
+        entry = bank.shard.start + int(self._bad_entry[index]) if is_here else -1
+        name = bank.name_at(int(self.comm.max(entry)[0]))
+        raise NonFiniteError(f"the gradient of {name} is not finite at step {step:.0f}; it changed no weight. "
+                             f"A smaller optim.{bank.group.role}.lr may help")
 
-    def _update_own(self, bank: Bank, hyper: Hyper) -> None:
-        """Update the owned slice of a bank by its rule."""
+    def _update_shard(self, bank: Bank, hyper: Hyper) -> None:
+        """Update this rank's shard of a bank by its rule, in place."""
         if bank.spec.lr_factor != 1:
             hyper = hyper._replace(lr=hyper.lr * bank.spec.lr_factor)
-        rule, own = bank.group.rule, bank.matrices
-        if own.numel() and self._compiled is not None and rule.compiles:
-            self._compiled(rule, bank.step, own, bank.rule_gradient(), bank.state, hyper)
-        elif own.numel():
-            rule.update(own, bank.rule_gradient(), bank.state, hyper, step=bank.step)
+        update = self._compiled if bank.group.rule.compiles else _update
+        if bank.matrices.numel():  # a rank may own nothing of a bank with fewer matrices than ranks
+            update(bank.group.rule, bank.step, bank.matrices, bank.rule_gradient(), bank.state, hyper)
         if bank.update_every > 1:
             bank.grads.zero_()
 
     def zero_grad(self) -> None:
-        """Zero the gradients in place: they stay views into the banks. Those that add up for a later step stay, and are
-        zeroed by the step that uses them."""
+        """Zero the gradients in place, so that they stay views into the banks.
+
+        Gradients that add up for a later step stay; the step that uses them zeroes them.
+        """
         for bank in self.banks:
             if bank.update_every == 1:
                 bank.grads.zero_()
 
     @property
     def period(self) -> int:
-        """Steps after which every group has been updated as often as it should."""
+        """Number of steps after which every group has had a whole number of updates."""
         return math.lcm(*(bank.update_every for bank in self.banks))
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
-        """Within, the model has the weights that count: not ahead, and averaged, where a hook says so. A collective."""
+        """Give the model its evaluation weights within the context: without look-ahead, and averaged, if hooks do so.
+
+        A collective. Hooks enter in reverse order: look-ahead first gives x, then the average is blended with it.
+        """
         with ExitStack() as stack:
             for hook in reversed(self.hooks):
                 stack.enter_context(hook.evaluation_weights(self.banks, self.comm))
             yield
 
 
-def _update(rule: Rule, step: Step, own: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> None:
-    rule.update(own, grad, state, hyper, step=step)
+def _update(rule: Rule, step: Step, matrices: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> None:
+    """Do one rule's update: the function that torch.compile compiles."""
+    rule.update(matrices, grad, state, hyper, step=step)

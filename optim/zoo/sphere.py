@@ -50,7 +50,7 @@ class Sphere(Constraint):
         """Smallest part of a tensor that can be moved alone: rows; whole matrices if columns are the vectors."""
         return "row" if self.axis == -1 else "matrix"
 
-    def along(self, axis: int) -> "Sphere":
+    def with_axis(self, axis: int) -> "Sphere":
         """Return the constraint for vectors along `axis`."""
         return replace(self, axis=axis)
 

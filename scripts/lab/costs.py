@@ -193,11 +193,11 @@ def empty_bank(run: Run, group: "ParamGroup", names: list[str]) -> "Bank":
     """The bank that an optimizer at world size 1 makes of these parameters: shapes and types, whatever the values."""
     import torch
 
-    from optim.bank import Bank, as_matrices, lead_view
+    from optim.bank import Bank, as_matrices, shard_view
     from optim.hooks import build_hooks
 
     spec = group.specs[names[0]]
-    weights = lead_view(torch.stack([group.params[name].detach() for name in names]), group.scope, spec.blocks)
+    weights = shard_view(torch.stack([group.params[name].detach() for name in names]), group.scope, spec.blocks)
     bank = Bank(group, names, group.params[names[0]].shape, weights, weights, slice(None), False,
                 group.step_for(spec), spec, group.config.update_every, as_matrices(weights))
     bank.state = bank.step.init_state(bank.matrices)

@@ -1,4 +1,4 @@
-"""Adam against PyTorch's AdamW and its formula; its fused path against the plain one."""
+"""Adam against PyTorch's AdamW and its formula; its fused path against the general one."""
 
 import math
 
@@ -13,12 +13,12 @@ from tests.optim.oracle import assert_moved_alike, gaussian, gradients, hyper, t
 
 
 def warm_then_cold(step: int) -> float:
-    """A learning rate that is never twice the same."""
+    """Return a learning rate that differs at every step."""
     return 0.02 * min(1, (step + 1) / 10) * (1 - 0.02 * step)
 
 
 def spotted(*shape: int) -> list[Tensor]:
-    """Gradients of several magnitudes, with one element that is always zero."""
+    """Return gradients of several magnitudes, with one element that is always zero."""
     grads = gradients(*shape, steps=30)
     for grad in grads:
         grad.view(-1)[3] = 0
@@ -40,8 +40,8 @@ def torch_adamw(config: Adam, start: Tensor, grads: list[Tensor]) -> Tensor:
     Adam(weight_decay=0.1), Adam(beta1=0.9, beta2=0.999, eps=1e-8), Adam(eps=0.3, weight_decay=0.01), Adam(beta1=0.0)])
 def test_adam_is_pytorchs_adamw(config):
     start, grads = gaussian(2, 5, 7, seed=99), spotted(2, 5, 7)
-    found, wanted = train(config, start, grads, lr=warm_then_cold), torch_adamw(config, start, grads)
-    assert_moved_alike(found, wanted, start, tolerance=1e-6)
+    actual, expected = train(config, start, grads, lr=warm_then_cold), torch_adamw(config, start, grads)
+    assert_moved_alike(actual, expected, start, tolerance=1e-6)
 
 
 @pytest.mark.parametrize("config", [Adam(weight_decay=0.1), Adam(eps=0.3), Adam(decay="none", weight_decay=0.1)])
@@ -50,13 +50,13 @@ def test_the_fast_path_of_adam_is_the_plain_one(config):
     rule, W = build_rule(config), start.clone()
     state = rule.init_state(W)
     for step, grad in enumerate(grads):
-        now = hyper(warm_then_cold(step), wd=config.weight_decay, count=step + 1)
-        Step.build(config).apply(W, rule.direction(W, grad, state, now), state, now)
+        numbers = hyper(warm_then_cold(step), wd=config.weight_decay, count=step + 1)
+        Step.build(config).apply(W, rule.direction(W, grad, state, numbers), state, numbers)
     assert_moved_alike(train(config, start, grads, lr=warm_then_cold), W, start, tolerance=1e-6)
 
 
 def test_adams_first_step_is_the_sign():
-    """Bias correction: mhat = g and vhat = g^2 at count 1; at count 2 no more."""
+    """With bias correction mhat = g and vhat = g^2 at count 1, but not at count 2."""
     rule, G = build_rule(Adam()), gaussian(1, 6, 4)
     torch.testing.assert_close(rule.direction(G, G, rule.init_state(G), hyper(1)), G.sign(), rtol=0, atol=1e-5)
     late = rule.direction(G, G, rule.init_state(G), hyper(1, count=2))

@@ -1,4 +1,4 @@
-"""Rows that a rank has not touched are not sent (that the sums are right on 2 and 3 ranks: test_rules_on_ranks.py)."""
+"""Sparse reduce-scatter sends only nonzero rows. Its sums on 2 and 3 ranks are tested in test_rules_on_ranks.py."""
 
 import pytest
 import torch
@@ -8,21 +8,21 @@ from torch import Tensor
 from optim.comm import Comm
 
 
-class _Now:
+class _Done:
     def wait(self) -> None:
         pass
 
 
 @pytest.fixture
 def echo(monkeypatch) -> tuple[Comm, list[Tensor]]:
-    """Rank 1 of 2, where the other rank sends what this one does; and all that was sent."""
+    """Return the Comm of rank 1 of 2, to which rank 0 sends the same as it sends itself; and the list of sent tensors."""
     sent: list[Tensor] = []
 
-    def exchange(out: Tensor, mine: Tensor, to: list | None = None, fro: list | None = None, *, async_op: bool = False):
-        halves = mine.split(fro or [1, 1])
-        sent.append(mine)
+    def exchange(out: Tensor, rows: Tensor, to: list | None = None, fro: list | None = None, *, async_op: bool = False):
+        halves = rows.split(fro or [1, 1])
+        sent.append(rows)
         out.copy_(torch.cat([halves[1], halves[1]]))
-        return _Now()
+        return _Done()
 
     monkeypatch.setattr(dist, "all_to_all_single", exchange)
     comm = Comm()
@@ -36,9 +36,9 @@ def test_what_is_sent_is_the_touched_rows_and_their_numbers(echo):
     bank[[3, 70]] = torch.arange(32.0).view(2, 16) + 1
     own, work = comm.reduce_scatter_rows(bank)
     work.wait()
-    wanted = torch.zeros(50, 16)
-    wanted[20] = 2 * bank[70]
-    assert torch.equal(own, wanted)
+    expected = torch.zeros(50, 16)
+    expected[20] = 2 * bank[70]
+    assert torch.equal(own, expected)
     assert sorted(tensor.numel() for tensor in sent) == [2, 2, 32]
 
 

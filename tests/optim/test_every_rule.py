@@ -1,4 +1,4 @@
-"""What every rule owes: finite weights whatever the gradients, updates that compile once, and no more state than it says."""
+"""Every rule keeps weights finite for all gradients, compiles once, and continues bit for bit from a saved state."""
 
 import functools
 from dataclasses import replace
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from configs.optim import RULES, Adam, Extra, Muon, NorMuon, RuleConfig
 from optim import groups
 from optim.groups import build_rule
-from optim.rule import Step, load
+from optim.rule import Step, load_class
 from optim.sharded import NonFiniteError, ShardedOptimizer
 from tests.optim.oracle import FULL, directions, gaussian, hyper, one_role, train
 
@@ -55,7 +55,7 @@ def make(config: RuleConfig, dtype: torch.dtype = torch.float32, **options: bool
 
 
 def run(params: dict, optimizer: ShardedOptimizer, grad_of=of_shape, steps: range = range(5)) -> dict[str, Tensor]:
-    """The state after these steps; weights must be finite after each."""
+    """Return the state after these steps. Check that weights are finite after each."""
     for step in steps:
         for name, param in params.items():
             param.grad.copy_(grad_of(name, step))
@@ -96,7 +96,7 @@ def test_zero_gradients_move_nothing(config):
 
 @every_rule
 def test_every_rule_moves_every_tensor(config):
-    """SWAN removes the mean of a row, and so leaves a single number where it is; on the Stiefel manifold it is 1 or -1."""
+    """Two rules cannot move a single number: SWAN removes the mean of a row; on the Stiefel manifold it is 1 or -1."""
     params, optimizer = make(config)
     before = {name: param.detach().clone() for name, param in params.items()}
     run(params, optimizer)
@@ -107,13 +107,13 @@ def test_every_rule_moves_every_tensor(config):
 @every_rule
 def test_a_rank_that_owns_nothing_may_be_asked(config):
     rule, W = build_rule(config), torch.zeros(0, 4, 6)
-    state, now = rule.init_state(W), hyper(0.1, wd=0.1, shared=rule.init_shared())
-    if now.shared:
-        sums = rule.sums(W, W, state, now)
+    state, numbers = rule.init_state(W), hyper(0.1, wd=0.1, shared=rule.init_shared())
+    if numbers.shared:
+        sums = rule.sums(W, W, state, numbers)
         assert not sums.any()
-        rule.update_shared(sums, now)
-    rule.update(W, torch.zeros(0, 4, 6), state, now, step=Step())
-    assert all(tensor.isfinite().all() for tensor in now.shared.values())
+        rule.update_shared(sums, numbers)
+    rule.update(W, torch.zeros(0, 4, 6), state, numbers, step=Step())
+    assert all(tensor.isfinite().all() for tensor in numbers.shared.values())
 
 
 @every_rule
@@ -132,9 +132,9 @@ def test_a_gradient_that_is_not_finite_is_refused_before_any_weight_moves(config
 # ---- Compiled, saved, loaded --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", sorted(name for name in RULES if load(groups.RULES[name]).compiles and name != "adam"))
+@pytest.mark.parametrize("rule", [name for name in RULES if load_class(groups.RULES[name]).compiles and name != "adam"])
 def test_updates_compile_once_and_do_the_same(rule, monkeypatch):
-    """Adam's fused path on CPUs is not compiled; on GPUs it is the plain one."""
+    """Without adam, whose fused path on CPUs is not compiled."""
     graphs = []
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=lambda g, _: graphs.append(g) or g))
     torch._dynamo.reset()
@@ -142,19 +142,19 @@ def test_updates_compile_once_and_do_the_same(rule, monkeypatch):
     params, compiled = make(config, compile_updates=True)
     run(params, compiled, steps=range(1))
     first = len(graphs)
-    found, wanted = run(params, compiled, steps=range(1, 5)), run(*make(config))
+    actual, expected = run(params, compiled, steps=range(1, 5)), run(*make(config))
     assert first >= 1 and len(graphs) == first
-    for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, rtol=1e-5, atol=1e-6)
 
 
 @every_rule
 def test_what_was_saved_is_a_copy_and_loading_it_continues_bit_for_bit(config):
     params, optimizer = make(config)
     saved = run(params, optimizer, steps=range(3))
-    kept = {name: tensor.clone() for name, tensor in saved.items()}
+    copies = {name: tensor.clone() for name, tensor in saved.items()}
     straight = run(params, optimizer, steps=range(3, 6))
-    assert all(torch.equal(saved[name], kept[name]) for name in saved)
+    assert all(torch.equal(saved[name], copies[name]) for name in saved)
     params, optimizer = make(config)
     run(params, optimizer, steps=range(2))
     assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == optimizer.state.shapes()
@@ -168,7 +168,7 @@ def test_what_was_saved_is_a_copy_and_loading_it_continues_bit_for_bit(config):
 
 @every_rule
 def test_each_matrix_is_updated_alone(config):
-    """A stack of matrices is what it would be one by one: banks may be cut anywhere between matrices."""
+    """A stack is updated as its matrices one by one would be: banks may be cut anywhere between matrices."""
     if build_rule(config).init_shared():
         pytest.skip("it takes sums over its role")
     start, grads = gaussian(3, 8, 6, seed=9), [gaussian(3, 8, 6, seed=i) for i in range(4)]
@@ -179,18 +179,18 @@ def test_each_matrix_is_updated_alone(config):
 
 @muons_kin
 def test_bfloat16_follows_float32(config):
-    """Weights, gradients and state of 8 bits: the first steps go the same way, within a few percent."""
+    """With weights, gradients and state of 8 bits of precision the first steps have nearly the same direction."""
     start = gaussian(2, 24, 16, seed=9, scale=0.1).bfloat16()
     grads = [gaussian(2, 24, 16, seed=i).bfloat16() for i in (1, 2)]
     low = directions(config, grads, start=start)
     high = directions(config, [grad.float() for grad in grads], start=start.float())
-    for found, wanted in zip(low, high, strict=True):
-        assert torch.cosine_similarity(found.flatten().float(), wanted.flatten(), dim=0) > 0.97
+    for actual, expected in zip(low, high, strict=True):
+        assert torch.cosine_similarity(actual.flatten().float(), expected.flatten(), dim=0) > 0.97
 
 
 @muons_kin
 def test_it_descends(config):
-    """A quadratic with a curvature of its own for every element falls below a twentieth of its start."""
+    """A quadratic loss with another curvature in every element falls below a twentieth of its initial value."""
     W, target = gaussian(1, 8, 12, seed=1, scale=0.5), gaussian(1, 8, 12, seed=2, scale=0.5)
     curvature = 1 + gaussian(1, 8, 12, seed=3).abs()
     rule = build_rule(config)
@@ -203,6 +203,6 @@ def test_it_descends(config):
 
 @pytest.mark.parametrize("config", [Muon(), Adam()], ids=lambda config: config.rule)
 def test_averages_start_at_zero_contiguous_and_of_the_parameters_dtype(config):
-    """Also where the parameter is strided, as a transposed one is."""
+    """Averages are contiguous even if the parameter is a transposed view."""
     for tensor in build_rule(config).init_state(gaussian(6, 4, 3).mT.bfloat16()).values():
         assert tensor.size(0) == 6 and not tensor.any() and tensor.is_contiguous() and tensor.dtype == torch.bfloat16

@@ -24,10 +24,10 @@ def table(**roles: RuleConfig) -> dict[str, str]:
 
 
 def test_every_parameter_is_in_one_group():
-    found = build_groups(PARAMS, ROLES, Optim())
-    assert [g.role for g in found] == ["matrix", "embed", "head"]
-    assert [list(g.params) for g in found] == [["b.weight", "a.weight"], ["wte.weight"], ["head.weight"]]
-    assert all(g.params[name] is PARAMS[name] for g in found for name in g.params)
+    built = build_groups(PARAMS, ROLES, Optim())
+    assert [g.role for g in built] == ["matrix", "embed", "head"]
+    assert [list(g.params) for g in built] == [["b.weight", "a.weight"], ["wte.weight"], ["head.weight"]]
+    assert all(g.params[name] is PARAMS[name] for g in built for name in g.params)
 
 
 def test_a_group_has_its_configurations_rule():

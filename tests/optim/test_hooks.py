@@ -1,4 +1,4 @@
-"""Hooks: look-ahead and averaged weights, each against a slow float64 twin; saved, resumed, free where they are off."""
+"""Hooks: look-ahead and averaged weights against slow float64 twins; saved and resumed; without cost if off."""
 
 from dataclasses import replace
 
@@ -19,29 +19,29 @@ TARGET = gaussian(5, 8, seed=9)
 
 def make(*hooks: Hook, config: RuleConfig | None = None, dtype: torch.dtype = torch.float32,
          start: Tensor | None = None) -> tuple[nn.Parameter, ShardedOptimizer]:
-    """Normalised descent without memory, so that the twin is short."""
+    """Build the optimizer of one parameter; by default normalised descent without momentum, whose twin is short."""
     param = nn.Parameter((gaussian(5, 8) if start is None else start).to(dtype))
     config = config or Steepest(norm="frobenius", averaging="none", lr=LR, weight_decay=DECAY)
     return param, one_role(config, {"w": param}, hooks=hooks)
 
 
 def run(param: nn.Parameter, optimizer: ShardedOptimizer, steps: range) -> list[tuple[Tensor, Tensor]]:
-    """Down |W - target|^2 / 2: after each step the weights that gradients see and those that are shown."""
+    """Minimise |W - target|^2 / 2; return after each step the weights of the next gradient and those of evaluation."""
     path = []
     for step in steps:
         param.grad.copy_(param.detach() - TARGET)
         optimizer.step(FULL, step + 1)
-        path.append((param.detach().clone(), shown(param, optimizer)))
+        path.append((param.detach().clone(), evaluated(param, optimizer)))
     return path
 
 
-def shown(param: nn.Parameter, optimizer: ShardedOptimizer) -> Tensor:
+def evaluated(param: nn.Parameter, optimizer: ShardedOptimizer) -> Tensor:
     with optimizer.evaluation_weights():
         return param.detach().clone()
 
 
 def twin(steps: int) -> list[tuple[Tensor, Tensor]]:
-    """y = x + b d; x' = (1 - lr wd) y - lr g / |g| with g taken at y; d follows x' - x."""
+    """Return (y, x) after each step of y = x + b d; x' = (1 - lr wd) y - lr g / |g| with g taken at y; d follows x' - x."""
     x, drift, path = gaussian(5, 8).double(), torch.zeros(5, 8, dtype=torch.float64), []
     for t in range(steps):
         y = x + REACH[t] * drift
@@ -53,9 +53,9 @@ def twin(steps: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def test_it_is_its_formula():
-    for found, wanted in zip(run(*make(Lookahead(GAMMA, REACH)), range(STEPS)), twin(STEPS), strict=True):
-        for ours, theirs in zip(found, wanted, strict=True):
-            torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
+    for actual, expected in zip(run(*make(Lookahead(GAMMA, REACH)), range(STEPS)), twin(STEPS), strict=True):
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
 
 
 def test_it_looks_ahead_only_when_it_should_and_not_after_the_end():
@@ -65,8 +65,8 @@ def test_it_looks_ahead_only_when_it_should_and_not_after_the_end():
 
 
 def test_without_reach_it_changes_nothing():
-    found, wanted = (run(*make(*hooks), range(5)) for hooks in ([Lookahead(GAMMA, (0.0,) * STEPS)], []))
-    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(found, wanted, strict=True))
+    actual, expected = (run(*make(*hooks), range(5)) for hooks in ([Lookahead(GAMMA, (0.0,) * STEPS)], []))
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(actual, expected, strict=True))
     _, optimizer = make()
     assert not any(name.startswith("ahead") for name in optimizer.state.shapes())
 
@@ -75,25 +75,25 @@ def test_it_is_saved_resumed_and_undone():
     param, optimizer = make(Lookahead(GAMMA, REACH))
     run(param, optimizer, range(5))
     saved, snapshot = optimizer.state.tensors(), optimizer.state.snapshot()
-    wanted = run(param, optimizer, range(5, 9))
+    expected = run(param, optimizer, range(5, 9))
     other, resumed = make(Lookahead(GAMMA, REACH))
     assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == resumed.state.shapes()
     resumed.state.load(saved)
-    assert torch.equal(run(other, resumed, range(5, 9))[-1][1], wanted[-1][1])
+    assert torch.equal(run(other, resumed, range(5, 9))[-1][1], expected[-1][1])
     optimizer.state.restore(snapshot)
-    assert torch.equal(run(param, optimizer, range(5, 9))[-1][0], wanted[-1][0])
+    assert torch.equal(run(param, optimizer, range(5, 9))[-1][0], expected[-1][0])
 
 
-def test_averages_are_of_the_weights_that_are_shown():
-    found = run(*make(WeightAverage(0.5, 0), Lookahead(GAMMA, REACH)), range(6))[-1][1]
-    wanted = gaussian(5, 8).double()
+def test_averages_are_of_the_evaluated_weights():
+    actual = run(*make(WeightAverage(0.5, 0), Lookahead(GAMMA, REACH)), range(6))[-1][1]
+    expected = gaussian(5, 8).double()
     for _, x in twin(STEPS)[:6]:
-        wanted = 0.5 * wanted + 0.5 * x
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+        expected = 0.5 * expected + 0.5 * x
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_with_the_remainder_bfloat16_weights_move_as_float32_ones_do():
-    """Also by steps far below what bfloat16 resolves: only gradients are taken at rounded weights."""
+    """Even steps far below the resolution of bfloat16 count; only gradients are taken at rounded weights."""
     config = Steepest(norm="frobenius", averaging="none", lr=1e-3, rounding="remainder", state_dtype="float32")
     start = gaussian(5, 8).bfloat16()
     moved = []
@@ -136,8 +136,8 @@ def test_the_average_is_its_formula(start, blend):
     average = trained[min(start, 8)].double()
     for weights in trained[start + 1:]:
         average = 0.7 * average + 0.3 * weights.double()
-    wanted = blend * average + (1 - blend) * trained[-1].double()
-    torch.testing.assert_close(path[-1][1].double(), wanted, rtol=1e-5, atol=1e-6)
+    expected = blend * average + (1 - blend) * trained[-1].double()
+    torch.testing.assert_close(path[-1][1].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_training_never_sees_the_average_even_if_the_evaluation_fails():
@@ -150,7 +150,7 @@ def test_training_never_sees_the_average_even_if_the_evaluation_fails():
     assert torch.equal(run(param, optimizer, range(3, 6))[-1][0], run(*make(config=AVERAGED), range(6))[-1][0])
 
 
-def test_without_hooks_nothing_is_kept_and_the_weights_are_shown():
+def test_without_hooks_there_is_no_state_and_the_weights_are_evaluated():
     param, optimizer = make(config=AVERAGED)
     assert torch.equal(*run(param, optimizer, range(2))[-1])
     assert {name.split("/")[0] for name in optimizer.state.shapes()} == {"weights", "mean", "square"}
@@ -162,10 +162,10 @@ def test_the_average_is_saved_resumed_and_undone():
     run(param, optimizer, range(4))
     saved, snapshot = optimizer.state.tensors(), optimizer.state.snapshot()
     assert saved["average/w"].shape == (5, 8)
-    wanted = run(param, optimizer, range(4, 7))[-1][1]
+    expected = run(param, optimizer, range(4, 7))[-1][1]
     other, resumed = make(WeightAverage(0.8, 2), config=AVERAGED)
     resumed.state.load(saved)
-    assert torch.equal(run(other, resumed, range(4, 7))[-1][1], wanted)
+    assert torch.equal(run(other, resumed, range(4, 7))[-1][1], expected)
     optimizer.state.restore(snapshot)
     assert torch.equal(optimizer.state.tensors()["average/w"], saved["average/w"])
 

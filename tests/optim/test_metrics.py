@@ -1,4 +1,4 @@
-"""Rotational equilibrium against random walks; angles and turns against direct computation."""
+"""Rotational equilibrium against random walks; angles per tensor against direct computation."""
 
 import math
 from dataclasses import replace
@@ -9,7 +9,7 @@ import torch
 from configs.optim import Adam, Dion, Muon, NorMuon, Optim, RuleConfig, Steepest
 from optim.comm import Comm
 from optim.groups import ParamGroup, build_groups
-from optim.metrics import StepMetrics, angle_between, equilibrium_angle, moments_by_tensor, spread
+from optim.metrics import StepMetrics, angle_between, equilibrium_angle, squares_by_tensor, variance_ratio
 from optim.muon import average_gradient
 from optim.sharded import ShardedOptimizer
 from tests.optim.oracle import FULL
@@ -27,15 +27,15 @@ def built(config: RuleConfig, *shapes: tuple[int, int]) -> tuple[dict[str, torch
 
 
 def turned_by(config: RuleConfig) -> float:
-    """The mean angle of a step by random gradients, once the weights' length is steady, over what is foreseen."""
+    """Return the mean angle of steps by random gradients at steady weight length, over the predicted angle."""
     params, group = built(config)
     optimizer = ShardedOptimizer([group], Comm())
-    values, angles, measures = FULL._replace(lr=0.8), [], StepMetrics(optimizer.comm)
+    values, angles, metrics = FULL._replace(lr=0.8), [], StepMetrics(optimizer.comm)
     for step in range(600):
         params["w0"].grad.copy_(torch.randn(24, 32))
-        measures.remember(optimizer.banks if step >= 300 else [])
+        metrics.remember(optimizer.banks if step >= 300 else [])
         optimizer.step(values, step + 1)
-        angles += [found["angle"] for found in measures.of_roles(values).values()]
+        angles += [of_role["angle"] for of_role in metrics.by_role(values).values()]
     return math.fsum(angles) / len(angles) / equilibrium_angle(group, values)
 
 
@@ -50,7 +50,7 @@ def test_random_gradients_turn_weights_by_that_angle(config):
 @pytest.mark.parametrize("config, more", [(MUON, 1.1), (NorMuon(lr=0.05, weight_decay=0.4, momentum=0.9), 1.1),
                                           (replace(PLAIN, norm="sign", lr=0.02), 1.2)])
 def test_where_the_dual_is_not_a_length_alone_they_turn_somewhat_more(config, more):
-    """Neighbouring averages are more alike than their signs, or their polar factors."""
+    """Consecutive averages are more correlated than their signs or polar factors."""
     assert turned_by(config) == pytest.approx(more, rel=0.05)
 
 
@@ -66,7 +66,7 @@ def test_the_spread_of_an_average_by_an_impulse(kind, nesterov):
     config, impulse = Muon(averaging=kind, nesterov=nesterov), torch.eye(1, 600, dtype=torch.float64)[0]
     state, mu = {"momentum": torch.zeros((), dtype=torch.float64)}, torch.tensor(0.9, dtype=torch.float64)
     weights = torch.stack([average_gradient(grad, state, config, mu).clone() for grad in impulse])
-    assert spread(0.9, nesterov=nesterov) == pytest.approx((weights.square().sum() / weights.sum().square()).item())
+    assert variance_ratio(0.9, nesterov=nesterov) == pytest.approx((weights.square().sum() / weights.sum().square()).item())
 
 
 @pytest.mark.parametrize("config", [
@@ -96,20 +96,20 @@ def test_turns_are_those_of_each_tensor(config):
     params, group = built(config, (4, 6), (4, 6), (6, 4), (4, 6))
     params["w3"].data.zero_()
     optimizer = ShardedOptimizer([group], Comm())
-    measures = StepMetrics(optimizer.comm)
-    assert measures.turns("matrix") == measures.of_roles(FULL) == {}
+    metrics = StepMetrics(optimizer.comm)
+    assert metrics.by_tensor("matrix") == metrics.by_role(FULL) == {}
     old = {name: param.detach().double().clone() for name, param in params.items()}
     for param in params.values():
         param.grad.copy_(torch.randn(param.shape))
-    measures.remember(optimizer.banks)
+    metrics.remember(optimizer.banks)
     optimizer.step(FULL, 1)
-    found = measures.turns("matrix")
-    assert found.keys() == {"w0", "w1", "w2"}  # what was zero has no angle
-    for name, turned in found.items():
+    by_name = metrics.by_tensor("matrix")
+    assert by_name.keys() == {"w0", "w1", "w2"}  # what was zero has no angle
+    for name, turned in by_name.items():
         before, after = old[name].flatten(), params[name].detach().double().flatten()
         assert turned["angle"] == pytest.approx(math.acos((before @ after / before.norm() / after.norm()).item()))
         assert turned["update_ratio"] == pytest.approx(((after - before).norm() / before.norm()).item())
-    assert measures.turns("head") == {} and measures.of_roles(FULL)["matrix"]["angle"] > 0
+    assert metrics.by_tensor("head") == {} and metrics.by_role(FULL)["matrix"]["angle"] > 0
 
 
 @pytest.mark.parametrize("config", [MUON, ADAM, replace(PLAIN, norm="row")], ids=["matrix", "element", "row"])
@@ -118,8 +118,8 @@ def test_what_ranks_own_adds_up_wherever_they_cut(config):
     (bank,) = ShardedOptimizer([group], Comm()).banks
     before = bank.weights.clone()
     bank.weights.add_(torch.randn_like(bank.weights))
-    whole, parts = moments_by_tensor(bank, before), torch.zeros(3, 3, dtype=torch.float64)
+    whole, parts = squares_by_tensor(bank, before), torch.zeros(3, 3, dtype=torch.float64)
     ends = sorted({0, len(before) // 3 + 1, len(before) // 2 + 1, len(before)})
-    for bank.own in (slice(0, 0), *map(slice, ends, ends[1:])):
-        parts += moments_by_tensor(bank, before[bank.own])
+    for bank.shard in (slice(0, 0), *map(slice, ends, ends[1:])):
+        parts += squares_by_tensor(bank, before[bank.shard])
     assert torch.allclose(parts, whole) and (whole > 0).all()

@@ -15,12 +15,12 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def muon_twin(start: Tensor, grads: list[Tensor], *, lr: float, wd: float, mu: float = 0.95) -> Tensor:
-    """Jordan's Muon in float64: lerped momentum, Nesterov, five quintic steps, max(1, m/n)^.5."""
-    W, memory = start.double()[0], torch.zeros(start.shape[1:], dtype=torch.float64)
+    """Run Jordan's Muon in float64: EMA momentum, Nesterov, five quintic steps, max(1, m/n)^.5."""
+    W, momentum = start.double()[0], torch.zeros(start.shape[1:], dtype=torch.float64)
     a, b, c = QUINTIC
     for grad in grads:
-        memory = mu * memory + (1 - mu) * grad.double()[0]
-        X = (1 - mu) * grad.double()[0] + mu * memory
+        momentum = mu * momentum + (1 - mu) * grad.double()[0]
+        X = (1 - mu) * grad.double()[0] + mu * momentum
         X = X / X.norm()
         for _ in range(5):
             X = a * X + b * X @ X.T @ X + c * X @ X.T @ X @ X.T @ X
@@ -35,23 +35,23 @@ def muon(**changes: object) -> Muon:
 @pytest.mark.parametrize("shape", [(1, 24, 40), (1, 40, 24), (1, 32, 32)])
 def test_muon_is_its_formula(shape):
     start, grads = gaussian(*shape, seed=99, scale=0.1), gradients(*shape, steps=20)
-    wanted = muon_twin(start, grads, lr=0.02, wd=0.1)
-    assert_moved_alike(train(muon(), start, grads), wanted, start, tolerance=2e-6)
+    expected = muon_twin(start, grads, lr=0.02, wd=0.1)
+    assert_moved_alike(train(muon(), start, grads), expected, start, tolerance=2e-6)
 
 
 @pytest.mark.parametrize(("unit", "name"), [("at_least_one", "original"), ("match_adam", "match_rms_adamw")])
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("shape", [(1, 24, 40), (1, 40, 24)])
 def test_muon_is_pytorchs_muon(unit, name, nesterov, shape):
-    """PyTorch orthogonalises in bfloat16: equal within a few percent."""
+    """PyTorch orthogonalises in bfloat16, so the two agree within a few percent."""
     start, grads = gaussian(*shape, seed=99), gradients(*shape, steps=20)
     param = torch.nn.Parameter(start[0].clone())
     optimizer = torch.optim.Muon([param], lr=0.02, weight_decay=0.1, nesterov=nesterov, adjust_lr_fn=name)
     for grad in grads:
         param.grad = grad[0].clone()
         optimizer.step()
-    found = train(muon(unit=unit, nesterov=nesterov), start, grads)
-    assert_moved_alike(found[0], param.detach(), start[0], tolerance=0.03)
+    actual = train(muon(unit=unit, nesterov=nesterov), start, grads)
+    assert_moved_alike(actual[0], param.detach(), start[0], tolerance=0.03)
 
 
 # ---- One average --------------------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def test_nesterov_matters():
 
 
 def coefficients(count: int, fast: float, slow: float) -> list[float]:
-    """Ages 1 / (1 - mu) in a geometric sequence, the slowest first."""
+    """Return the mu_k whose time scales 1 / (1 - mu_k) are a geometric sequence, the slowest first."""
     ages = [(1 / (1 - slow)) ** (1 - k / (count - 1)) * (1 / (1 - fast)) ** (k / (count - 1)) for k in range(count)]
     return [1 - 1 / age for age in ages]
 
@@ -89,28 +89,28 @@ def coefficients(count: int, fast: float, slow: float) -> list[float]:
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_several_averages_are_the_mean_of_each(count, nesterov):
-    """Unrolled: sum over s of w(t - s) g_s, with w(a) = mean over k of (1 - mu_k) mu_k^a; looking ahead mu_k^(a + 1), and
-    the present gradient once more."""
+    """The average is sum over s of w(t - s) g_s, with w(a) = mean over k of (1 - mu_k) mu_k^a; with Nesterov mu_k^(a + 1),
+    and the current gradient once more."""
     mus = coefficients(count, 0.3, 0.95)
     start, grads = gaussian(1, 5, 8, seed=9, scale=0.1), gradients(1, 5, 8, steps=20)
-    wanted = start.double()
+    expected = start.double()
     for t in range(20):
         D = sum(sum((1 - mu) * mu ** (t - s + nesterov) for mu in mus) / count * grads[s].double() for s in range(t + 1))
         if nesterov:
             D = D + sum(1 - mu for mu in mus) / count * grads[t].double()
-        wanted = wanted - 0.02 * D / D.norm()
+        expected = expected - 0.02 * D / D.norm()
     config = Steepest(lr=0.02, norm="frobenius", averages=count, momentum=0.95, momentum_fast=0.3, nesterov=nesterov)
-    assert_moved_alike(train(config, start, grads), wanted, start, tolerance=3e-6)
+    assert_moved_alike(train(config, start, grads), expected, start, tolerance=3e-6)
 
 
 def test_equal_ends_are_one_average():
     start, grads = gaussian(1, 5, 8, seed=9), gradients(1, 5, 8, steps=10)
-    several, one = (Steepest(lr=0.02, norm="frobenius", averages=n, momentum=0.8, momentum_fast=0.8) for n in (4, 1))
-    assert_moved_alike(train(several, start, grads), train(one, start, grads), start, tolerance=1e-6)
+    several, single = (Steepest(lr=0.02, norm="frobenius", averages=n, momentum=0.8, momentum_fast=0.8) for n in (4, 1))
+    assert_moved_alike(train(several, start, grads), train(single, start, grads), start, tolerance=1e-6)
 
 
 def test_the_kernel_has_a_heavier_tail_than_its_mean_age():
-    """An impulse is remembered longer than by one average of the same mean age."""
+    """The response to an impulse fades more slowly than that of one average of the same mean age."""
     config, impulse = Muon(nesterov=False, averages=6, momentum_fast=0.5), torch.ones(1, 1, 1)
     state, response = init_average(impulse, config), []
     for t in range(1000):
@@ -129,7 +129,7 @@ def test_the_kernel_has_a_heavier_tail_than_its_mean_age():
 @pytest.mark.parametrize("config", [Muon(ns="svd"), NorMuon(ns="svd"), Muon2(ns="svd", eps=1e6)],
                          ids=lambda config: config.rule)
 def test_equilibrated_rules_do_not_see_the_length_of_rows(config, shape):
-    """Rows scaled by any positive numbers give the same step (without the elementwise second moment of muon2)."""
+    """Scaling rows by positive numbers changes no step; eps is huge for muon2, to switch off its second moment."""
     equilibrated = replace(config, equilibrate=True)
     grads = gradients(*shape, steps=6)
     scales = gaussian(shape[0], shape[1], 1, seed=5).exp()
@@ -142,11 +142,11 @@ def test_equilibrated_rules_do_not_see_the_length_of_rows(config, shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equilibration_is_its_formula(shape):
     start, grads = gaussian(*shape, seed=99, scale=0.1), gradients(*shape, steps=20)
-    wanted = start.double()
+    expected = start.double()
     for average in nesterov_means(grads, 0.8):
-        wanted = wanted - 0.02 * polar(average / average.norm(dim=-1, keepdim=True))
+        expected = expected - 0.02 * polar(average / average.norm(dim=-1, keepdim=True))
     config = Muon(lr=0.02, unit="spectral", ns="svd", momentum=0.8, equilibrate=True)
-    assert_moved_alike(train(config, start, grads), wanted, start, tolerance=1e-5)
+    assert_moved_alike(train(config, start, grads), expected, start, tolerance=1e-5)
 
 
 def test_equilibration_leaves_empty_rows_empty():

@@ -1,4 +1,4 @@
-"""Orthogonalization: bands, limits and invariances against float64 SVDs and polynomials of single numbers."""
+"""Orthogonalisation: bands, limits and invariances, against SVDs in float64 and the polynomial on single numbers."""
 
 import math
 
@@ -16,7 +16,7 @@ def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def with_spectrum(values: torch.Tensor, m: int, n: int, seed: int = 0) -> torch.Tensor:
-    """(1, m, n) with the given singular values."""
+    """Return a matrix (1, m, n) with the given singular values."""
     U, _ = torch.linalg.qr(gaussian(m, len(values), seed=seed))
     V, _ = torch.linalg.qr(gaussian(n, len(values), seed=seed + 1))
     return ((U * values) @ V.mT)[None]
@@ -27,7 +27,7 @@ def cosine(A: torch.Tensor, B: torch.Tensor) -> float:
 
 
 def polynomial(x: torch.Tensor, table: str, steps: int) -> torch.Tensor:
-    """The composed scalar map, step by step from the published coefficients."""
+    """Return the polynomial iterated `steps` times on the numbers x."""
     for step in range(steps):
         a, b, c = TABLES[table].triples[min(step, len(TABLES[table].triples) - 1)]
         x = a * x + b * x**3 + c * x**5
@@ -59,7 +59,7 @@ def test_the_last_triple_repeats():
 
 @pytest.mark.parametrize("table", TABLES)
 def test_scalar_band_is_true(table):
-    """Every relative singular value in [3e-3, 1] ends inside the table's band."""
+    """Every singular value in [3e-3, 1] ends inside the table's band."""
     x = torch.logspace(math.log10(3e-3), 0, 100_001, dtype=torch.float64) / TABLES[table].safety
     low, high = TABLES[table].band
     y = polynomial(x, table, 5)
@@ -79,7 +79,7 @@ def test_the_names_that_configs_take_are_the_tables_and_svd():
 
 
 def test_radii_beats_the_quintic_within_its_outer_radius():
-    """Inputs in [1e-3, 1], 5 steps each: .829 to 1.2 against .471 to 1.2024."""
+    """Inputs in [1e-3, 1] end in [.829, 1.2] after 5 steps, against [.471, 1.2024] for the quintic."""
     x = torch.logspace(-3, 0, 100_001, dtype=torch.float64)
     radii, quintic = (polynomial(x, table, 5) for table in ("radii", "quintic"))
     assert radii.max() <= quintic.max()
@@ -88,11 +88,11 @@ def test_radii_beats_the_quintic_within_its_outer_radius():
 
 @pytest.mark.parametrize("table", ["quintic", "polar_express", "dion", "radii"])
 def test_bfloat16_stays_in_the_band(table):
-    """192 singular values over one decade: rounding moves none of them far beyond the scalar map's greatest."""
+    """Of 192 singular values over one decade rounding moves none far out of the band."""
     G = with_spectrum(torch.logspace(-1, 0, 192, dtype=torch.float64), 192, 256)
-    found = torch.linalg.svdvals(orthogonalize(G.bfloat16(), table).double())
+    actual = torch.linalg.svdvals(orthogonalize(G.bfloat16(), table).double())
     low, high = TABLES[table].band
-    assert low - 0.05 < found.min() and found.max() < high + 0.01
+    assert low - 0.05 < actual.min() and actual.max() < high + 0.01
 
 
 # ---- Inline tables -------------------------------------------------------------------------------
@@ -124,14 +124,14 @@ def test_an_inline_table_compiles_into_one_graph():
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_band_holds_for_matrices(table, shape, dtype):
-    """Singular values spread over the whole promised range, up to one that holds nearly all of the norm."""
+    """Singular values cover the whole range of the band, up to one that has nearly all of the norm."""
     values = torch.logspace(math.log10(4e-3), -1.5, min(shape), dtype=torch.float64)
     values[-1] = 1
     G = with_spectrum(values, *shape)
-    found = torch.linalg.svdvals(orthogonalize(G.to(dtype), table).double())
+    actual = torch.linalg.svdvals(orthogonalize(G.to(dtype), table).double())
     low, high = TABLES[table].band
     assert (values / values.norm()).min() >= 3e-3
-    assert low <= found.min() and found.max() <= high
+    assert low <= actual.min() and actual.max() <= high
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -149,13 +149,13 @@ def test_matrix_map_is_the_polynomial_on_singular_values(table, shape, steps):
 @pytest.mark.parametrize("shape", [(4, 12, 20), (4, 20, 12)])
 def test_a_batch_is_a_loop(table, shape):
     G = gaussian(*shape) * torch.tensor([1e-3, 1.0, 50.0, 0.2], dtype=torch.float64)[:, None, None]
-    loop = torch.cat([orthogonalize(one[None], table) for one in G])
+    loop = torch.cat([orthogonalize(matrix[None], table) for matrix in G])
     torch.testing.assert_close(orthogonalize(G, table), loop, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(512, 512), (256, 1024), (1024, 256)])
 def test_large_matrices_are_a_loop_too(shape):
-    """Batches beyond LARGE_MATRIX_ELEMENTS take another path on CPUs, down to empty ones."""
+    """Stacks of matrices beyond LARGE_MATRIX_ELEMENTS, also empty ones, take another path on CPUs."""
     assert math.prod(shape) >= LARGE_MATRIX_ELEMENTS
     G = gaussian(2, *shape).float()
     whole = orthogonalize(G, steps=2)
@@ -191,7 +191,7 @@ def test_zero_stays_zero_beside_others(table, dtype):
 @pytest.mark.parametrize("table", [*TABLES, "svd"])
 @pytest.mark.parametrize("factor", [1e-38, 1e-20, 1e-8, 1e8, 1e20, 1e37])
 def test_scale_is_ignored(table, factor):
-    """Squares of these entries leave float32's range."""
+    """Scaled inputs give the same result, even if their squares leave float32's range."""
     G = gaussian(2, 12, 16).float()
     torch.testing.assert_close(orthogonalize(G * factor, table), orthogonalize(G, table), rtol=0, atol=2e-3)
 
@@ -213,7 +213,7 @@ def test_input_is_untouched(table, shape):
 
 @pytest.mark.parametrize(("table", "square", "wide"), [("quintic", 0.978, 0.982), ("polar_express", 0.988, 0.993)])
 def test_direction_is_near_the_polar_factor(table, square, wide):
-    """Cosines measured for Gaussians: quintic .981 and .988, Polar Express .993 and .996."""
+    """The measured cosines for Gaussians are .981 and .988 for the quintic, .993 and .996 for Polar Express."""
     for shape, least in [((1, 256, 256), square), ((1, 96, 384), wide), ((1, 384, 96), wide)]:
         G = gaussian(*shape).float()
         assert cosine(orthogonalize(G, table), orthogonalize_svd(G)) > least
@@ -232,7 +232,7 @@ def test_bfloat16_agrees_roughly():
 
 
 def test_convergent_converges_and_quintic_does_not():
-    """Small values double at each step; p(1) = 1 with p'(1) = 0 then squares the error at each step."""
+    """Small singular values double at each step; then p(1) = 1 with p'(1) = 0 squares the error at each step."""
     values = torch.linspace(0.1, 1, 16, dtype=torch.float64)
     G = with_spectrum(values, 16, 24)
     exact = orthogonalize_svd(G)
@@ -243,8 +243,8 @@ def test_convergent_converges_and_quintic_does_not():
 
 def test_convergent_twelve_steps_reach_small_values():
     values = torch.logspace(math.log10(5e-3), 0, 16, dtype=torch.float64)
-    found = torch.linalg.svdvals(orthogonalize(with_spectrum(values, 16, 24), "convergent", steps=12))
-    assert 0.98 < found.min() and found.max() < 1.002
+    actual = torch.linalg.svdvals(orthogonalize(with_spectrum(values, 16, 24), "convergent", steps=12))
+    assert 0.98 < actual.min() and actual.max() < 1.002
 
 
 # ---- The exact twin ------------------------------------------------------------------------------
@@ -252,12 +252,12 @@ def test_convergent_twelve_steps_reach_small_values():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_svd_twin_is_the_polar_factor(shape):
-    """O O^T = 1 on the short side, and O^T G symmetric positive semi-definite: that defines the polar factor."""
+    """O O^T = 1 on the short side and O^T G symmetric positive semi-definite define the polar factor."""
     G = gaussian(*shape)
     Q = orthogonalize(G, "svd")
     short = Q @ Q.mT if shape[1] <= shape[2] else Q.mT @ Q
-    one = torch.eye(min(shape[1:]), dtype=torch.float64).expand_as(short)
-    torch.testing.assert_close(short, one, rtol=0, atol=1e-12)
+    identity = torch.eye(min(shape[1:]), dtype=torch.float64).expand_as(short)
+    torch.testing.assert_close(short, identity, rtol=0, atol=1e-12)
     H = Q.mT @ G
     torch.testing.assert_close(H, H.mT, rtol=0, atol=1e-11)
     assert torch.linalg.eigvalsh(H).min() > -1e-11
@@ -266,13 +266,13 @@ def test_svd_twin_is_the_polar_factor(shape):
 @pytest.mark.parametrize("rank", [1, 3, 7])
 @pytest.mark.parametrize("shape", [(8, 12), (12, 8)])
 def test_svd_twin_of_deficient_matrices(rank, shape):
-    """Singular values: `rank` ones, then zeros; the same range and null space as the input."""
+    """The singular values are `rank` ones, then zeros, with the input's range and null space."""
     values = torch.logspace(-3, 0, rank, dtype=torch.float64)
     G = with_spectrum(values, *shape)
     Q = orthogonalize_svd(G)
-    found = torch.linalg.svdvals(Q)[0]
+    actual = torch.linalg.svdvals(Q)[0]
     expected = torch.tensor([1.0] * rank + [0.0] * (8 - rank), dtype=torch.float64)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
     assert (Q * G).sum().item() == pytest.approx(values.sum().item(), rel=1e-9)
 
 

@@ -1,4 +1,4 @@
-"""Gradients that are not finite are refused by name: at once, or later where raising would wait for the device."""
+"""Gradients that are not finite raise an error that names the parameter: at once, or on CUDA later."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ SHAPES = {"wide": (5, 8), "other": (5, 8), "tall": (9, 4), "vector": (7,)}
 
 
 def step_all(params: dict, optimizer: ShardedOptimizer, bad: dict[str, int], steps: int = 5) -> None:
-    """Steps of which `bad` says where a tensor's gradients begin to be infinite."""
+    """Run steps; `bad` gives, by name, the first step at which a tensor's gradient is infinite."""
     for step in range(steps):
         for name, param in params.items():
             param.grad.copy_(gaussian(*SHAPES[name], seed=step) / (step < bad.get(name, steps)))
@@ -24,14 +24,14 @@ def test_one_bad_number_is_enough(bad):
     params = parameters(SHAPES)
     optimizer = one_role(Adam(), params)
     params["other"].grad[3, 5] = bad
-    with pytest.raises(NonFiniteError, match="gradient of other is not finite at step 3; no weight has seen it"):
+    with pytest.raises(NonFiniteError, match="gradient of other is not finite at step 3; it changed no weight"):
         optimizer.step(FULL, 3)
 
 
 @pytest.mark.parametrize("config", [Adam(), Prodigy(), AGD(), Muon()], ids=lambda config: config.rule)
 def test_refused_later_no_weight_sees_it(config, monkeypatch):
-    """As on CUDA."""
-    monkeypatch.setattr(sharded, "AT_ONCE", ())
+    """Without the check at once, as on CUDA, a bad gradient changes no weight and is reported by `check_finite`."""
+    monkeypatch.setattr(sharded, "CHECKED_AT_ONCE", ())
     params = parameters(SHAPES)
     optimizer = one_role(config, params)
     step_all(params, optimizer, {"tall": 2})
@@ -41,7 +41,7 @@ def test_refused_later_no_weight_sees_it(config, monkeypatch):
 
 
 def test_the_first_of_several_is_named_and_forgotten_on_restore(monkeypatch):
-    monkeypatch.setattr(sharded, "AT_ONCE", ())
+    monkeypatch.setattr(sharded, "CHECKED_AT_ONCE", ())
     params = parameters(SHAPES)
     optimizer = one_role(Adam(), params)
     snapshot = optimizer.state.snapshot()
@@ -52,14 +52,14 @@ def test_the_first_of_several_is_named_and_forgotten_on_restore(monkeypatch):
     optimizer.check_finite()
 
 
-def test_the_parameter_is_found_in_a_banks_slice():
-    """Three matrices, of which this rank owns the last two."""
+def test_the_bad_parameter_is_named_from_a_banks_shard():
+    """The bank has three matrices, of which this rank owns the last two."""
     params = parameters(dict.fromkeys("abc", (2, 3)))
     optimizer = one_role(Muon(), params)
     bank, = optimizer.banks
-    bank.own, bank.gradient = slice(1, 3), torch.ones(2, 2, 3)
-    bank.gradient[1, 0, 2] = float("inf")
+    bank.shard, bank.reduced_grad = slice(1, 3), torch.ones(2, 2, 3)
+    bank.reduced_grad[1, 0, 2] = float("inf")
     optimizer._receive(bank, 7)
-    assert not bank.gradient.any()
+    assert not bank.reduced_grad.any()
     with pytest.raises(NonFiniteError, match="gradient of c is not finite at step 7"):
         optimizer.check_finite()

@@ -26,7 +26,7 @@ quick = settings(max_examples=25, deadline=None, derandomize=True)
 
 
 def init(norm, shape: tuple[int, int, int], *, generator: torch.Generator | None = None) -> Tensor:
-    """A random point of the norm's unit sphere: the dual of a Gaussian."""
+    """Return a random point of the norm's unit sphere: the dual of a Gaussian."""
     return norm.dual(torch.randn(shape, generator=generator))
 
 
@@ -35,7 +35,7 @@ def gaussian(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def scale(name: str, m: int, n: int) -> float:
-    """Plain norm of a step, restated."""
+    """Return the norm, without its unit, of a tensor of size 1; written independently of the tested code."""
     wider = max(m, n)
     return {"spectral_rms_operator": (m / n) ** 0.5, "spectral_at_least_one": (m / n) ** 0.5 if m > n else 1,
             "spectral_match_adam": 0.2 * wider**0.5, "row_fan_in": 1 / n, "column_fan_in": 1 / n, "sign_fan_in": 1 / n,
@@ -43,7 +43,7 @@ def scale(name: str, m: int, n: int) -> float:
 
 
 def exponent(name: str) -> float:
-    """The p of a Schatten norm."""
+    """Return the p of a Schatten norm."""
     return float(name.split("_")[1])
 
 
@@ -52,7 +52,7 @@ def power_norm(s: Tensor, p: float) -> Tensor:
 
 
 def primal(name: str, W: Tensor) -> Tensor:
-    """||W|| by its definition, (K,)."""
+    """Return ||W|| by its definition, (K,)."""
     m, n = W.shape[-2:]
     return {"spectral": lambda: torch.linalg.matrix_norm(W, 2),
             "schatten": lambda: power_norm(torch.linalg.svdvals(W), exponent(name)),
@@ -63,12 +63,12 @@ def primal(name: str, W: Tensor) -> Tensor:
 
 
 def conjugate(p: float) -> float:
-    """1/p + 1/q = 1."""
+    """Return q with 1/p + 1/q = 1."""
     return {1: math.inf, math.inf: 1}.get(p) or p / (p - 1)
 
 
 def dual_norm(name: str, G: Tensor) -> Tensor:
-    """max <G, A> over ||A|| <= 1, in closed form, (K,)."""
+    """Return max { <G, A> : ||A|| <= 1 } in closed form, (K,)."""
     m, n = G.shape[-2:]
     return {"spectral": lambda: torch.linalg.svdvals(G).sum(-1),
             "schatten": lambda: power_norm(torch.linalg.svdvals(G), conjugate(exponent(name))),
@@ -83,7 +83,7 @@ def inner(A: Tensor, B: Tensor) -> Tensor:
 
 
 def feasible(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """Random points of the unit ball: Gaussians scaled onto the sphere, half of them moved inside."""
+    """Return random points of the unit ball: for even seeds on the sphere, for odd ones inside."""
     A = gaussian(shape, seed)
     A = A / primal(name, A)[:, None, None]
     return A * (0.5 if seed % 2 else 1.0)
@@ -117,7 +117,7 @@ def test_nothing_feasible_beats_the_dual(name, shape, seed):
 @quick
 @given(shape=stacks, seed=seeds)
 def test_dual_of_a_matrix_of_low_rank(name, shape, seed):
-    """A product of thin factors, as the gradient of few tokens is: still feasible, and still the best."""
+    """For a product of thin factors, as the gradient of few tokens is, the dual is still feasible and the best."""
     K, m, n = shape
     G = gaussian((K, m, 2), seed) @ gaussian((K, 2, n), seed + 1)
     A = NORMS[name].dual(G)
@@ -148,7 +148,7 @@ def test_steepest_descent_minimises_the_majorant(name, shape, seed, sharpness):
 @quick
 @given(shape=stacks, seed=seeds)
 def test_size_is_the_definition(name, shape, seed):
-    """Spectral sizes are float32 roots of a Gram matrix's eigenvalues: 1e-5, not 1e-9."""
+    """The tolerance of spectral sizes is 1e-5, because they are float32 roots of a Gram matrix's eigenvalues."""
     W = gaussian(shape, seed)
     tolerance = 1e-5 if name.startswith("spectral") else 1e-12
     torch.testing.assert_close(NORMS[name].size(W).double(), primal(name, W), rtol=tolerance, atol=0)
@@ -190,7 +190,7 @@ def test_rows_and_columns_without_gradient_stay_zero():
 
 
 def test_a_small_row_moves_as_far_as_a_large_one():
-    """A rare token's gradient may be 1e-20 of a frequent one's: each row has its own scale."""
+    """Each row is scaled alone: a rare token's gradient may be 1e-20 of a frequent one's."""
     G = torch.ones(1, 2, 4)
     G[0, 1] = 1e-20
     torch.testing.assert_close(Row().dual(G), torch.ones(1, 2, 4))
@@ -203,8 +203,8 @@ def test_a_small_row_moves_as_far_as_a_large_one():
 @quick
 @given(shape=stacks, seed=seeds, factor=st.sampled_from([0.1, 1.0, 5.0]))
 def test_projection_is_feasible_idempotent_and_nearest(name, shape, seed, factor):
-    """Nearest: <W - P, A - P> <= 0 for all feasible A, which characterises the projection; over them <W - P, A> is at most
-    the dual norm of W - P.
+    """P is nearest if and only if <W - P, A - P> <= 0 for all feasible A; the maximum of <W - P, A> over them is the dual
+    norm of W - P.
     """
     norm, W = NORMS[name], factor * gaussian(shape, seed)
     P = norm.project(W)
@@ -246,7 +246,7 @@ def test_init_has_size_one_and_follows_its_generator(name):
     (768, 3072, "match_adam", 11.09, 0.200), (2304, 768, "match_adam", 9.60, 0.200),
 ])
 def test_update_sizes_per_convention(m, n, unit, spectral, rms):
-    """For GPT-2 small's matrices; an orthogonal update's RMS is 1 / sqrt(max(m, n)) times the scale."""
+    """Sizes for GPT-2 small's matrices; the RMS of an orthogonal update is scale / sqrt(max(m, n))."""
     assert Spectral(unit).scale(m, n) == pytest.approx(spectral, abs=0.005)
     assert Spectral(unit).scale(m, n) / max(m, n) ** 0.5 == pytest.approx(rms, abs=0.0001)
 
@@ -259,7 +259,7 @@ def test_update_rms_of_a_spectral_dual(unit, shape):
 
 
 def test_newton_schulz_duals_stay_in_their_band():
-    """With the default table the size is near 1, not 1; the band is Polar Express's."""
+    """With the default table the size is only near 1, within the band of Polar Express."""
     G = gaussian((4, 24, 48), 0)
     size = primal("spectral_rms_operator", Spectral("rms_operator").dual(G))
     assert ((0.85 <= size) & (size <= 1.15)).all() and (size - 1).abs().max() > 1e-6
@@ -284,7 +284,7 @@ def test_a_norm_by_its_name():
     (Row(), lambda x: x.square().mean(0).sqrt(), lambda y: y.abs().amax(0)),
 ])
 def test_fan_in_norms_are_operator_norms(norm, size_in, size_out):
-    """||W x|| <= ||W|| ||x||, with equality at a one-hot x, or (Row) at one of W's own rows."""
+    """||W x|| <= ||W|| ||x||, with equality at a one-hot x, or for Row at one of W's rows."""
     W = gaussian((1, 5, 8), 6)
     size = FanIn(norm).size(W)
     x = torch.cat([gaussian((8, 200), 7), torch.eye(8, dtype=torch.float64), W[0].mT], dim=1)
@@ -293,7 +293,7 @@ def test_fan_in_norms_are_operator_norms(norm, size_in, size_out):
 
 
 def test_a_vector_is_a_row_at_rms_one():
-    """A bank of vectors reaches a norm as rows (1, K, n), or as matrices of one row (K, 1, n)."""
+    """A norm gets a bank of vectors as rows (1, K, n) or as matrices of one row (K, 1, n), with equal results."""
     v = gaussian((3, 1, 6), 5)
     step = Row().dual(v)
     torch.testing.assert_close(step.square().mean((1, 2)), torch.ones(3, dtype=torch.float64), rtol=1e-12, atol=0)

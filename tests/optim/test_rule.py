@@ -1,4 +1,4 @@
-"""From a direction to a step: decay, constraint, rounding; and what rules share."""
+"""Step: decay and rounding; and the second moment that rules share."""
 
 from functools import partial
 
@@ -20,7 +20,7 @@ def walk(step: Step, start: Tensor, steps: int, *, lr: float = 0.01) -> Tensor:
 
 
 def test_with_the_remainder_nothing_is_lost():
-    """bfloat16 weights that keep their remainder walk exactly as float32 weights do, and are those rounded."""
+    """bfloat16 weights with a remainder move exactly as float32 weights do, and are their rounded values."""
     start, step = gaussian(2, 9, 11).bfloat16(), Step(rounding="remainder")
     W, exact = start.clone(), start.float()
     state = step.init_state(W)
@@ -28,7 +28,7 @@ def test_with_the_remainder_nothing_is_lost():
         D = gaussian(2, 9, 11, seed=i)
         step.apply(W, D, state, hyper(1e-4))
         Step().apply(exact, D, {}, hyper(1e-4))
-    assert torch.equal(step.exact(W, state), exact)
+    assert torch.equal(step.float32_weights(W, state), exact)
     assert ((W.float() - exact).abs() <= (exact.bfloat16().float() - exact).abs()).all()
     assert not torch.equal(walk(Step(), start, 100, lr=1e-4), W)
 
@@ -38,22 +38,22 @@ def test_the_remainder_is_exact_for_every_value(value):
     step, W = Step(rounding="remainder"), torch.zeros(1, 1, 1, dtype=torch.bfloat16)
     state = step.init_state(W)
     step.apply(W, torch.full((1, 1, 1), -value), state, hyper(1.0))
-    assert step.exact(W, state).item() == torch.tensor(value).item()
+    assert step.float32_weights(W, state).item() == torch.tensor(value).item()
 
 
 def test_stochastic_rounding_is_right_in_the_mean():
-    """A weight of 1 that should become 1 + d, d a tenth of a bfloat16 unit, in 20,000 copies that differ in nothing but
-    their tiny offsets: the mean moves by d; rounding to nearest never moves."""
+    """20,000 copies of the weight 1, with tiny offsets, should become 1 + d, d a tenth of a bfloat16 unit: with stochastic
+    rounding their mean moves by d, with rounding to nearest not at all."""
     offsets = torch.linspace(0, 1e-4, 20_000).view(1, 1, -1)
-    wanted = 1 + 2**-7 / 10 + offsets
+    expected = 1 + 2**-7 / 10 + offsets
 
     def rounded(kind: str) -> Tensor:
-        W = torch.ones_like(wanted, dtype=torch.bfloat16)
-        Step(rounding=kind).apply(W, 1 - wanted, {}, hyper(1.0))
+        W = torch.ones_like(expected, dtype=torch.bfloat16)
+        Step(rounding=kind).apply(W, 1 - expected, {}, hyper(1.0))
         return W.float()
 
-    assert torch.equal(rounded("nearest"), torch.ones_like(wanted))
-    assert (rounded("stochastic") - wanted).mean().abs() < 1e-4
+    assert torch.equal(rounded("nearest"), torch.ones_like(expected))
+    assert (rounded("stochastic") - expected).mean().abs() < 1e-4
     assert set(rounded("stochastic").unique().tolist()) == {1.0, 1 + 2**-7}
 
 
@@ -82,45 +82,45 @@ DECAYS = ["none", "decoupled", "independent", "corrected", "cautious"]
 
 
 def decayed(kind: str, W: Tensor, D: Tensor, lr: float, wd: float, peak: float) -> Tensor:
-    """One element after another."""
-    found = []
+    """Return the weights after a step with decay, computed element by element."""
+    weights = []
     for w, d in zip(W.flatten().tolist(), D.flatten().tolist(), strict=True):
         shrink = {"none": 0, "decoupled": lr * wd, "independent": wd * lr / peak,
                   "corrected": wd * lr * lr / peak, "cautious": lr * wd * (w * d >= 0)}[kind]
-        found.append(w - shrink * w - lr * d)
-    return torch.tensor(found, dtype=torch.float64).view_as(W)
+        weights.append(w - shrink * w - lr * d)
+    return torch.tensor(weights, dtype=torch.float64).view_as(W)
 
 
 @pytest.mark.parametrize("kind", DECAYS)
 def test_decay_is_its_formula(kind):
     W, D = gaussian(1, 6, 9), gaussian(1, 6, 9, seed=1)
     D[0, 0], W[0, 1] = 0, 0
-    wanted = decayed(kind, W, D, 0.03, 0.4, 0.1)
+    expected = decayed(kind, W, D, 0.03, 0.4, 0.1)
     Step(kind, 0.1).apply(W, D, {}, hyper(0.03, wd=0.4))
-    torch.testing.assert_close(W.double(), wanted, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(W.double(), expected, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", DECAYS)
 @pytest.mark.parametrize("rule", [Adam, partial(Steepest, norm="sign")])
 def test_rules_apply_every_decay(kind, rule):
-    """Decay takes the weights before the step; its direction is that of the sign in the first step of both rules."""
+    """Decay acts on the weights before the step. The first direction of both rules is the sign."""
     W, G = gaussian(1, 6, 9), gaussian(1, 6, 9, seed=1)
     config = rule(decay=kind, weight_decay=0.4, lr=0.1)
-    wanted = decayed(kind, W, G.sign(), 0.03, 0.4, 0.1)
-    torch.testing.assert_close(train(config, W, [G], lr=lambda step: 0.03).double(), wanted, rtol=1e-5, atol=1e-6)
+    expected = decayed(kind, W, G.sign(), 0.03, 0.4, 0.1)
+    torch.testing.assert_close(train(config, W, [G], lr=lambda step: 0.03).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", DECAYS)
 def test_bfloat16_weights_are_rounded_once(kind):
     """Decay and step are computed in float32 and rounded at the end."""
     W, D = gaussian(1, 64, 64).bfloat16(), gaussian(1, 64, 64, seed=1).bfloat16()
-    wanted = decayed(kind, W, D, 0.013, 0.4, 0.1).float().bfloat16()
+    expected = decayed(kind, W, D, 0.013, 0.4, 0.1).float().bfloat16()
     Step(kind, 0.1).apply(W, D, {}, hyper(0.013, wd=0.4))
-    assert (W != wanted).float().mean() < 0.002
+    assert (W != expected).float().mean() < 0.002
 
 
 @pytest.mark.parametrize("kind", DECAYS[1:])
 def test_a_frozen_group_stays_finite(kind):
-    """lr 0 is allowed, and moves nothing."""
+    """A group with lr 0 does not move."""
     W, config = gaussian(1, 6, 9), Steepest(norm="sign", decay=kind, weight_decay=0.1, lr=0.0)
     assert torch.equal(train(config, W, [gaussian(1, 6, 9, seed=1)]), W)

@@ -1,11 +1,8 @@
-"""Every rule on 2 and 3 ranks is the rule on one, saved and resumed on any number.
+"""Every rule gives the same weights on 1, 2 and 3 ranks, and resumes on any number of them.
 
 Run as a program with RANK and WORLD_SIZE in the environment, this file is one rank, which trains by all rules in turn.
 """
 
-import os
-import socket
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +17,8 @@ from optim.groups import build_groups
 from optim.hooks import Lookahead, WeightAverage
 from optim.schedule import Values
 from optim.sharded import NonFiniteError, ShardedOptimizer
+from tests.optim.oracle import run_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS, HALF, REFUSED = 4, 2, 6
 ADAM = Adam(lr=0.02, weight_decay=0.1)
 PRODIGY = Prodigy(lr=1.0, weight_decay=0.1, distance_start=1e-3)
@@ -58,13 +55,15 @@ def make(case: str, comm: Comm, seed: int = 0) -> tuple[dict[str, nn.Parameter],
 
 
 def gradient(index: int, step: int) -> Tensor:
-    """Multiples of 1/16, whose sums are exact in any order; around a mean, so that distances grow."""
+    """Return multiples of 1/16, whose sums are exact in any order; with mean 1/2, so that the weights drift."""
     return (random(list(SHAPES.values())[index], 77, index, step) * 16).round() / 16 + 0.5
 
 
 def run(params: dict, optimizer: ShardedOptimizer, steps: range) -> dict[str, Tensor]:
-    """Rank r contributes r shares of the gradient, rank 0 the rest of 1; where rows are sparse, of two rows in three nothing
-    and of every sixth one rank all."""
+    """Run steps and return the state. Rank r contributes r times the gradient, rank 0 the rest of the sum 1.
+
+    With sparse rows, two of three rows are zero on all ranks, and every sixth row comes from one rank alone.
+    """
     for step in steps:
         for index, param in enumerate(params.values()):
             share = sparse_share(optimizer.comm, len(param), step) if is_sparse(optimizer) else share_of(optimizer.comm)
@@ -79,10 +78,10 @@ def share_of(comm: Comm) -> int:
 
 
 def sparse_share(comm: Comm, rows: int, step: int) -> Tensor:
-    """A factor a row (of a vector: one for all)."""
+    """Return the share of each row, (rows, 1); for a vector one share."""
     row = torch.arange(rows if rows != 37 else 1) + step
-    one = (row // 6 % comm.world_size == comm.rank).float()
-    share = torch.where(row % 6 == 0, one, torch.where(row % 3 == 0, share_of(comm), 0.0))
+    by_one_rank = (row // 6 % comm.world_size == comm.rank).float()
+    share = torch.where(row % 6 == 0, by_one_rank, torch.where(row % 3 == 0, share_of(comm), 0.0))
     return share.unsqueeze(1) if rows != 37 else share
 
 
@@ -96,7 +95,7 @@ def averaged(params: dict, optimizer: ShardedOptimizer) -> dict[str, Tensor]:
 
 
 def refusal(params: dict, optimizer: ShardedOptimizer) -> str:
-    """What this rank says when the last rank's gradient of wide2 has a NaN."""
+    """Return this rank's error message after a step in which the last rank's gradient of wide2 has a NaN."""
     for param in params.values():
         param.grad.fill_(1.0)
     if optimizer.comm.rank == optimizer.comm.world_size - 1:
@@ -112,9 +111,9 @@ def trained(case: str, comm: Comm) -> dict:
     params, optimizer = make(case, comm, seed=comm.rank)
     middle = run(params, optimizer, range(HALF))
     optimizer.state.load(middle)
-    found = {"middle": middle, "final": run(params, optimizer, range(HALF, STEPS)),
+    results = {"middle": middle, "final": run(params, optimizer, range(HALF, STEPS)),
              "shapes": optimizer.state.shapes(), "averaged": averaged(params, optimizer)}
-    return found | {"refusal": refusal(params, optimizer), "after": optimizer.state.tensors()}
+    return results | {"refusal": refusal(params, optimizer), "after": optimizer.state.tensors()}
 
 
 def as_rank(folder: Path) -> None:
@@ -131,41 +130,27 @@ def single() -> dict:
 
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request, tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp(f"ranks{request.param}")
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    processes = [subprocess.Popen(
-        [sys.executable, __file__, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"RANK": str(rank), "WORLD_SIZE": str(request.param), "MASTER_ADDR": "127.0.0.1",
-                          "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}) for rank in range(request.param)]
-    try:
-        said = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * request.param, "\n".join(said)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(request.param)]
+    return run_ranks(__file__, request.param, tmp_path_factory.mktemp(f"ranks{request.param}"))
 
 
-def assert_alike(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
-    """Within a share of what each tensor moved (weights) or is (state)."""
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
+def assert_alike(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Check that tensors are equal up to `tolerance` times the distance moved (weights) or the norm (state)."""
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
         short = name.removeprefix("weights/")
         index = list(SHAPES).index(short) if short in SHAPES else None
         start = 0.1 * random(SHAPES[short], 0, index).double() if index is not None else 0
         size = (tensor.double() - start).norm()
-        assert found[name].shape == tensor.shape
-        assert (found[name].double() - tensor.double()).norm() <= tolerance * size, name
+        assert actual[name].shape == tensor.shape
+        assert (actual[name].double() - tensor.double()).norm() <= tolerance * size, name
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_together_are_one_rank(ranks, single, case):
     for key in ("middle", "final", "averaged"):
         assert_alike(ranks[0][case][key], single[case][key], 1e-5)
-        for found in ranks[1:]:
-            assert all(torch.equal(found[case][key][name], tensor) for name, tensor in ranks[0][case][key].items())
+        for rank in ranks[1:]:
+            assert all(torch.equal(rank[case][key][name], tensor) for name, tensor in ranks[0][case][key].items())
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -180,9 +165,9 @@ def test_what_ranks_saved_continues_on_one(ranks, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_rank_refuses_a_gradient_that_is_not_finite(ranks, single, case):
-    for found in (*ranks, single):
-        assert found[case]["refusal"].startswith(f"the gradient of wide2 is not finite at step {REFUSED}")
-        assert all(torch.equal(found[case]["after"][name], tensor) for name, tensor in found[case]["final"].items()
+    for results in (*ranks, single):
+        assert results[case]["refusal"].startswith(f"the gradient of wide2 is not finite at step {REFUSED}")
+        assert all(torch.equal(results[case]["after"][name], tensor) for name, tensor in results[case]["final"].items()
                    if not name.startswith("pending/"))
 
 

@@ -34,7 +34,7 @@ def test_no_window_stays_no_window():
 
 
 def test_every_curve_acts_on_its_own_value():
-    """Six curves with six values: none may be mistaken for another."""
+    """Six curves have six different values, so that none is mistaken for another."""
     curves = {"lr": "0.5", "weight_decay": "0.25", "momentum": "0.9", "batch_tokens": "2", "sequence_tokens": "0.75",
               "window_tokens": "0.375"}
     assert planned(window=64, **curves).values(7) == Values(0.5, 0.25, 0.9, 8160, 96, 24)
@@ -48,7 +48,7 @@ def test_momentum_is_a_value_and_not_a_factor():
 
 
 def test_batches_grow_by_whole_sequences():
-    """Half of 8 sequences at first, all at 40 % of 10 steps; on the way the nearest whole number."""
+    """The batch grows from 4 sequences to 8 at 40 % of 10 steps, rounded to whole sequences."""
     schedule = planned(steps=10, batch=8 * 16, sequence=16, batch_tokens="0=0.5 40%=1")
     assert [schedule.values(step).batch_tokens // 16 for step in range(6)] == [4, 5, 6, 7, 8, 8]
     assert [schedule.values(step).batch_tokens % 16 for step in range(6)] == [0] * 6
@@ -63,11 +63,11 @@ curves = st.lists(st.tuples(st.integers(0, 60), st.floats(0, 3)), min_size=1, ma
 def test_portions_are_whole_sequences_near_what_was_asked(batch_curve, sequence_curve, sequence, rows):
     schedule = planned(steps=60, batch=rows * sequence, sequence=sequence, batch_tokens=batch_curve,
                        sequence_tokens=sequence_curve)
-    wanted = planned(steps=60, lr=batch_curve)
+    expected = planned(steps=60, lr=batch_curve)
     for step in range(0, 60, 7):
         batch, length, _ = schedule.portions(step)
         assert length >= 1 and batch >= length and batch % length == 0
-        assert batch == length or abs(batch - rows * sequence * wanted.values(step).lr) <= length / 2 + 1e-6
+        assert batch == length or abs(batch - rows * sequence * expected.values(step).lr) <= length / 2 + 1e-6
         assert schedule.values(step)[3:5] == (batch, length)
 
 
@@ -77,7 +77,7 @@ def test_tokens_before_counts_every_step():
 
 
 def test_values_do_not_depend_on_what_was_asked_before():
-    """Resuming at any step sees the numbers of the run that was never stopped."""
+    """A resumed run gets the values of an uninterrupted one."""
     text = "0=0 hold 13%=1 cos -5=0.1"
     forward = [planned(lr=text, batch_tokens=text).values(step) for step in range(100)]
     schedule = planned(lr=text, batch_tokens=text)

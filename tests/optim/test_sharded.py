@@ -1,4 +1,4 @@
-"""The sharded optimizer: banks are views, one rank is a plain loop, several ranks are one rank, states move between.
+"""The sharded optimizer: banks are views; one rank equals a plain loop, several ranks equal one; states move between.
 
 Run as a program with RANK and WORLD_SIZE in the environment, this file is one rank of the runs that its tests compare.
 """
@@ -7,8 +7,6 @@ import functools
 import math
 import os
 import shutil
-import socket
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,9 +24,8 @@ from optim.metrics import StepMetrics
 from optim.rule import Hyper, Step
 from optim.schedule import Values
 from optim.sharded import ShardedOptimizer
-from tests.optim.oracle import FULL, hyper, one_role
+from tests.optim.oracle import FULL, hyper, one_role, run_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS, HALF = 6, 3
 
 OPTIM = Optim(
@@ -71,7 +68,7 @@ def make_optimizer(params: dict[str, Tensor], optim: Optim = OPTIM, **options: b
 
 
 def whole_gradient(name: str, step: int) -> Tensor:
-    """Small whole numbers, whose sums are exact in every order and in bfloat16; some rows have none."""
+    """Return small whole numbers, whose sums are exact in any order and in bfloat16; some rows are zero."""
     grad = torch.randint(-9, 10, TENSORS[name][1], generator=seeded("gradient", name, step)).float()
     if grad.ndim == 2:
         grad[step::7] = 0
@@ -79,7 +76,7 @@ def whole_gradient(name: str, step: int) -> Tensor:
 
 
 def gradient_share(name: str, step: int, rank: int, world_size: int) -> Tensor:
-    """What one rank contributes to `whole_gradient`: different on every rank."""
+    """Return one rank's part of `whole_gradient`; different on every rank."""
     parts = [torch.randint(-9, 10, TENSORS[name][1], generator=seeded("share", name, step, r)).float()
              for r in range(world_size - 1)]
     return parts[rank] if rank < world_size - 1 else whole_gradient(name, step) - sum(parts)
@@ -90,39 +87,39 @@ def values_at(step: int) -> Values:
 
 
 def run_steps(optimizer: ShardedOptimizer, params: dict[str, nn.Parameter], steps: range, *, measured: bool = False) -> list:
-    """What was measured at each step, where asked."""
-    comm, measures, found = optimizer.comm, StepMetrics(optimizer.comm), []
+    """Run steps; return the metrics by role after each, {} unless `measured`."""
+    comm, step_metrics, rows = optimizer.comm, StepMetrics(optimizer.comm), []
     for step in steps:
         optimizer.zero_grad()
         for name, param in params.items():
             param.grad += gradient_share(name, step, comm.rank, comm.world_size)
         if measured:
-            measures.remember(optimizer.banks)
+            step_metrics.remember(optimizer.banks)
         optimizer.step(values_at(step), step + 1)
-        found.append(measures.of_roles(values_at(step)))
-    return found
+        rows.append(step_metrics.by_role(values_at(step)))
+    return rows
 
 
 def copies(params: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: param.detach().clone() for name, param in params.items()}
 
 
-def assert_moved_alike(found: dict[str, Tensor], wanted: dict[str, Tensor], start: dict[str, Tensor]) -> None:
-    """Every tensor equal within 1e-5 of the distance it moved, bfloat16 within 1e-2."""
-    assert found.keys() == wanted.keys()
-    for name in wanted:
-        moved = (wanted[name].double() - start[name].double()).norm()
-        tolerance = 1e-2 if wanted[name].dtype == torch.bfloat16 else 1e-5
+def assert_moved_alike(actual: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor]) -> None:
+    """Check that tensors are equal up to 1e-5 of the distance that they moved, bfloat16 up to 1e-2."""
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        moved = (expected[name].double() - start[name].double()).norm()
+        tolerance = 1e-2 if expected[name].dtype == torch.bfloat16 else 1e-5
         assert moved > 0, name
-        assert found[name].shape == wanted[name].shape and found[name].dtype == wanted[name].dtype, name
-        assert (found[name].double() - wanted[name].double()).norm() <= tolerance * moved, name
+        assert actual[name].shape == expected[name].shape and actual[name].dtype == expected[name].dtype, name
+        assert (actual[name].double() - expected[name].double()).norm() <= tolerance * moved, name
 
 
-def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Bit for bit."""
-    assert found.keys() == wanted.keys()
-    for name in wanted:
-        assert torch.equal(found[name], wanted[name]), name
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Check that tensors are equal bit for bit."""
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
 
 
 def weights_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -130,7 +127,7 @@ def weights_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def start_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Where distances are measured from: the weights' own start, zero for state."""
+    """Return the tensors from which distances are measured: initial weights, zero for state."""
     start = {f"weights/{name}": weight for name, weight in copies(make_params()).items()}
     return {name: start.get(name, torch.zeros_like(tensor)) for name, tensor in state.items()}
 
@@ -169,7 +166,7 @@ def test_backward_accumulates_in_the_bank_and_zeroing_keeps_the_views():
     places = {name: param.grad.data_ptr() for name, param in params.items()}
     for times in (1, 2):
         sum((param.float() * 3).sum() for param in params.values()).backward()
-        assert all((bank.stacked(bank.grads) == 3 * times).all() for bank in optimizer.banks)
+        assert all((bank.per_parameter(bank.grads) == 3 * times).all() for bank in optimizer.banks)
     assert {name: param.grad.data_ptr() for name, param in params.items()} == places
     optimizer.zero_grad()
     assert not any(param.grad.any() for param in params.values())
@@ -191,7 +188,7 @@ def test_a_step_changes_the_model_in_place():
 
 
 def plain_loop(steps: int = STEPS) -> dict[str, Tensor]:
-    """The slow twin: every parameter alone, as one matrix, with its own rule and state."""
+    """Return the weights of the slow twin: every parameter alone, as one matrix, with its own rule and state."""
     weights, states = copies(make_params()), {}
     for step in range(steps):
         values = values_at(step)
@@ -200,10 +197,10 @@ def plain_loop(steps: int = STEPS) -> dict[str, Tensor]:
             rule = build_rule(config)
             matrix = W.view(1, -1, W.size(-1))
             state = states.setdefault(name, rule.init_state(matrix))
-            now = hyper(config.lr * values.lr, wd=config.weight_decay * values.weight_decay, momentum=values.momentum,
+            numbers = hyper(config.lr * values.lr, wd=config.weight_decay * values.weight_decay, momentum=values.momentum,
                         count=step + 1)
             grad = whole_gradient(name, step).to(W.dtype).view_as(matrix)
-            rule.update(matrix, grad, state, now, step=Step.build(config))
+            rule.update(matrix, grad, state, numbers, step=Step.build(config))
     return weights
 
 
@@ -218,22 +215,22 @@ def test_one_rank_is_a_plain_loop():
     Muon(lr=0.04), NorMuon(lr=0.04), SOAP(lr=0.04), Adam(lr=0.04, constraint="hyperball"),
     Muon(lr=0.04, weight_decay=0.2, decay="independent")], ids=["muon", "normuon", "soap", "hyperball", "independent"])
 def test_blocks_are_matrices_and_factors_are_learning_rates(config):
-    """Cut into three blocks, at twice the lr, a tensor moves as three tensors would at that lr."""
+    """A tensor with three blocks and lr_factor 2 moves as three tensors at twice the lr."""
     start, grads = torch.randn(12, 5, generator=seeded("cut")), torch.randn(3, 12, 5, generator=seeded("cuts"))
     whole = {"w": nn.Parameter(start.clone())}
     parts = {f"p{i}": nn.Parameter(start[4 * i:4 * i + 4].clone()) for i in range(3)}
     cut = one_role(replace(config, lr=0.02, extra=Extra(blocks=("w=3",), lr_factors=("w=2",))), whole)
-    plain, measures = one_role(config, parts), StepMetrics(cut.comm)
+    plain, metrics = one_role(config, parts), StepMetrics(cut.comm)
     for step in range(3):
         whole["w"].grad.copy_(grads[step])
         for i, part in enumerate(parts.values()):
             part.grad.copy_(grads[step, 4 * i:4 * i + 4])
-        measures.remember(cut.banks)
+        metrics.remember(cut.banks)
         for optimizer in (cut, plain):
             optimizer.step(Values(1 - 0.2 * step, 1, 0.9, 1, 1, None), step + 1)
     torch.testing.assert_close(whole["w"], torch.cat(list(parts.values())), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(whole["w"], start, atol=0.01)
-    assert measures.turns("matrix")["w"]["angle"] > 0
+    assert metrics.by_tensor("matrix")["w"]["angle"] > 0
     assert {name: tuple(tensor.shape) for name, tensor in cut.state.tensors().items()} == cut.state.shapes()
 
 
@@ -246,8 +243,8 @@ def test_measuring_changes_nothing():
 
 
 def test_hyperparameters_follow_the_schedule():
-    now = Hyper.at(OPTIM.matrix, Values(0.5, 3.0, 0.7, 1, 1, None), 9)
-    assert [x.item() for x in now[:4]] == pytest.approx([0.01, 0.3, 0.7, 9]) and {x.ndim for x in now[:4]} == {0}
+    numbers = Hyper.at(OPTIM.matrix, Values(0.5, 3.0, 0.7, 1, 1, None), 9)
+    assert [x.item() for x in numbers[:4]] == pytest.approx([0.01, 0.3, 0.7, 9]) and {x.ndim for x in numbers[:4]} == {0}
     assert Hyper.at(OPTIM.matrix, Values(0.5, 3.0, None, 1, 1, None), 9).momentum.item() == pytest.approx(0.95)
     assert Hyper.at(Adam(update_every=4), FULL, 12).count == 3
 
@@ -266,7 +263,7 @@ def test_vectors_and_single_numbers_take_every_norm(norm, shape):
 
 
 def size_of(role: str, W: Tensor) -> float:
-    """Size of a tensor in its group's norm, restated."""
+    """Return a tensor's size in its group's norm, written independently of the tested code."""
     W = W.double().reshape(-1, W.size(-1))
     return {
         "matrix": lambda: torch.linalg.matrix_norm(W, 2).item() / max(1, W.size(0) / W.size(1)) ** 0.5,
@@ -274,7 +271,7 @@ def size_of(role: str, W: Tensor) -> float:
     }.get(role, lambda: W.abs().max().item())()
 
 
-def plain_measures(role: str, before: dict[str, Tensor], after: dict[str, Tensor], step: int) -> dict[str, float]:
+def plain_metrics(role: str, before: dict[str, Tensor], after: dict[str, Tensor], step: int) -> dict[str, float]:
     names = [name for name in TENSORS if TENSORS[name][0] == role]
     old, new = (torch.cat([w[name].double().flatten() for name in names]) for w in (before, after))
     return {"lr": getattr(OPTIM, role).lr * (1 - 0.1 * step), "update_rms": (new - old).square().mean().sqrt().item(),
@@ -283,26 +280,26 @@ def plain_measures(role: str, before: dict[str, Tensor], after: dict[str, Tensor
             "angle": math.acos(min(1, (old @ new / old.norm() / new.norm()).item()))}
 
 
-def test_measures_are_their_formulas():
+def test_metrics_are_their_formulas():
     params = make_params()
     optimizer = make_optimizer(params)
     for step in range(3):
         before = copies(params)
-        found, = run_steps(optimizer, params, range(step, step + 1), measured=True)
-        assert set(found) == {role for role, _, _ in TENSORS.values()}
-        for role in found:
-            assert found[role] == pytest.approx(plain_measures(role, before, copies(params), step), rel=1e-5), role
+        by_role, = run_steps(optimizer, params, range(step, step + 1), measured=True)
+        assert set(by_role) == {role for role, _, _ in TENSORS.values()}
+        for role in by_role:
+            assert by_role[role] == pytest.approx(plain_metrics(role, before, copies(params), step), rel=1e-5), role
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch's compiler needs a C++ compiler")
 def test_weights_in_bfloat16_are_exact_when_compiled():
-    """The record's groups, whose weights keep their remainders, by the real compiler."""
+    """Compile the record's groups, whose weights have remainders, with the real compiler."""
     start = {"a": (48, 32), "b": (32, 96), "t": (300, 32)}
     roles = {"a": "matrix", "b": "matrix", "t": "value_embed"}
     record = record_optim()
     extra = replace(record.matrix.extra, blocks=("a=3",), lr_factors=("b=4",))
     optim = replace(record, matrix=replace(record.matrix, extra=extra))
-    found = []
+    weights = []
     for compiled in (False, True):
         params = {name: nn.Parameter((torch.randn(shape, generator=seeded(name)) / 20).bfloat16())
                   for name, shape in start.items()}
@@ -312,15 +309,15 @@ def test_weights_in_bfloat16_are_exact_when_compiled():
                 param.grad.add_(torch.randn(param.shape, generator=seeded(name, step)))
             optimizer.step(Values(1 - 0.1 * step, 1, 0.9, 1, 1, None), step + 1)
             optimizer.zero_grad()
-        found.append({bank.names[0]: bank.step.exact(bank.weights, bank.state) for bank in optimizer.banks})
-    plain, fast = found
+        weights.append({bank.names[0]: bank.step.float32_weights(bank.weights, bank.state) for bank in optimizer.banks})
+    plain, fast = weights
     for name in plain:
         torch.testing.assert_close(fast[name], plain[name], atol=1e-6, rtol=1e-6)
         assert not torch.equal(plain[name], plain[name].bfloat16().float())
 
 
 def test_compiled_updates_are_the_plain_ones_and_compile_once(monkeypatch):
-    """The numbers that change at each step must not make new graphs."""
+    """Hyperparameters that change at each step must not compile new graphs."""
     graphs = []
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=lambda g, _: graphs.append(g) or g))
     torch._dynamo.reset()
@@ -343,14 +340,14 @@ def test_state_is_named_whole_and_independent():
     optimizer = make_optimizer(params)
     run_steps(optimizer, params, range(2))
     state = optimizer.state.tensors()
-    kept = {name: tensor.clone() for name, tensor in state.items()}
+    copy = {name: tensor.clone() for name, tensor in state.items()}
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == optimizer.state.shapes()
     assert_same(weights_of(state), copies(params))
     state_of = {name: sorted(key.split("/")[0] for key in state if key.endswith(f"/{name}")) for name in params}
     assert state_of["wide3"] == ["momentum", "weights"] and state_of["gate"] == ["weights"]
     assert state_of["table"] == ["mean", "square", "weights"] and state["mean/table"].dtype == torch.bfloat16
     run_steps(optimizer, params, range(2, 4))
-    assert_same(state, kept)
+    assert_same(state, copy)
 
 
 def test_loading_continues_bit_for_bit():
@@ -384,55 +381,37 @@ def test_restore_undoes_bit_for_bit():
 
 
 def one_rank() -> dict:
-    """The run that several ranks must reproduce."""
+    """Return the results on one rank, which several ranks must reproduce."""
     params = make_params()
     optimizer = make_optimizer(params)
-    measures = run_steps(optimizer, params, range(HALF), measured=True)
+    metrics = run_steps(optimizer, params, range(HALF), measured=True)
     middle = optimizer.state.tensors()
-    measures += run_steps(optimizer, params, range(HALF, STEPS), measured=True)
-    return {"middle": middle, "final": optimizer.state.tensors(), "measures": measures}
+    metrics += run_steps(optimizer, params, range(HALF, STEPS), measured=True)
+    return {"middle": middle, "final": optimizer.state.tensors(), "metrics": metrics}
 
 
 def as_rank(folder: Path) -> None:
-    """One rank's part: start from its own weights, train, save, undo, continue from another world's state."""
+    """Run one rank: start from its own weights, train, save, undo, continue from a state saved on one rank."""
     torch.set_num_threads(1)
     params = make_params(seed=int(os.environ["RANK"]))
     optimizer = make_optimizer(params)
-    found: dict = {"start": copies(params), "banks": {
-        bank.names[0]: (bank.sharded, tuple(bank.weights.shape), bank.own.start, bank.own.stop)
+    results: dict = {"start": copies(params), "banks": {
+        bank.names[0]: (bank.sharded, tuple(bank.weights.shape), bank.shard.start, bank.shard.stop)
         for bank in optimizer.banks}}
-    found["measures"] = run_steps(optimizer, params, range(HALF), measured=True)
-    found["middle"] = optimizer.state.tensors()
+    results["metrics"] = run_steps(optimizer, params, range(HALF), measured=True)
+    results["middle"] = optimizer.state.tensors()
     snapshot = optimizer.state.snapshot()
     run_steps(optimizer, params, range(HALF, STEPS))
     optimizer.state.restore(snapshot)
-    found["restored"] = optimizer.state.tensors()
-    found["measures"] += run_steps(optimizer, params, range(HALF, STEPS), measured=True)
-    found["final"], found["params"] = optimizer.state.tensors(), copies(params)
+    results["restored"] = optimizer.state.tensors()
+    results["metrics"] += run_steps(optimizer, params, range(HALF, STEPS), measured=True)
+    results["final"], results["params"] = optimizer.state.tensors(), copies(params)
     optimizer.state.load(torch.load(folder / "one.pt"))
-    found["loaded"] = optimizer.state.tensors()
+    results["loaded"] = optimizer.state.tensors()
     run_steps(optimizer, params, range(HALF, STEPS))
-    found["continued"] = optimizer.state.tensors()
-    torch.save(found, folder / f"rank{optimizer.comm.rank}.pt")
+    results["continued"] = optimizer.state.tensors()
+    torch.save(results, folder / f"rank{optimizer.comm.rank}.pt")
     optimizer.comm.close()
-
-
-def launch(world_size: int, folder: Path) -> list[dict]:
-    """All ranks' findings."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    ranks = [subprocess.Popen(
-        [sys.executable, __file__, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
-                          "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}) for rank in range(world_size)]
-    try:
-        said = [rank.communicate(timeout=120)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0] * world_size, "\n".join(said)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(world_size)]
 
 
 @pytest.fixture(scope="module")
@@ -444,12 +423,12 @@ def single() -> dict:
 def ranks(request, single, tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
     torch.save(single["middle"], folder / "one.pt")
-    return launch(request.param, folder)
+    return run_ranks(__file__, request.param, folder)
 
 
 def test_all_ranks_start_from_rank_zeros_weights(ranks):
-    for found in ranks:
-        assert_same(found["start"], copies(make_params(seed=0)))
+    for rank in ranks:
+        assert_same(rank["start"], copies(make_params(seed=0)))
 
 
 def test_large_banks_are_cut_evenly_and_small_ones_replicated(ranks):
@@ -457,7 +436,7 @@ def test_large_banks_are_cut_evenly_and_small_ones_replicated(ranks):
     assert {name for name, (sharded, *_) in ranks[0]["banks"].items() if sharded} == SHARDED
     for name in ranks[0]["banks"]:
         sharded, shape, _, _ = ranks[0]["banks"][name]
-        owned = [(found["banks"][name][2], found["banks"][name][3]) for found in ranks]
+        owned = [(rank["banks"][name][2], rank["banks"][name][3]) for rank in ranks]
         share = shape[0] // world
         assert owned == ([(r * share, (r + 1) * share) for r in range(world)] if sharded else [(0, shape[0])] * world)
 
@@ -471,10 +450,10 @@ def test_padding_is_less_than_one_row_a_rank(ranks):
 
 
 def test_ranks_agree_bit_for_bit(ranks):
-    for found in ranks[1:]:
+    for rank in ranks[1:]:
         for key in ("middle", "final", "params"):
-            assert_same(found[key], ranks[0][key])
-        assert found["measures"] == ranks[0]["measures"]
+            assert_same(rank[key], ranks[0][key])
+        assert rank["metrics"] == ranks[0]["metrics"]
     assert_same(ranks[0]["params"], weights_of(ranks[0]["final"]))
 
 
@@ -483,16 +462,16 @@ def test_ranks_together_are_one_rank(ranks, single, key):
     assert_moved_alike(ranks[0][key], single[key], start_of(single[key]))
 
 
-def test_measures_do_not_depend_on_the_ranks(ranks, single):
-    for found, wanted in zip(ranks[0]["measures"], single["measures"], strict=True):
-        assert found.keys() == wanted.keys()
-        for role in wanted:
-            assert found[role] == pytest.approx(wanted[role], rel=1e-3 if role == "embed" else 1e-5), role
+def test_metrics_do_not_depend_on_the_ranks(ranks, single):
+    for actual, expected in zip(ranks[0]["metrics"], single["metrics"], strict=True):
+        assert actual.keys() == expected.keys()
+        for role in expected:
+            assert actual[role] == pytest.approx(expected[role], rel=1e-3 if role == "embed" else 1e-5), role
 
 
 def test_ranks_restore_bit_for_bit(ranks):
-    for found in ranks:
-        assert_same(found["restored"], found["middle"])
+    for rank in ranks:
+        assert_same(rank["restored"], rank["middle"])
 
 
 def test_one_ranks_state_continues_on_several(ranks, single):

@@ -1,4 +1,4 @@
-"""Groups that are updated at every k-th step: by the mean of k gradients, as often as they should, saved in the middle."""
+"""Groups with update_every k: updated at every k-th step by the mean of k gradients, and resumed in between."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def grad(name: str, step: int) -> torch.Tensor:
 
 
 def run(params: dict, optimizer: ShardedOptimizer, steps: range) -> list[dict]:
-    """As training does: gradients add up until they are zeroed. The weights after each step."""
+    """Train as train_gpt.py does, adding up gradients until they are zeroed; return the weights after each step."""
     path = []
     for step in steps:
         for name, param in params.items():
@@ -39,8 +39,8 @@ def run(params: dict, optimizer: ShardedOptimizer, steps: range) -> list[dict]:
 
 @pytest.mark.parametrize("changes", [{"rule": Adam, "eps": 0.3}, {"rule": NorMuon}, {"rule": Prodigy}])
 def test_it_is_a_slower_run_on_means(changes):
-    """Its updates are those of a run whose k-th gradient is the mean of k; bias corrections count updates, not steps. Adam's
-    large eps tells a mean from a sum."""
+    """The updates are those of a run whose gradients are the means of k, so bias correction counts updates, not steps.
+    Adam's large eps makes a mean differ from a sum."""
     path = run(*make(3, **changes), range(9))
     params, optimizer = make(1, **changes)
     for update in range(3):
@@ -97,10 +97,10 @@ def test_the_period_is_when_all_are_updated():
     assert make(1)[1].period == 1 and make(6)[1].period == 6
 
 
-def test_measures_of_a_group_that_rests_are_zero():
+def test_metrics_of_a_group_that_rests_are_zero():
     params, optimizer = make(2)
-    measures = StepMetrics(optimizer.comm)
-    measures.remember(optimizer.banks)
+    step_metrics = StepMetrics(optimizer.comm)
+    step_metrics.remember(optimizer.banks)
     run(params, optimizer, range(1))
-    found = measures.of_roles(FULL)
-    assert found["embed"]["update_rms"] == 0 < found["matrix"]["update_rms"]
+    by_role = step_metrics.by_role(FULL)
+    assert by_role["embed"]["update_rms"] == 0 < by_role["matrix"]["update_rms"]

@@ -78,7 +78,7 @@ def test_steepest_descent_on_the_sphere_is_the_best_of_all_tangent_steps():
 
 
 @pytest.mark.parametrize(("constraint", "scope"), [
-    (Hyperball(), "matrix"), (Sphere(), "row"), (Sphere().along(-2), "matrix")])
+    (Hyperball(), "matrix"), (Sphere(), "row"), (Sphere().with_axis(-2), "matrix")])
 def test_scope_keeps_vectors_whole(constraint, scope):
     assert constraint.scope == scope
 
