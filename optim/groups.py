@@ -12,23 +12,24 @@ from optim.constraint import Scope
 from optim.norms import build_norm
 from optim.rule import Rule, Step, coarsest, load_class
 
-# Class of each rule. Its module is imported when a role uses the rule, so that a run loads no other rule.
-RULES = {
-    "muon": "optim.muon:Muon", "adam": "optim.adam:Adam", "normuon": "optim.normuon:NorMuon",
-    "steepest": "optim.zoo.steepest:Steepest", "muon2": "optim.zoo.muon2:Muon2", "muown": "optim.zoo.muown:Muown",
-    "dion": "optim.zoo.dion:Dion", "dion2": "optim.zoo.dion2:Dion2", "sm3": "optim.zoo.sm3:SM3",
-    "prodigy": "optim.zoo.prodigy:Prodigy", "agd": "optim.zoo.agd:AGD", "swan": "optim.zoo.swan:SWAN",
-    "shampoo": "optim.zoo.shampoo:Shampoo", "soap": "optim.zoo.soap:SOAP", "soap_muon": "optim.zoo.soap:SOAPMuon",
-    "psgd": "optim.zoo.psgd:PSGD", "stiefel": "optim.zoo.stiefel:Stiefel",
-}
+RULES_OF_THE_RECORD = ("muon", "adam", "normuon")  # these are files of optim/ itself, all others of optim/zoo/
+
+
+def rule_class(config: type[RuleConfig]) -> type[Rule]:
+    """Return the class that a config's rule runs: for rule "lion" with config class Lion, Lion in optim/zoo/lion.py.
+
+    Its module is imported here, so that a run loads only the rules that it uses.
+    """
+    folder = "optim" if config.rule in RULES_OF_THE_RECORD else "optim.zoo"
+    return load_class(f"{folder}.{config.rule}:{config.__name__}")
 
 
 def build_rule(config: RuleConfig) -> Rule:
     """Return the rule that a config describes, grafted onto a second rule's step length if config.graft names one."""
-    rule = load_class(RULES[config.rule])(config)
+    rule = rule_class(type(config))(config)
     if config.graft == Graft():
         return rule
-    return load_class("optim.zoo.graft:Grafted")(rule, load_class(RULES[config.graft.rule])(config.graft))
+    return load_class("optim.zoo.graft:Grafted")(rule, rule_class(type(config.graft))(config.graft))
 
 
 class TensorSpec(NamedTuple):

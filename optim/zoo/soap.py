@@ -1,23 +1,16 @@
-"""SOAP: Adam in the eigenbases of Shampoo's Gram matrices; and SOAP-Muon, which orthogonalises the result.
+"""SOAP: Adam in the eigenbases of Shampoo's Gram matrices.
 
-Both: Gram matrices L <- b L + (1 - b) G G^T and R <- b R + (1 - b) G^T G, b = gram_beta, with eigenvectors Q_L and Q_R.
+Vyas et al. 2024, arXiv 2409.11321, algorithm 3; the bases: algorithm 4. With t counted from the second gradient:
 
-SOAP (Vyas et al. 2024, arXiv 2409.11321, algorithm 3; the bases: algorithm 4), t counted from the second gradient:
-
+    L <- b L + (1 - b) G G^T;   R <- b R + (1 - b) G^T G                          b = gram_beta; eigenvectors Q_L and Q_R
     m <- b1 m + (1 - b1) G;   v <- b2 v + (1 - b2) (Q_L^T G Q_R)^2
     D  = Q_L [Q_L^T mhat Q_R / (sqrt(vhat) + eps)] Q_R^T;   W <- W - lr D        hats: over 1 - b1^t, 1 - b2^t
-
-SOAP-Muon (the core of the speedrun's track-3 record, result 46: on all hidden matrices), u as in Muon:
-
-    u  = Muon's average of G;   v <- b2 v + (1 - b2) (Q_L^T u Q_R)^2
-    D  = orthogonalise(Q_L [Q_L^T u Q_R / (sqrt(v) + eps)] Q_R^T) * unit         no bias correction: the scale drops out
 
 Differences to the authors' SOAP (nikhilvyas/SOAP): m is stored in the axes of W, not of the bases, and needs no rotation
 when the bases change; eps is added to sqrt(vhat), there to sqrt(v); matrices of any size have both bases.
 
-State: SOAP `mean` m, SOAP-Muon `momentum`, (K, m, n), in the dtype of the weights; float32: `square` v (K, m, n), in the
-axes of the bases; `gram_left` L, `basis_left` Q_L (K, m, m); `gram_right` R, `basis_right` Q_R (K, n, n).
-Shapes: K matrices m x n in one stack.
+State: `mean` m (K, m, n), in the dtype of the weights; float32: `square` v (K, m, n), in the axes of the bases;
+`gram_left` L, `basis_left` Q_L (K, m, m); `gram_right` R, `basis_right` Q_R (K, n, n). Shapes: K matrices m x n in a stack.
 """
 
 from typing import ClassVar
@@ -26,7 +19,6 @@ import torch
 from torch import Tensor
 
 import configs.optim as configs
-from optim.muon import Muon, average_gradient
 from optim.norms import Spectral
 from optim.rule import Hyper, Rule, update_second_moment, zeros_like_bank
 from optim.zoo.shampoo import eigenbasis, init_grams, iterate_eigenbasis, update_grams
@@ -94,27 +86,5 @@ class SOAP(Rule):
             step = from_eigenbases(to_eigenbases(mean, state) / root.clamp_min_(1e-30), state)
             step = step / (1 - self.config.beta1**steps)
         # After the step, as in the public code: every gradient is divided in bases that come from those before it.
-        update_eigenbases(grad, state, hyper, self.config)
-        return step
-
-
-class SOAPMuon(Muon):
-    """SOAP-Muon (speedrun track 3, result 46). Its first step is Muon's, as the bases are updated after the step."""
-
-    config: configs.SOAPMuon
-    compiles: ClassVar[bool] = False
-
-    def init_state(self, param: Tensor) -> dict[str, Tensor]:
-        """Return zero averages, and `init_bases`."""
-        return super().init_state(param) | init_bases(param)
-
-    def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
-        """Return D, float32 (K, m, n)."""
-        average = average_gradient(grad.float(), state, self.config, hyper.momentum).float()
-        if int(hyper.count) > 1:
-            rotated = to_eigenbases(average, state)
-            update_second_moment(state["square"], rotated, self.config.beta2)
-            average = from_eigenbases(rotated / state["square"].sqrt().add_(self.config.eps).clamp_min_(1e-30), state)
-        step = self.dual(average)
         update_eigenbases(grad, state, hyper, self.config)
         return step

@@ -34,7 +34,7 @@ from configs.optim import (
 from configs.schema import Run, with_settings
 from configs.serialize import config_from_dict, config_to_dict
 from optim import adam, groups, muon
-from optim.rule import load_class
+from optim.zoo import soap
 
 OWN = {name: {f.name for f in dataclasses.fields(config)} - {f.name for f in dataclasses.fields(RuleConfig)}
        for name, config in RULES.items()}
@@ -72,8 +72,9 @@ def test_each_rule_has_its_own_fields_alone():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_every_field_of_a_rule_is_read_by_it(rule):
-    """By its file, the classes that it is built from, or the averages of optim/muon.py; momentum comes from the schedule."""
-    classes = load_class(groups.RULES[rule]).__mro__[:-1] + ((adam.Adam,) if rule == "muown" else ())
+    """By its file, the code that it extends or uses, or the averages of optim/muon.py; momentum comes from the schedule."""
+    used = {"muown": (adam.Adam,), "soap_muon": (soap.update_eigenbases,)}.get(rule, ())
+    classes = groups.rule_class(RULES[rule]).__mro__[:-1] + used
     averages = (muon.average_gradient, muon.mean_of_averages, muon.init_average)
     source = "".join(map(inspect.getsource, (*classes, inspect.getmodule(classes[0]), *averages)))
     assert [name for name in OWN[rule] - {"momentum"} if f"config.{name}" not in source] == []

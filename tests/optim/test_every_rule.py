@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from configs.optim import RULES, Adam, Extra, Muon, NorMuon, RuleConfig
-from optim import groups
-from optim.groups import build_rule
-from optim.rule import Step, load_class
+from optim.groups import build_rule, rule_class
+from optim.rule import Step
 from optim.sharded import NonFiniteError, ShardedOptimizer
 from tests.optim.oracle import FULL, directions, gaussian, hyper, one_role, train
 
@@ -132,7 +131,7 @@ def test_a_gradient_that_is_not_finite_is_refused_before_any_weight_moves(config
 # ---- Compiled, saved, loaded --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", [name for name in RULES if load_class(groups.RULES[name]).compiles and name != "adam"])
+@pytest.mark.parametrize("rule", [name for name in RULES if rule_class(RULES[name]).compiles and name != "adam"])
 def test_updates_compile_once_and_do_the_same(rule, monkeypatch):
     """Without adam, whose fused path on CPUs is not compiled."""
     graphs = []
