@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 
-from configs.ablations import ROWS, each_off, find_row, row_named, settings_off, techniques
+from configs.ablations import ROWS, find_row, leave_one_out_rows, run_of_row, settings_off, techniques
 from configs.cli import as_flags, parse_row
 from configs.optim import Optim
 from configs.presets import PRESETS
@@ -13,7 +13,7 @@ from configs.serialize import config_to_dict, flatten
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_rows_change_their_base(row):
-    assert row_named(row.name) != PRESETS[row.base]()
+    assert run_of_row(row.name) != PRESETS[row.base]()
 
 
 def test_names_are_unique():
@@ -22,7 +22,7 @@ def test_names_are_unique():
 
 def test_an_unknown_row_is_named():
     with pytest.raises(ValueError, match="unknown ablation 'nothing'; "):
-        row_named("nothing")
+        run_of_row("nothing")
 
 
 def test_a_misspelt_row_gets_the_nearest():
@@ -89,7 +89,7 @@ KINDS = ("tiny", "track3", "ngpt_bytes", "speedrun_cpu")
 def test_each_row_leaves_out_its_technique_alone(preset):
     preset, flags = ("tiny", EVERYTHING.split()) if preset == "everything" else (preset, [])
     run = parse_row(preset, flags)
-    for row in each_off(run):
+    for row in leave_one_out_rows(run):
         changes = changed(run, parse_row(row.base, [*flags, *row.flags.split()]))
         if row.name == "no_muon":
             assert {"optim.matrix.rule", "optim.matrix.lr"} <= changes
@@ -100,27 +100,27 @@ def test_each_row_leaves_out_its_technique_alone(preset):
 
 def test_every_technique_can_be_left_out():
     run = parse_row("tiny", EVERYTHING.split())
-    assert {row.name for row in each_off(run)} == {
+    assert {row.name for row in leave_one_out_rows(run)} == {
         f"no_{name}" for name in labels(run).values() if name not in APART} | {"no_muon"}
 
 
 def test_what_is_left_out_of_the_record_recipe_is_all_that_it_has():
-    rows = {row.name for row in each_off(PRESETS["speedrun_cpu"]())}
+    rows = {row.name for row in leave_one_out_rows(PRESETS["speedrun_cpu"]())}
     assert {f"no_{name}" for name in APART - {"sampled_softmax"}} <= rows
-    assert "no_sampled_softmax" in {row.name for row in each_off(parse_row("tiny", ["--model.sampled_softmax", "9"]))}
+    assert "no_sampled_softmax" in {row.name for row in leave_one_out_rows(parse_row("tiny", ["--model.sampled_softmax", "9"]))}
 
 
 def test_what_is_off_is_not_left_out():
     run = PRESETS["tiny_adamw"]()
     off = " ".join(as_flags(settings_off(run, name)) for name in labels(run))
-    assert each_off(parse_row("tiny_adamw", off.split())) == []
+    assert leave_one_out_rows(parse_row("tiny_adamw", off.split())) == []
 
 
 def test_without_muon_the_matrices_are_the_twins():
-    row = next(row for row in each_off(PRESETS["track3"]()) if row.name == "no_muon")
+    row = next(row for row in leave_one_out_rows(PRESETS["track3"]()) if row.name == "no_muon")
     assert parse_row("track3", row.flags.split()).optim.matrix == PRESETS["track3_adamw"]().optim.matrix
 
 
 def test_momentum_falls_back_to_the_groups_own():
-    row = next(row for row in each_off(PRESETS["tiny"]()) if row.name == "no_momentum_curve")
+    row = next(row for row in leave_one_out_rows(PRESETS["tiny"]()) if row.name == "no_momentum_curve")
     assert parse_row("tiny", row.flags.split()).schedule.momentum is None

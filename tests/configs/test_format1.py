@@ -73,12 +73,12 @@ def test_what_is_gone_is_refused(config, message):
 
 
 def test_what_is_gone_is_read_at_its_default():
-    gone = {name: format1.default(name) for name in format1.REMOVED}
+    gone = {name: format1.default_value(name) for name in format1.REMOVED}
     assert config_from_dict(unflatten(gone)) == config_from_dict({})
 
 
 def test_a_whole_configuration_of_format_1_has_the_hash_of_its_defaults_and_is_read():
-    flat = {name: format1.default(name) for name in format1.known_names()}
+    flat = {name: format1.default_value(name) for name in format1.setting_names()}
     assert record_hash(flat) == record_hash({}) and record_hash(flat | {"optim.head.lr": 0.5}) != record_hash({})
     assert record_hash({"optim.matrix.lr": 1}) == record_hash({"optim.matrix.lr": 1.0})
     run = config_from_dict(unflatten(flat))

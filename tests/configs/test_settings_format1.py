@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from configs import format1
-from configs.ablations import each_off, row_named
+from configs.ablations import leave_one_out_rows, run_of_row
 from configs.cli import parse_row
-from configs.entries import entry_named
+from configs.entries import find_entry
 from configs.presets import PRESETS
 from configs.schema import with_settings
 from configs.serialize import config_from_dict, config_to_dict, record_hash, unflatten
@@ -28,11 +28,11 @@ def run_named(name):
     """The run of that name as it is today."""
     kind, *path = name.split("/")
     if kind == "off":
-        row = next(row for row in each_off(PRESETS[path[0]]()) if row.name == path[1])
+        row = next(row for row in leave_one_out_rows(PRESETS[path[0]]()) if row.name == path[1])
         return parse_row(row.base, shlex.split(row.flags))
     if kind == "entry":
-        return parse_row("bench_cpu", shlex.split(entry_named(path[0]).flags))
-    return PRESETS[path[0]]() if kind == "preset" else row_named(path[0])
+        return parse_row("bench_cpu", shlex.split(find_entry(path[0]).flags))
+    return PRESETS[path[0]]() if kind == "preset" else run_of_row(path[0])
 
 
 def acting(run):
@@ -49,7 +49,7 @@ def test_a_run_uses_the_settings_that_it_used(name):
 
 @pytest.mark.parametrize("name", [name for name in SETTINGS["runs"] if name.startswith("entry/")])
 def test_an_entry_is_tuned_in_the_space_that_it_was(name):
-    assert list(entry_named(name.split("/")[1]).space) == SETTINGS["runs"][name]["space"]
+    assert list(find_entry(name.split("/")[1]).space) == SETTINGS["runs"][name]["space"]
 
 
 # Where a run changed its rule, settings of the old one that no longer acted counted, and USED does not hold them.
@@ -71,7 +71,7 @@ def test_a_setting_that_is_no_longer_there_is_refused_off_its_default():
 
 
 def test_matrix_rules_of_other_norms_are_refused():
-    group = format1.frozen()["group"] | {"rule": "normuon", "norm": "sign"}
+    group = format1.load_defaults()["group"] | {"rule": "normuon", "norm": "sign"}
     with pytest.raises(ValueError, match="rule normuon with norm sign"):
         format1.migrate_group(group)
 
