@@ -17,7 +17,7 @@ SPHERE_ROLES = ("matrix", "embed", "head", "value_embed")  # roles with vectors 
 def tiny() -> Run:
     """BPE model on Python's source code, a minute on two cores.
 
-    One layer, since in a minute on two CPU cores more tokens lower the loss more than more depth. With key_offset this single
+    One layer, since in a minute on two CPU cores more tokens lower the loss more than more depth. With key_offset this one
     layer can attend to what followed earlier occurrences of the current token, so that a context of 1024 tokens pays.
     """
     return Run(
@@ -170,9 +170,9 @@ class Variant:
 
 PRESETS: dict[str, Callable[[], Run]] = {
     "tiny": tiny,
-    "tiny_adamw": Variant("tiny", "`tiny` with AdamW for every tensor, the baseline of Muon.", {"optim.matrix": Adam(lr=0.003)}),
+    "tiny_adamw": Variant("tiny", "`tiny` with AdamW for every tensor, a baseline.", {"optim.matrix": Adam(lr=0.003)}),
     "bytes": bytes_,
-    "bytes_adamw": Variant("bytes", "`bytes` with AdamW for every tensor, the baseline of Muon.", {"optim.matrix": Adam(lr=0.003)}),
+    "bytes_adamw": Variant("bytes", "`bytes` with AdamW for every tensor, a baseline.", {"optim.matrix": Adam(lr=0.003)}),
     "bench_cpu": Variant("bytes", "Optimizer benchmark on a laptop: `bytes`, 240 steps.", {
         "data.val_bytes": 131_072, "train.val_every_steps": 60,
         "log.wandb": "disabled", "log.diagnostics": False, "log.sample_tokens": 0}),

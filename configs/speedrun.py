@@ -26,15 +26,15 @@ def record_optim() -> Optim:
 
     Weight decay is cautious and falls with the square of lr: its curve is that of lr, which multiplies it too.
     """
-    # Without the remainder, updates smaller than bfloat16's rounding are lost: the record calls it substantially detrimental.
+    # bfloat16 alone loses the updates that are below its rounding, which the record found harmful.
     exact = {"rounding": "remainder", "state_dtype": "float32"}
     # The record has weight decay 0.005 x 150 (embedding, head) and 0.005 x 5 (tables), multiplied by lr twice: by the peak
     # here (0.005 x 150 x 0.008 = 0.006; 0.005 x 5 x 0.6 = 0.015; for matrices 1.2 x 0.023 = 0.0276) and by the optimizer.
     adam = Adam(lr=0.008, beta1=0.5, beta2=0.95, eps=1e-10, weight_decay=0.006, decay="cautious", update_every=2)
     table = replace(adam, lr=0.6, beta1=0.75, weight_decay=0.015, **exact)
     small = replace(adam, lr=0.008, beta1=0.9, beta2=0.99, weight_decay=0.0)
-    # mlp.down: the record stores it in the shape of mlp.up, whose unit is (m/n)^.5 = 2, and doubles its lr. Here its unit is 1,
-    # so that the factor is 4. Queries and keys are orthogonalised in 3 blocks, one per pair of heads.
+    # mlp.down: the record stores it in the shape of mlp.up, whose unit is (m/n)^.5 = 2, and doubles its lr. Here its unit is
+    # 1, so that the factor is 4. Queries and keys are orthogonalised in 3 blocks, one per pair of heads.
     matrix = NorMuon(unit="at_least_one", normalise="longer", lr=0.023, beta2=0.9, eps=1e-10, weight_decay=0.0276,
                      decay="cautious", **exact,
                      extra=Extra(blocks=("attention.q=3", "attention.k=3"), lr_factors=("mlp.down=4",)))

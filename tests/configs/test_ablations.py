@@ -1,4 +1,4 @@
-"""Every row of the ablation table is a run that differs from its base."""
+"""The ablation table: every row is a run that differs from its base, and leave-one-out rows switch off one technique."""
 
 from dataclasses import fields
 
@@ -30,7 +30,7 @@ def test_a_misspelt_row_gets_the_nearest():
         find_row("nosmear")
 
 
-# ---- leaving one out ----
+# ---- Leave-one-out rows ----
 
 MODEL_SWITCHES = {"qk_norm", "smear", "x0_skip", "zero_init_projections", "norm_embedding", "norm_gains", "biases",
                   "tied_head", "document_mask", "value_gates", "bigram_signs", "ngram_orders", "yarn", "head_gates", "xsa",
@@ -49,7 +49,7 @@ CHANGES = {f"no_{name}": {f"model.{name}"} for name in MODEL_SWITCHES} | {
     "no_momentum_curve": {"schedule.momentum"}, "no_weight_decay": {"optim.matrix.weight_decay"},
     "no_batch_growth": {"schedule.batch_tokens"}, "no_sequence_growth": {"schedule.sequence_tokens"},
     "no_lr_cooldown": {"schedule.lr"}}
-# What goes with it, where it is on: it would have no effect or no place.
+# Settings that a row also switches off if they are on: without the technique they would have no effect or be refused.
 COMPANIONS = {
     "no_window": {"model.full_attention_layers", "model.long_window_tokens", "model.yarn",
                   "schedule.window_tokens", "schedule.long_window_tokens"},
@@ -64,29 +64,29 @@ EVERYTHING = ("--model.x0_skip --model.softcap tanh --model.norm_gains --model.b
               "--model.key_offset --model.yarn --model.head_gates --model.xsa --model.projection_gains --model.inject "
               "--model.layers 3 --model.paired_heads 0 --model.dynamic_heads 1 --model.attention_free 2 --model.skips 0>2 "
               "--model.shared_attention_input 0 --model.backout 1 --model.residual_growth 1.1 --model.dense mudd")
-# What excludes them, or needs other optimizers: shown to be switched off elsewhere.
+# Techniques that EVERYTHING cannot contain, since they exclude others of it or need other optimizers; tested separately.
 APART = {"mtp_weights", "prefix_loss", "sampled_softmax", "tied_start", "row_moments", "slow_adam", "cautious_decay",
          "blocks", "lr_factors"}
 
 
 def labels(run):
-    """The techniques that have a row, by setting: what the row is called after no_."""
-    return {name: name.rpartition(".")[2] if one.name is None else one.name
-            for name, one in techniques(run).items() if one.name != ""}
+    """The name after `no_` of each technique's row, by setting."""
+    return {name: name.rpartition(".")[2] if technique.name is None else technique.name
+            for name, technique in techniques(run).items() if technique.name != ""}
 
 
 def changed(run, other):
-    """Dotted names of the fields in which two runs differ, of those that both have."""
-    one, two = (flatten(config_to_dict(each)) for each in (run, other))
-    return {name for name in one.keys() & two.keys() if one[name] != two[name]}
+    """Dotted names of the fields that both runs have and in which they differ."""
+    left, right = flatten(config_to_dict(run)), flatten(config_to_dict(other))
+    return {name for name in left.keys() & right.keys() if left[name] != right[name]}
 
 
-# Between them they switch all techniques that presets do.
+# Together they use every technique that some preset uses.
 KINDS = ("tiny", "track3", "ngpt_bytes", "speedrun_cpu")
 
 
 @pytest.mark.parametrize("preset", [*KINDS, "everything"])
-def test_each_row_leaves_out_its_technique_alone(preset):
+def test_each_row_switches_off_only_its_technique(preset):
     preset, flags = ("tiny", EVERYTHING.split()) if preset == "everything" else (preset, [])
     run = parse_row(preset, flags)
     for row in leave_one_out_rows(run):
@@ -104,23 +104,24 @@ def test_every_technique_can_be_left_out():
         f"no_{name}" for name in labels(run).values() if name not in APART} | {"no_muon"}
 
 
-def test_what_is_left_out_of_the_record_recipe_is_all_that_it_has():
+def test_the_record_recipe_has_a_row_for_each_of_its_techniques():
     rows = {row.name for row in leave_one_out_rows(PRESETS["speedrun_cpu"]())}
     assert {f"no_{name}" for name in APART - {"sampled_softmax"}} <= rows
-    assert "no_sampled_softmax" in {row.name for row in leave_one_out_rows(parse_row("tiny", ["--model.sampled_softmax", "9"]))}
+    sampled = parse_row("tiny", ["--model.sampled_softmax", "9"])
+    assert "no_sampled_softmax" in {row.name for row in leave_one_out_rows(sampled)}
 
 
-def test_what_is_off_is_not_left_out():
+def test_a_technique_that_is_off_has_no_row():
     run = PRESETS["tiny_adamw"]()
     off = " ".join(as_flags(settings_off(run, name)) for name in labels(run))
     assert leave_one_out_rows(parse_row("tiny_adamw", off.split())) == []
 
 
-def test_without_muon_the_matrices_are_the_twins():
+def test_no_muon_gives_the_matrices_the_twins_rule():
     row = next(row for row in leave_one_out_rows(PRESETS["track3"]()) if row.name == "no_muon")
     assert parse_row("track3", row.flags.split()).optim.matrix == PRESETS["track3_adamw"]().optim.matrix
 
 
-def test_momentum_falls_back_to_the_groups_own():
+def test_without_its_curve_momentum_is_the_groups_own():
     row = next(row for row in leave_one_out_rows(PRESETS["tiny"]()) if row.name == "no_momentum_curve")
     assert parse_row("tiny", row.flags.split()).schedule.momentum is None

@@ -53,7 +53,7 @@ class OnGPU(torch.Tensor):
 
 
 def test_the_polynomial_by_the_kernel(monkeypatch):
-    monkeypatch.setattr(symmetric, "has_kernel", lambda X: True)
+    monkeypatch.setattr(symmetric, "uses_kernel", lambda X: True)
     X, b, c = gaussian(2, 24, 40), -4.775, 2.0315
     twin = gram_polynomial(X, b, c)
     found, calls = gram_polynomial(X.as_subclass(OnGPU), b, c), []

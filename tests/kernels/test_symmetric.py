@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kernels import symmetric
-from kernels.symmetric import capable, gram_polynomial, has_kernel, symmetric_product
+from kernels.symmetric import device_has_kernel, gram_polynomial, symmetric_product, uses_kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -51,7 +51,7 @@ def test_the_kernel_compiles_for_gpus(with_y, tmp_path, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_elsewhere_the_plain_products_run(dtype):
     X = gaussian(2, 300, 20).to(dtype)
-    assert not has_kernel(X)
+    assert not uses_kernel(X)
     A = X.double() @ X.double().mT
     torch.testing.assert_close(gram_polynomial(X.double(), -2.0, 0.5), -2 * A + 0.5 * A @ A)
     assert gram_polynomial(X, -2.0, 0.5).dtype == dtype
@@ -62,16 +62,16 @@ def test_elsewhere_the_plain_products_run(dtype):
 def test_capable_devices(capability, triton, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
-    assert capable(torch.device("cuda")) == expected
-    assert not capable(torch.device("cpu")) and not capable(torch.device("mps"))
+    assert device_has_kernel(torch.device("cuda")) == expected
+    assert not device_has_kernel(torch.device("cpu")) and not device_has_kernel(torch.device("mps"))
 
 
 @pytest.mark.parametrize(("shape", "dtype", "expected"), [((1, 256, 8), torch.bfloat16, True),
                                                           ((1, 255, 800), torch.bfloat16, False),
                                                           ((1, 256, 8), torch.float32, False)])
 def test_the_kernel_serves_large_matrices_in_bfloat16(shape, dtype, expected, monkeypatch):
-    monkeypatch.setattr(symmetric, "capable", lambda device: True)
-    assert has_kernel(torch.empty(shape, dtype=dtype)) == expected
+    monkeypatch.setattr(symmetric, "device_has_kernel", lambda device: True)
+    assert uses_kernel(torch.empty(shape, dtype=dtype)) == expected
 
 
 def test_the_choice_compiles_into_one_graph():
