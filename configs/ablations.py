@@ -143,10 +143,9 @@ def settings_off(run: Run, name: str) -> dict[str, object]:
     Options of an optimizer stay as they are: a rule whose averaging is off accepts nesterov.
     """
     off = {name: techniques(run)[name].off}
-    if not name.startswith("optim."):
-        for other, technique in techniques(run).items():
-            if name in technique.needs:
-                off |= settings_off(run, other)
+    needing = [other for other, technique in techniques(run).items() if name in technique.needs]
+    for other in needing if not name.startswith("optim.") else ():
+        off |= settings_off(run, other)
     return off
 
 

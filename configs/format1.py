@@ -28,11 +28,10 @@ def load_defaults() -> dict[str, Any]:
 
 def default_value(name: str) -> Any:
     """Return the default of a setting by dotted name. Raises KeyError for an unknown one."""
-    defaults = load_defaults()
     if name.startswith("optim."):
         _, role, field = name.split(".")
-        return defaults["roles"][role].get(field, defaults["group"][field])
-    return defaults["run"][name]
+        return load_defaults()["roles"][role].get(field, load_defaults()["group"][field])
+    return load_defaults()["run"][name]
 
 
 def setting_names() -> list[str]:

@@ -45,8 +45,8 @@ class Model:
     """Multiple to which the vocabulary size is rounded up, for efficient matrix shapes."""
     activation: Literal["relu2", "gelu", "swiglu"] = technique(
         "relu2", name="relu2", off="gelu", on="relu2", only=("relu2",))
-    """Activation of the MLP: ReLU squared (So et al. 2021, arXiv 2109.08668), GELU, or SwiGLU (Shazeer 2020,
-    arXiv 2002.05202)."""
+    """Activation of the MLP. relu2: ReLU squared (So et al. 2021, arXiv 2109.08668); gelu: GELU; swiglu: SwiGLU (Shazeer
+    2020, arXiv 2002.05202)."""
     biases: bool = technique(False, off=False, on=True)
     """Use biases in all linear maps."""
     init_gain: float = 0.33
@@ -66,8 +66,8 @@ class Model:
 
     position: Literal["none", "learned", "rotary", "half_rotary"] = technique(
         "rotary", name="rotary", off="learned", on="rotary", only=("rotary", "half_rotary"))
-    """Position encoding: none, a learned table (GPT-2), rotary (Su et al. 2021, arXiv 2104.09864), or rotary on half of the
-    head's dimensions."""
+    """Position encoding. learned: a table (GPT-2); rotary: Su et al. 2021, arXiv 2104.09864; half_rotary: rotary on half of
+    each head's dimensions."""
     rotary_base: float = 1024.0
     """Base of the rotary frequencies: the longest wavelength is 2 pi times it, in tokens."""
     qk_norm: bool = technique(True, off=False, on=True)
@@ -86,8 +86,7 @@ class Model:
     attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
     """Attention kernel. auto: flex on CUDA where there is a window or a document mask, else sdpa."""
     flash: Literal["default", "FA3", "FA4"] = "default"
-    """Version of FlashAttention inside sdpa and varlen: PyTorch's own, 3 (Hopper) or 4; both need their package
-    installed."""
+    """FlashAttention inside sdpa and varlen. default: PyTorch's own; FA3 (Hopper), FA4: versions of a package to install."""
     key_offset: bool = technique(False, off=False, on=True, needs={"model.position": "half_rotary"})
     """Take the unrotated dimensions of keys from the previous token, in layers with the long window or none (speedrun,
     Dec 2025)."""
@@ -201,8 +200,8 @@ class Model:
     fp8_weight_max: float = 1.6
     """Largest weight under static scales (the speedrun's value for the head)."""
     fp8_grad_max: float = 0.0
-    """Largest gradient by a logit, the loss's factor included: 0.75 in the speedrun, which sums the loss; divide it by the
-    tokens of a step if train.loss_reduction is mean. 0: measured at each call."""
+    """Largest gradient by a logit, the loss's factor included: 0.75 in the speedrun, divided by the tokens of a step if
+    train.loss_reduction is mean. 0: measured at each call."""
     fp8_x_headroom: float = 1.8
     """Headroom of the input under delayed scales: a factor of the previous largest entry (speedrun, 2026)."""
     fp8_weight_headroom: float = 1.12
@@ -232,14 +231,12 @@ class Model:
         """Raise ValueError for a layer number that does not exist."""
         raise_if(self.value_embeds > self.layers,
                f"value_embeds must be at most layers ({self.layers}), got {self.value_embeds}")
-        layers_of = {name: getattr(self, name) for name in ("full_attention_layers", "paired_heads", "dynamic_heads",
-                                                            "attention_free", "value_embed_layers")}
-        layers_of |= {name: (value,) for name in ("shared_attention_input", "backout")
-                      if (value := getattr(self, name)) is not None}
-        for name, layers in layers_of.items():
-            for layer in layers:
-                exists = 0 <= layer < self.layers
-                raise_if(not exists, f"{name}: there is no layer {layer}; layers are 0 to {self.layers - 1}")
+        several = [(name, layer) for name in ("full_attention_layers", "paired_heads", "dynamic_heads", "attention_free",
+                                              "value_embed_layers") for layer in getattr(self, name)]
+        single = [(name, getattr(self, name)) for name in ("shared_attention_input", "backout")]
+        for name, layer in several + single:
+            exists = layer is None or 0 <= layer < self.layers
+            raise_if(not exists, f"{name}: there is no layer {layer}; layers are 0 to {self.layers - 1}")
         raise_if(len(self.value_embed_layers) not in (0, self.value_embeds),
                f"value_embed_layers names {len(self.value_embed_layers)} layers for {self.value_embeds} value_embeds")
         parse_skips(self.skips, self.layers)

@@ -23,15 +23,14 @@ def check_ranges(config: object, ranges: Mapping[str, Sequence[str]]) -> None:
     """
     for interval, names in ranges.items():
         low, high = (float(end) for end in interval.strip("[]()").split(","))
-        with_low, with_high = interval[0] == "[", interval[-1] == "]"
         for name in names:
             value = getattr(config, name, None)
             if high < math.inf or value == math.inf:
                 requirement = f"lie in {interval}"
             else:
-                requirement = f"be at least {low:g}" if with_low else "be positive"
-            # nan passes no comparison, so that it is refused too
-            inside = value is None or (low <= value <= high and (with_low or value > low) and (with_high or value < high))
+                requirement = f"be at least {low:g}" if interval[0] == "[" else "be positive"
+            inside = value is None or (low <= value <= high and (value > low or interval[0] == "[")  # False for nan
+                                       and (value < high or interval[-1] == "]"))
             raise_if(not inside, f"{name} must {requirement}, got {value}")
 
 
@@ -85,12 +84,11 @@ def check_needs(config: Any, section: str) -> None:
     `section` is the name of `config` in a run, such as model. Needs in other sections are not checked.
     """
     declared = techniques_of(type(config))
-    for name, entry in declared.items():
-        is_on = getattr(config, name) != entry.off
-        for need in entry.needs:
-            need_section, _, field_name = need.rpartition(".")
-            if is_on and need_section == section and getattr(config, field_name) == declared[field_name].off:
-                raise ValueError(f"{name} has no effect without --{need}")
+    for name in (name for name, entry in declared.items() if getattr(config, name) != entry.off):
+        for need in declared[name].needs:
+            needed_field = need.removeprefix(f"{section}.")  # a need in another section keeps its dot
+            is_off = "." not in needed_field and getattr(config, needed_field) == declared[needed_field].off
+            raise_if(is_off, f"{name} has no effect without --{need}")
 
 
 # ---- Curves: a number that changes over a run, written as one short string ------------------------------------------------
@@ -200,10 +198,9 @@ def is_named(key: str, name: str) -> bool:
     return f".{key}." in f".{name}."
 
 
-def number_of(name: str, numbers: Mapping[str, float], default: float) -> float:
+def number_of(name: str, numbers: dict[str, float], default: float) -> float:
     """Return the number of the tensor `name`: that of the last key that it contains, else `default`."""
-    matching = [number for key, number in numbers.items() if is_named(key, name)]
-    return matching[-1] if matching else default
+    return next((numbers[key] for key in reversed(numbers) if is_named(key, name)), default)
 
 
 def unmatched_keys(numbers: Mapping[str, float], names: Iterable[str]) -> list[str]:

@@ -68,17 +68,17 @@ class Data:
     """Source of the tokens. corpus: text that every Python installation contains; shards: .bin files of GPT-2 tokens, such
     as the speedrun's FineWeb; text: your own UTF-8 files."""
     corpus: Literal["code", "prose"] = "code"
-    """Text of the source corpus. code: Python's standard library, 11 MB; prose: Python's language reference in English, 0.5
-    MB."""
+    """Text that source corpus reads. code: Python's standard library, 11 MB; prose: Python's language reference, English,
+    0.5 MB."""
     tokenizer: Literal["bpe", "bytes", "gpt2"] = "bpe"
     """Tokenizer. bpe: a small byte-pair encoding trained on the training split; bytes: one token per byte; gpt2:
     tiktoken's."""
     bpe_vocab_tokens: int = 1024
-    """Number of tokens of the tokenizer bpe, without the end-of-text token."""
+    """Size of the vocabulary of tokenizer bpe, in tokens, without the end-of-text token."""
     train_files: tuple[str, ...] = ()
-    """Training files or glob patterns, for the sources shards and text."""
+    """Training files or glob patterns, for sources shards and text."""
     val_files: tuple[str, ...] = ()
-    """Validation files or glob patterns. Empty, for the source text: the last 10 % of the training text."""
+    """Validation files or glob patterns. Empty, for source text: the last 10 % of the training text."""
     order: Literal["contiguous", "shuffled", "documents"] = "shuffled"
     """Order of the training data. contiguous: consecutive slices of the token stream; shuffled: every window once per epoch,
     in an order that depends on the seed; documents: rows packed with pieces that begin at document starts."""
@@ -87,11 +87,11 @@ class Data:
     val_sequence_tokens: int | None = None
     """Context length in validation, in tokens. None: sequence_tokens."""
     max_document_tokens: int = 2048
-    """Largest number of tokens of one document under the order documents; longer documents are clipped."""
+    """Largest number of tokens of a document where order is documents; longer documents are clipped."""
     val_tokens: int = 10_485_760
-    """Number of validation tokens of the source shards, from the start of the validation files (the speedrun's rule)."""
+    """Number of validation tokens of source shards, from the start of the validation files (the speedrun's rule)."""
     val_bytes: int = 565_000
-    """Number of validation bytes of the sources corpus and text, from the start of the validation split."""
+    """Number of validation bytes of sources corpus and text, from the start of the validation split."""
 
     def __post_init__(self) -> None:
         check_ranges(self, RANGES)
@@ -139,13 +139,12 @@ class Schedule:
     """Factor of data.max_document_tokens."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "weight_decay", "momentum", "batch_tokens", "sequence_tokens", "window_tokens",
-                     "long_window_tokens", "mtp", "prefix_loss", "max_document_tokens"):
-            text = getattr(self, name)
+        for curve in fields(self):
+            text = getattr(self, curve.name)
             if text is not None:
-                # A curve lies between its knots, so that the knots alone need a check.
+                # A curve lies between the values of its knots, so that it is enough to check these.
                 lowest = min(knot.value for knot in parse_curve(text))
-                raise_if(lowest < 0, f"schedule.{name} must not be negative, got {text!r}")
+                raise_if(lowest < 0, f"schedule.{curve.name} must not be negative, got {text!r}")
         highest = max(knot.value for knot in parse_curve(self.momentum or "0"))
         raise_if(highest >= 1, f"schedule.momentum must stay below 1, got {self.momentum!r}")
 
@@ -262,13 +261,9 @@ def with_settings(config: Any, settings: Mapping[str, object]) -> Any:
 
     All values are set at once: the result is checked, not each change alone. Raises ValueError if it is invalid.
     """
-    changes: dict[str, Any] = {}
-    for name, value in settings.items():
-        section, _, inner_name = name.partition(".")
-        if inner_name:
-            changes.setdefault(section, {})[inner_name] = value
-        else:
-            changes[section] = value
-    nested = {name.partition(".")[0] for name in settings if "." in name}
-    return replace(config, **{name: with_settings(getattr(config, name), value) if name in nested else value
-                              for name, value in changes.items()})
+    changes = {name: value for name, value in settings.items() if "." not in name}
+    for section in dict.fromkeys(name.partition(".")[0] for name in settings if "." in name):
+        inner = {name: value for name, value in settings.items() if name.startswith(f"{section}.")}
+        inner = {name.removeprefix(f"{section}."): value for name, value in inner.items()}
+        changes[section] = with_settings(getattr(config, section), inner)
+    return replace(config, **changes)

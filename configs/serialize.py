@@ -80,8 +80,7 @@ def config_hash(run: Run) -> str:
     that the hash stays the same when later versions add fields. An optimizer's defaults are those of its class.
     """
     # The same rules at their own defaults: only what differs from them counts, and the names of the roles' rules.
-    classes = {f.name: type(getattr(run.optim, f.name)) for f in fields(run.optim)}
-    plain = Run(optim=type(run.optim)(**{role: rule() for role, rule in classes.items()}))
+    plain = Run(optim=type(run.optim)(**{role.name: type(getattr(run.optim, role.name))() for role in fields(run.optim)}))
     flat, defaults = flatten(config_to_dict(run)), flatten(config_to_dict(plain))
     changed = {name: value for name, value in flat.items()
                if value != defaults.get(name) or (name.endswith(".rule") and name.count(".") == 2)}

@@ -35,18 +35,17 @@ def quantise(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.float() / scale).clamp(-format_max, format_max).to(dtype)  # else e5m2 gives inf
 
 
-def plain_product(A: Tensor, B: Tensor, scale_a: Tensor, scale_b: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+def plain_product(A: Tensor, B: Tensor, scale_a: Tensor, scale_b: Tensor, *, dtype: torch.dtype) -> Tensor:
     """Compute `product` by its plain twin: dequantise to float32, then multiply."""
-    return ((A.float() * scale_a) @ (B.float() * scale_b).mT).to(out_dtype)
+    return ((A.float() * scale_a) @ (B.float() * scale_b).mT).to(dtype)
 
 
-def product(A: Tensor, B: Tensor, scale_a: Tensor, scale_b: Tensor, *, out_dtype: torch.dtype,
-            fast: bool = False) -> Tensor:
-    """Return scale_a scale_b A B^T of 8-bit A (N, C) and B (M, C), both row-major: (N, M).
+def product(A: Tensor, B: Tensor, scale_a: Tensor, scale_b: Tensor, *, dtype: torch.dtype, fast: bool = False) -> Tensor:
+    """Return scale_a scale_b A B^T of 8-bit A (N, C) and B (M, C), both row-major: (N, M) in `dtype`.
 
     `fast` lets Hopper's tensor cores sum with fewer bits than float32.
     """
-    return F.scaled_mm(A, B.mT, scale_a, ScalingType.TensorWise, scale_b, ScalingType.TensorWise, output_dtype=out_dtype,
+    return F.scaled_mm(A, B.mT, scale_a, ScalingType.TensorWise, scale_b, ScalingType.TensorWise, output_dtype=dtype,
                        use_fast_accum=fast)
 
 
@@ -71,7 +70,7 @@ class Fp8Linear(torch.autograd.Function):
         ctx.grad_max, ctx.dtype = grad_max, x_NC.dtype
         saved = (x_NC, weight_MC) if grad_max is None else (x8, w8, scale_x, scale_w)
         ctx.save_for_backward(*saved)
-        return product(x8, w8, scale_x, scale_w, out_dtype=x_NC.dtype, fast=True)
+        return product(x8, w8, scale_x, scale_w, dtype=x_NC.dtype, fast=True)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad_NM: Tensor) -> tuple[Tensor | None, ...]:
@@ -84,8 +83,8 @@ class Fp8Linear(torch.autograd.Function):
         scale = scale_of(largest, BACKWARD)
         g8 = quantise(grad_NM, scale, BACKWARD)
         # Copies, since 8-bit tensor cores take the summed dimension as the contiguous one of both operands.
-        by_x = product(g8, w8.mT.contiguous(), scale, scale_w, out_dtype=ctx.dtype)
-        by_w = product(pad_rows(g8).mT.contiguous(), pad_rows(x8).mT.contiguous(), scale, scale_x, out_dtype=torch.float32)
+        by_x = product(g8, w8.mT.contiguous(), scale, scale_w, dtype=ctx.dtype)
+        by_w = product(pad_rows(g8).mT.contiguous(), pad_rows(x8).mT.contiguous(), scale, scale_x, dtype=torch.float32)
         return by_x, by_w.to(ctx.dtype), None, None, None
 
 
