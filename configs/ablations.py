@@ -20,6 +20,7 @@ class Row(NamedTuple):
     """An experiment of the ablation table."""
 
     name: str
+    """Name on the command line of scripts.ablate."""
     base: str
     """Preset that it starts from."""
     flags: str
@@ -133,8 +134,8 @@ def is_on(run: Run, name: str) -> bool:
     if technique is None or (run.model.geometry == "sphere" and name.removeprefix("model.") in SPHERE_NEEDS):
         return False
     value = tuple(value) if isinstance(value, list) else value  # `off` and `only` hold tuples, JSON lists
-    counts = value in technique.only if technique.only else value != technique.off
-    return counts and all(is_on(run, need) for need in technique.needs)
+    is_used = value in technique.only if technique.only else value != technique.off
+    return is_used and all(is_on(run, need) for need in technique.needs)
 
 
 def settings_off(run: Run, name: str) -> dict[str, object]:
@@ -143,13 +144,14 @@ def settings_off(run: Run, name: str) -> dict[str, object]:
     Options of an optimizer stay as they are: a rule whose averaging is off accepts nesterov.
     """
     off = {name: techniques(run)[name].off}
-    needing = [other for other, technique in techniques(run).items() if name in technique.needs]
-    for other in needing if not name.startswith("optim.") else ():
+    needing = [other for other, technique in techniques(run).items()
+               if name in technique.needs and not name.startswith("optim.")]
+    for other in needing:
         off |= settings_off(run, other)
     return off
 
 
-# Presets whose tuned AdamW is not called PRESET_adamw.
+# The preset with tuned AdamW for the matrices, where it is not called PRESET_adamw.
 ADAMW_TWINS = {"bench_cpu": "bytes_adamw", "bench_cpu_prose": "bytes_adamw", "bench_gpu": "track3_adamw"}
 
 

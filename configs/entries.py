@@ -15,6 +15,7 @@ class Entry(NamedTuple):
     """An optimizer on the leaderboard."""
 
     name: str
+    """Name on the leaderboard."""
     flags: str
     """Flags that change the preset of the benchmark."""
     space: tuple[str, ...]

@@ -107,7 +107,7 @@ def own_fields(rule: str, group: Mapping[str, Any]) -> dict[str, Any]:
     raise_if(rule not in RULES, f"unknown rule {rule!r}")
     names = {f.name for f in fields(RULES[rule])} - {f.name for f in fields(RuleConfig)}
     values = {name: group[name] for name in names}
-    if "unit" in names and "norm" not in names:  # Muon and its kin: format 1 told the two spectral norms apart by `norm`
+    if "unit" in names and "norm" not in names:  # Muon and its subclasses: the two spectral norms became units
         values["unit"] = "rms_operator" if group["norm"] == "rms_operator" else UNITS[group["unit"]]
     if "schatten_p" in names and group["norm"] != "schatten":
         del values["schatten_p"]

@@ -35,7 +35,7 @@ def check_ranges(config: object, ranges: Mapping[str, Sequence[str]]) -> None:
 
 
 def check_field_names(known: Iterable[str], names: Iterable[str], owner: str) -> None:
-    """Raise ValueError for the first of `names` that is not a known field of `owner`, with the nearest that is."""
+    """Raise ValueError for the first of `names` that is not a known field of `owner`, and name the nearest one."""
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -48,7 +48,7 @@ def nearest(word: str, choices: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; choices: {', '.join(choices)}"
 
 
-# ---- Techniques: fields that can be left out alone ------------------------------------------------------------------------
+# ---- Techniques: fields that can be switched off alone --------------------------------------------------------------------
 
 
 class Technique(NamedTuple):
@@ -84,7 +84,8 @@ def check_needs(config: Any, section: str) -> None:
     `section` is the name of `config` in a run, such as model. Needs in other sections are not checked.
     """
     declared = techniques_of(type(config))
-    for name in (name for name, entry in declared.items() if getattr(config, name) != entry.off):
+    active = [name for name, entry in declared.items() if getattr(config, name) != entry.off]
+    for name in active:
         for need in declared[name].needs:
             needed_field = need.removeprefix(f"{section}.")  # a need in another section keeps its dot
             is_off = "." not in needed_field and getattr(config, needed_field) == declared[needed_field].off

@@ -64,7 +64,7 @@ def speedrun() -> Run:
                     matrix_dtype="bfloat16", table_dtype="bfloat16"),
         optim=record_optim(),
         # Per stage, as in the record: batches of 131,072, 262,144 and 393,216 tokens; windows 128/384, 384/896, 640/1408 and
-        # 768/1664; documents of up to 896 tokens, then 2048.
+        # 768/1664; documents of up to 896 tokens, then 2048. The auxiliary losses fade out until stage 3.
         schedule=Schedule(lr=LR, weight_decay=LR, momentum="0=0.85 300=0.95 -50=0.95 100%=0.85",
                           batch_tokens=stages(1, 2, 3), window_tokens=stages(1, 3, 5, 6),
                           long_window_tokens=stages(1, 896 / 384, 1408 / 384, 1664 / 384),
@@ -105,8 +105,9 @@ def speedrun_cpu() -> Run:
 
     Every technique of `speedrun` is on, at sizes and with a schedule that fit a CPU.
     """
+    # The record's stages, at a third and two thirds of the run.
     lr = "0=1 hold 33%=1.52 40%=1.52 66%=0.91 hold 67%=1.03 100%=0.15"
-    token = {"lr": 0.06, "weight_decay": 0.0}
+    token_optim = {"lr": 0.06, "weight_decay": 0.0}
     return with_settings(speedrun(), {
         "preset": "speedrun_cpu", "run": Identity(), "data": Data(sequence_tokens=128, val_bytes=65_536),
         "model.layers": 5, "model.dim": 64, "model.head_dim": 16, "model.embed_std": 0.05,
@@ -118,7 +119,7 @@ def speedrun_cpu() -> Run:
         "model.shared_attention_input": 3, "model.skips": ("1>3",), "model.backout": 2,
         "model.dynamic_heads": (4,), "model.dynamic_window": 16,
         "optim.matrix.extra.blocks": ("attention.q=2", "attention.k=2"), "optim.bigram_embed.extra.sparse_rows": False,
-        **{f"optim.{role}.{name}": value for role in ("embed", "head") for name, value in token.items()},
+        **{f"optim.{role}.{name}": value for role in ("embed", "head") for name, value in token_optim.items()},
         "schedule": Schedule(
             lr=lr, weight_decay=lr, momentum="0=0.85 25%=0.95 95%=0.95 100%=0.85",
             batch_tokens="0=1 hold 33%=2 hold 67%=3", window_tokens="0=1 hold 33%=2 hold 67%=3",

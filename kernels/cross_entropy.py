@@ -132,6 +132,7 @@ def row_kernel() -> Callable:
     @triton.jit
     def rows(z_ptr, targets_ptr, loss_ptr, grad_ptr, columns, height, shift, width, base,
              FAMILY: tl.constexpr, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr):
+        """Loss of one row and, WITH_GRAD, its gradient by z."""
         row = tl.program_id(0).to(tl.int64)  # row * columns exceeds 2^31 from 42,700 rows of 50,304 columns on
         target = tl.load(targets_ptr + row)
         counts = tl.where(target >= 0, 1.0, 0.0)

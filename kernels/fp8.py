@@ -6,7 +6,7 @@ number above 0 is 2^-32 of the largest, that of e4m3 is 2^-18, below which gradi
 
 A tensor is stored as round(x / s) with one scale s for all entries, which maps the largest entry to the largest number of
 the format. A product is summed in float32 and multiplied by both scales. The largest entry is a setting (static), that of
-this tensor (dynamic), or that of the previous pass times a headroom (delayed), which does not wait for the tensor.
+this tensor (dynamic), or that of the previous pass times a headroom (delayed: rounding need not wait for a maximum).
 Validation and sampling compute without gradients, and use the plain product.
 
 Shapes: N tokens, C inputs, M outputs.

@@ -43,6 +43,7 @@ class LinearReLU2(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, upstream_NM: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients p W by x, (N, C), and p^T x by W, (M, C), with p = 2 max(x W^T, 0) upstream."""
         x_NC, weight_MC, y_NM = ctx.saved_tensors
+        # The root halves the relative rounding error of y, so that it is as exact as a stored max(x W^T, 0).
         p_NM = 2 * y_NM.sqrt() * upstream_NM
         return p_NM @ weight_MC, p_NM.mT @ x_NC
 
@@ -72,6 +73,7 @@ def tile_kernel() -> Callable:
 
     @triton.jit
     def tile(x_ptr, w_ptr, y_ptr, rows, columns, inner, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr):
+        """One tile of y = max(x w^T, 0)^2, ROWS x COLUMNS."""
         # int64: offsets i * columns can exceed 2^31. j stands as a column to index rows of W, and is transposed for y.
         i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
         j = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[:, None]

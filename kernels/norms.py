@@ -31,6 +31,7 @@ class Normalise(torch.autograd.Function):
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, s: float, eps: float) -> Tensor:
         """(..., C) -> (..., C)."""
         exact = torch.promote_types(x.dtype, torch.float32)
+        # Sums in float32 without a float32 copy of x; the rest is in place on a tensor of one number per vector.
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
         r = length.square_().mul_(s).add_(eps).rsqrt_()
         y = (x * r).to(x.dtype)

@@ -47,7 +47,7 @@ def test_hold_jumps_at_the_knot():
 
 @pytest.mark.parametrize("total", [100, 200, 300, 1000, 3250])
 def test_hold_jumps_at_a_whole_share(total):
-    """Where p % of the run is a whole step, the value changes there and not one step later."""
+    """If p % of the run is a whole step, the value changes at that step and not one later."""
     whole = [percent for percent in range(1, 101) if percent * total % 100 == 0]
     late = [percent for percent in whole if at(f"0=1 hold {percent}%=2", percent * total // 100, total) != 2]
     early = [percent for percent in whole if at(f"0=1 hold {percent}%=2", percent * total // 100 - 1, total) != 1]
