@@ -14,7 +14,7 @@ import torch
 import tyro
 
 from benchmarks import write_result
-from configs.ablations import each_off
+from configs.ablations import leave_one_out_rows
 from configs.cli import parse, parse_row
 from configs.presets import PRESETS
 from train_gpt import Trainer
@@ -36,7 +36,7 @@ def seconds_of_a_round(trainer: Trainer, steps: int, seed: int) -> float:
 def main(preset: str = "speedrun_cpu", rounds: int = 12) -> None:
     """Time every technique of a preset, and write the ratios down."""
     everything, times, ratios = Trainer(parse([preset, "--run.device", "cpu"])), [], {}
-    for row in each_off(PRESETS[preset]()):
+    for row in leave_one_out_rows(PRESETS[preset]()):
         less = Trainer(parse_row(preset, row.flags.split()))
         period = everything.optimizer.period
         pairs = [tuple(seconds_of_a_round(trainer, period, i) for trainer in (everything, less))

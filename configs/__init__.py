@@ -1,1 +1,1 @@
-"""What a run is: frozen dataclasses, named presets, ablation rows and the command line that parses them."""
+"""Settings of a run: frozen dataclasses, presets, ablation rows, and the command line that parses them."""

@@ -1,6 +1,7 @@
-"""The ablation table: one row, one experiment. Rows go through the same parser as the command line.
+"""The ablation table: each row is one experiment, a preset with a few changed flags.
 
-`each_off` makes the rows that leave one technique out of a run, from the fields that declare what off means.
+Rows go through the same parser as the command line. `leave_one_out_rows` derives the rows that switch off one technique of a
+run each from the fields that declare a technique (configs/notation.py), so that a new technique needs no row of its own.
 """
 
 from dataclasses import fields
@@ -16,18 +17,22 @@ from configs.serialize import config_to_dict, flatten
 
 
 class Row(NamedTuple):
-    """An experiment: its name, the preset it starts from, and what it changes there."""
+    """An experiment of the ablation table."""
 
     name: str
+    """Name on the command line of scripts.ablate."""
     base: str
+    """Preset that it starts from."""
     flags: str
+    """Flags of the command line that change the preset."""
 
 
-# Scion (Pethick et al. 2025, arXiv 2502.07529): a norm for every role and Adam for none.
+# Scion (Pethick et al. 2025, arXiv 2502.07529): every role descends under a norm, none uses Adam.
 SCION = ("--optim.embed.rule steepest --optim.embed.norm row --optim.head.rule steepest --optim.head.norm sign "
          "--optim.gate.rule steepest --optim.gate.norm sign --optim.gate.lr 0.01 "
          "--optim.scalar.rule steepest --optim.scalar.norm sign --optim.scalar.lr 0.01")
-# The radii of its balls are 1 / weight_decay: an iterate that starts inside stays inside (eta = lr weight_decay <= 1).
+# Constrained Scion by weight decay: weights stay in the norm's ball of radius 1 / weight_decay, as each step is a mixture of
+# the weights and a point of that ball, with share lr weight_decay <= 1.
 SCION_BALLS = ("--optim.matrix.weight_decay 0.05 --optim.embed.weight_decay 0.2 --optim.head.weight_decay 0.5 "
                "--optim.gate.weight_decay 0.5 --optim.scalar.weight_decay 0.5")
 
@@ -104,7 +109,7 @@ ROWS = (
     Row("scion", "bytes", f"{SCION} --optim.embed.lr 0.03 --optim.head.lr 0.004"),
     Row("scion_constrained", "bytes", f"{SCION} {SCION_BALLS} --optim.matrix.lr 0.04 --optim.embed.lr 0.03 "
                                       "--optim.head.lr 0.005"),
-    # From normalised SGD towards Muon: what does p tune? In one unit, a flat spectrum moves as far for every p.
+    # From normalised SGD (p = 2) towards Muon (p = infinity). Unit rms gives all p the same length for a flat spectrum.
     *(Row(f"schatten_{p}", "bytes", "--optim.matrix.rule steepest --optim.matrix.norm schatten --optim.matrix.unit rms "
                                     f"--optim.matrix.schatten_p {p}") for p in (2, 4, 8, 32)),
     Row("sign_head", "bytes", "--optim.head.rule steepest --optim.head.norm sign --optim.head.unit fan_in "
@@ -115,45 +120,52 @@ ROWS = (
 
 
 def techniques(run: Run) -> dict[str, Technique]:
-    """Every setting of a run, by dotted name, that is a technique or depends on one; optimizers': the hidden matrices'."""
+    """Return the techniques of a run by dotted name; of the optimizers, those of the hidden matrices only."""
     sections = {"model": run.model, "schedule": run.schedule, "train": run.train, "optim.matrix": run.optim.matrix,
                 "optim.matrix.extra": run.optim.matrix.extra}
-    return {f"{section}.{name}": one for section, config in sections.items()
-            for name, one in techniques_of(type(config)).items()}
+    return {f"{section}.{name}": technique for section, config in sections.items()
+            for name, technique in techniques_of(type(config)).items()}
 
 
 def is_on(run: Run, name: str) -> bool:
-    """Whether a run uses the technique of that setting: it differs from `off`, and so do all that it needs."""
-    one, value = techniques(run).get(name), flatten(config_to_dict(run)).get(name)
-    if one is None or (run.model.geometry == "sphere" and name.removeprefix("model.") in SPHERE_NEEDS):
+    """True if a run uses the technique `name` and all that it needs."""
+    technique, value = techniques(run).get(name), flatten(config_to_dict(run)).get(name)
+    # The sphere requires its settings: they cannot be switched off there.
+    if technique is None or (run.model.geometry == "sphere" and name.removeprefix("model.") in SPHERE_NEEDS):
         return False
-    value = tuple(value) if isinstance(value, list) else value
-    return value != one.off and (not one.only or value in one.only) and all(is_on(run, need) for need in one.needs)
+    value = tuple(value) if isinstance(value, list) else value  # `off` and `only` hold tuples, JSON lists
+    is_used = value in technique.only if technique.only else value != technique.off
+    return is_used and all(is_on(run, need) for need in technique.needs)
 
 
 def settings_off(run: Run, name: str) -> dict[str, object]:
-    """The settings that leave out the technique of that setting, and with it what would be refused without it: an
-    optimizer's options are not."""
+    """Return the settings that switch off the technique `name` and all techniques that need it.
+
+    Options of an optimizer stay as they are: a rule whose averaging is off accepts nesterov.
+    """
     off = {name: techniques(run)[name].off}
-    for other, one in techniques(run).items():
-        off |= settings_off(run, other) if name in one.needs and not name.startswith("optim.") else {}
+    needing = [other for other, technique in techniques(run).items()
+               if name in technique.needs and not name.startswith("optim.")]
+    for other in needing:
+        off |= settings_off(run, other)
     return off
 
 
-# The preset that tunes AdamW for a preset's matrices, where it is not called PRESET_adamw.
+# The preset with tuned AdamW for the matrices, where it is not called PRESET_adamw.
 ADAMW_TWINS = {"bench_cpu": "bytes_adamw", "bench_cpu_prose": "bytes_adamw", "bench_gpu": "track3_adamw"}
 
 
-def each_off(run: Run) -> list[Row]:
-    """A row `no_NAME` on the run's preset for every technique that the run uses, each leaving out that one alone.
+def leave_one_out_rows(run: Run) -> list[Row]:
+    """Return a row `no_NAME` for every technique that the run uses, which switches off that one, on the run's preset.
 
-    Muon counts where the preset has a twin that says what AdamW's settings would be.
+    `no_muon` is there if the preset has a twin with tuned settings for AdamW.
     """
     rows = []
-    for name, one in techniques(run).items():
-        label = name.rpartition(".")[2] if one.name is None else one.name
+    for name, technique in techniques(run).items():
+        label = name.rpartition(".")[2] if technique.name is None else technique.name
         if label and is_on(run, name):
             rows.append(Row(f"no_{label}", run.preset, as_flags(settings_off(run, name))))
+    # Techniques that are no field of their own: NorMuon's second moment, slow updates of all groups, and Muon.
     if run.optim.matrix.rule == "normuon":
         rows.append(Row("no_row_moments", run.preset, "--optim.matrix.rule muon"))
     if run.optim.embed.update_every > 1:
@@ -161,27 +173,28 @@ def each_off(run: Run) -> list[Row]:
         rows.append(Row("no_slow_adam", run.preset, as_flags(every_step)))
     twin = PRESETS.get(ADAMW_TWINS.get(run.preset, f"{run.preset}_adamw"))
     if type(run.optim.matrix) is Muon and twin:
-        rows.append(Row("no_muon", run.preset, _matrices_as(twin(), run)))
+        rows.append(Row("no_muon", run.preset, _flags_of_twin(twin(), run)))
     return rows
 
 
-def _matrices_as(twin: Run, run: Run) -> str:
-    """The flags that give the run's matrices the twin's rule, with all its settings."""
-    theirs, ours = twin.optim.matrix, switch_rule(run.optim.matrix, twin.optim.matrix.rule)
-    differing = [f.name for f in fields(theirs) if getattr(theirs, f.name) != getattr(ours, f.name)]
-    changes = {f"optim.matrix.{name}": getattr(theirs, name) for name in differing}
-    return as_flags({"optim.matrix.rule": theirs.rule} | changes)
+def _flags_of_twin(twin: Run, run: Run) -> str:
+    """Return the flags that give the run's matrices the rule of the twin's, with all its settings."""
+    target = twin.optim.matrix
+    switched = switch_rule(run.optim.matrix, target.rule)  # what --optim.matrix.rule alone gives
+    changes = {f"optim.matrix.{f.name}": getattr(target, f.name) for f in fields(target)
+               if getattr(target, f.name) != getattr(switched, f.name)}
+    return as_flags({"optim.matrix.rule": target.rule} | changes)
 
 
 def find_row(name: str) -> Row:
-    """The row of that name. Raises ValueError with the nearest one."""
+    """Return the row of that name. Raises ValueError, with the nearest name, if there is none."""
     rows = {row.name: row for row in ROWS}
     if name not in rows:
         raise ValueError(f"unknown ablation {name!r}{nearest(name, list(rows))}")
     return rows[name]
 
 
-def row_named(name: str) -> Run:
-    """The complete run of a row. Raises ValueError for an unknown name or a row that does not parse."""
+def run_of_row(name: str) -> Run:
+    """Return the complete run of a row. Raises ValueError for an unknown name or a row that does not parse."""
     row = find_row(name)
     return parse_row(row.base, row.flags.split())

@@ -1,7 +1,8 @@
-"""The optimization benchmark's entries: one row = one optimizer and the one search space that its author declares.
+"""Entries of the optimizer benchmark: each is an optimizer and the one search space in which it is tuned.
 
-Everyone gets the same number of quasi-random trials in its space (after AlgoPerf, Dahl et al. 2023, arXiv 2306.07179),
-so a narrow space is a claim and a wide one costs. Ranges: NAME=LOW:HIGH:SCALE; scale `one_minus` is logarithmic in 1 - x.
+All entries get the same number of quasi-random trials in their space (after AlgoPerf, Dahl et al. 2023, arXiv 2306.07179): a
+narrow space must contain good values, a wide one wastes trials. Ranges are NAME=LOW:HIGH:SCALE; scale `one_minus` is
+logarithmic in 1 - x.
 """
 
 from typing import NamedTuple
@@ -11,11 +12,14 @@ from configs.notation import nearest
 
 
 class Entry(NamedTuple):
-    """An optimizer on the leaderboard: its name, what it changes in the task's preset, and what is tuned."""
+    """An optimizer on the leaderboard."""
 
     name: str
+    """Name on the leaderboard."""
     flags: str
+    """Flags that change the preset of the benchmark."""
     space: tuple[str, ...]
+    """Ranges of the hyperparameters that are tuned."""
 
 
 ADAM_SPACE = ("optim.matrix.lr=0.001:0.01:log", "optim.matrix.beta1=0.7:0.95:one_minus",
@@ -64,11 +68,11 @@ ENTRIES = (
           ("optim.matrix.lr=0.3:3:log", "optim.matrix.beta1=0.7:0.95:one_minus", "optim.matrix.beta2=0.9:0.999:one_minus")),
     Entry("agd", "--optim.matrix.rule agd", ("optim.matrix.lr=0.3:3:log",)),
 )
-REFERENCE = "muon"  # what every entry is compared with
+REFERENCE = "muon"  # the entry that all others are compared with
 
 
-def entry_named(name: str) -> Entry:
-    """The entry of that name. Raises ValueError naming the nearest one."""
+def find_entry(name: str) -> Entry:
+    """Return the entry of that name. Raises ValueError, with the nearest name, if there is none."""
     entries = {entry.name: entry for entry in ENTRIES}
     if name not in entries:
         raise ValueError(f"unknown entry {name!r}{nearest(name, list(entries))}")

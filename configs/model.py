@@ -1,17 +1,22 @@
-"""The GPT: sizes, and one flag per technique."""
+"""The model's settings: sizes of the GPT, and one field for each technique.
+
+The fields stand under five banners: size, attention, embeddings, residual stream, losses. A field made by `technique(...)`
+can be switched off alone, which gives it an ablation row and a test. The docstring of each field is its text in `--help`.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from configs.notation import check_needs, check_ranges, parse_skips, raise_if, technique
 
-# The sphere has norms everywhere and gains nowhere, and a zero vector has no direction.
+# The values that geometry sphere requires. Its norms are built in and have no gains; a vector of zeros, as a projection that
+# starts at zero would write, has no direction; and terms added to the stream would leave the sphere.
 SPHERE_NEEDS = {"zero_init_projections": False, "norm_gains": False, "biases": False, "tied_head": False, "qk_norm": True,
                 "norm_embedding": True, "inject": False, "residual_growth": 0.0, "skips": (), "backout": None,
                 "dense": "none"}
 
 
-# Where numbers must lie.
+# The interval of each numeric field, for `check_ranges`.
 RANGES = {
     "[1, inf)": ("layers", "dim", "head_dim", "mlp_dim", "vocab_multiple", "window_tokens", "long_window_tokens",
                  "dynamic_window", "fp8_x_headroom", "fp8_weight_headroom"),
@@ -24,169 +29,183 @@ RANGES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """The GPT: sizes, and one flag per technique; a technique that is off costs nothing and changes nothing."""
+    """The GPT: sizes, and one field for each technique; a technique that is off costs nothing and changes nothing."""
 
-    # ---- Size, start and storage ------------------------------------------------------------------------------------------
+    # ---- Size, initialisation and storage ---------------------------------------------------------------------------------
 
     layers: int = 2
+    """Number of blocks, each an attention layer and an MLP."""
     dim: int = 128
     """Width of the residual stream."""
     head_dim: int = 64
-    """dim / head_dim heads."""
+    """Dimension of an attention head; there are dim / head_dim heads."""
     mlp_dim: int | None = None
-    """Hidden width of the MLP; None: 4 dim."""
+    """Hidden width of the MLP. None: 4 dim."""
     vocab_multiple: int = 64
-    """The vocabulary is padded up to a multiple of this (efficient matrix shapes)."""
+    """Multiple to which the vocabulary size is rounded up, for efficient matrix shapes."""
     activation: Literal["relu2", "gelu", "swiglu"] = technique(
         "relu2", name="relu2", off="gelu", on="relu2", only=("relu2",))
-    """ReLU squared (So et al. 2021, arXiv 2109.08668), GELU, or SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+    """Activation of the MLP. relu2: ReLU squared (So et al. 2021, arXiv 2109.08668); gelu: GELU; swiglu: SwiGLU (Shazeer
+    2020, arXiv 2002.05202)."""
     biases: bool = technique(False, off=False, on=True)
-    """Biases in all linear maps."""
+    """Use biases in all linear maps."""
     init_gain: float = 0.33
-    """Hidden matrices start with variance init_gain / fan_in (speedrun)."""
+    """Gain of the initial hidden matrices, whose entries have variance init_gain / fan_in (speedrun)."""
     zero_init_projections: bool = technique(True, off=False, on=True)
-    """The maps that write to the stream, and the head, start at zero (muP's advice, Yang et al. 2022, arXiv 2203.03466)."""
+    """Start the head, and the projections that write to the residual stream, at zero (muP, Yang et al. 2022,
+    arXiv 2203.03466)."""
     matrix_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Storage of hidden matrices, their gradients and optimizer state. In bfloat16 with the group's rounding remainder and
-    state_dtype float32 weights are as exact as in float32, and half as much goes through the network (speedrun, 2025)."""
+    """Storage dtype of hidden matrices, their gradients and optimizer state. bfloat16 halves the communication; with
+    rounding remainder and state_dtype float32 in the group, the weights stay as exact as in float32 (speedrun, 2025)."""
     embed_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Storage of the token embedding (and of its optimizer state)."""
+    """Storage dtype of the token embedding, its gradient and optimizer state."""
     table_dtype: Literal["float32", "bfloat16"] = "float32"
-    """The same of value embeddings and hashed tables."""
+    """Storage dtype of value embeddings and hashed tables, their gradients and optimizer state."""
 
     # ---- Attention --------------------------------------------------------------------------------------------------------
 
     position: Literal["none", "learned", "rotary", "half_rotary"] = technique(
         "rotary", name="rotary", off="learned", on="rotary", only=("rotary", "half_rotary"))
-    """Learned table (GPT-2), rotary (Su et al. 2021, arXiv 2104.09864), or rotary on half the dimensions."""
+    """Position encoding. learned: a table (GPT-2); rotary: Su et al. 2021, arXiv 2104.09864; half_rotary: rotary on half of
+    each head's dimensions."""
     rotary_base: float = 1024.0
-    """Longest wavelength of the rotary embedding, over 2 pi."""
+    """Base of the rotary frequencies: the longest wavelength is 2 pi times it, in tokens."""
     qk_norm: bool = technique(True, off=False, on=True)
-    """RMS-normalised queries and keys (Henry et al. 2020, arXiv 2010.04245)."""
+    """Use RMS norms on queries and keys (Henry et al. 2020, arXiv 2010.04245)."""
     attention_scale: float | None = technique(None, off=None, on=0.9)
-    """Softmax scale; None: 1 / sqrt(head_dim)."""
+    """Factor of q k^T before the softmax. None: 1 / sqrt(head_dim), or sqrt(head_dim) on the sphere."""
     window_tokens: int | None = technique(None, name="window", off=None, on=3)
-    """Sliding-window attention: each token sees so many last tokens; None: all."""
+    """Length of the sliding window, in tokens, the query's own included. None: attention sees the whole context."""
     long_window_tokens: int | None = technique(
         None, name="", off=None, on=4, needs={"model.window_tokens": 2, "model.full_attention_layers": (1,)})
-    """With a window: the window of the layers that see further; None: everything."""
+    """Window of full_attention_layers, in tokens, where window_tokens is set. None: they see the whole context."""
     full_attention_layers: tuple[int, ...] = technique((), name="", off=(), on=(1,), needs={"model.window_tokens": 3})
-    """With a window: layers, from 0, that see further."""
+    """Layers, numbered from 0, that have the long window in place of window_tokens."""
     document_mask: bool = technique(False, off=False, on=True)
-    """Attention stays within a document."""
+    """Mask attention between documents."""
     attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
-    """Kernel; auto: sdpa, or flex on CUDA where a window or document mask is on."""
+    """Attention kernel. auto: flex on CUDA where there is a window or a document mask, else sdpa."""
     flash: Literal["default", "FA3", "FA4"] = "default"
-    """FlashAttention inside sdpa and varlen: PyTorch's own, or version 3 (Hopper) or 4 where its package is installed."""
+    """FlashAttention inside sdpa and varlen. default: PyTorch's own; FA3 (Hopper), FA4: versions of a package to install."""
     key_offset: bool = technique(False, off=False, on=True, needs={"model.position": "half_rotary"})
-    """Layers that see far take the unrotated dimensions of their keys from the token before (speedrun, Dec 2025)."""
+    """Take the unrotated dimensions of keys from the previous token, in layers with the long window or none (speedrun,
+    Dec 2025)."""
     head_gates: bool = technique(False, off=False, on=True)
-    """Each head's output times a gate that reads the layer's input (speedrun, Aug 2025)."""
+    """Multiply each head's output by a gate computed from the layer's input (speedrun, Aug 2025)."""
     yarn: bool = technique(False, off=False, on=True, needs={"model.window_tokens": 3, "model.position": "rotary"})
-    """Where windows grow, slow rotary frequencies are stretched and the softmax scale rises (YaRN, Peng et al. 2023,
-    arXiv 2309.00071), in one go from the first window."""
+    """Stretch slow rotary frequencies and raise the softmax scale as the window grows beyond its first length (YaRN, Peng et
+    al. 2023, arXiv 2309.00071)."""
     xsa: bool = technique(False, off=False, on=True)
-    """Heads lose a learned share of their component along the token's own value (arXiv 2603.09078)."""
+    """Subtract from each head's output a learned share of its component along the token's own value (XSA,
+    arXiv 2603.09078)."""
     paired_heads: tuple[int, ...] = technique((), off=(), on=(1,))
-    """Layers whose heads attend in pairs to each other's keys, at half the window (speedrun, Dec 2025)."""
+    """Layers whose heads form pairs: each head attends to the keys of both, at half the window (speedrun, Dec 2025)."""
     dynamic_heads: tuple[int, ...] = technique((), off=(), on=(0,))
-    """Layers whose heads mix their attention, as each token says (Xiao et al. 2024, arXiv 2405.08553)."""
+    """Layers whose heads mix their attention weights, by coefficients computed from the query's token (dynamic head
+    composition, Xiao et al. 2024, arXiv 2405.08553)."""
     dynamic_window: int = 112
-    """Tokens that the mixture sees."""
+    """Number of last tokens whose attention weights dynamic_heads mix (speedrun: 112)."""
     attention_free: tuple[int, ...] = technique((), off=(), on=(1,))
-    """Layers that are an MLP alone."""
+    """Layers without attention, which are an MLP alone."""
     shared_attention_input: int | None = technique(None, off=None, on=0)
-    """Attention of all layers after this one reads what this one wrote, in place of the stream (speedrun, 2026)."""
+    """Layer whose output is the input of attention in all later layers, in place of the residual stream (speedrun, 2026).
+    None: off."""
     projection_gains: bool = technique(False, off=False, on=True)
-    """Learned factors of attention's input and output maps (speedrun, 2025)."""
+    """Use a learned factor for each attention layer's input, and one for its output (speedrun, 2025)."""
 
     # ---- Embeddings -------------------------------------------------------------------------------------------------------
 
     embed_std: float = 1.0
-    """Standard deviation of the token embedding's start."""
+    """Standard deviation of the initial token embedding."""
     norm_embedding: bool = technique(True, off=False, on=True)
-    """RMS norm right after the token embedding."""
+    """Use an RMS norm right after the token embedding."""
     tied_head: bool = technique(False, off=False, on=True)
-    """The head is the token embedding, transposed."""
+    """Use the token embedding as the head's matrix."""
     smear: bool = technique(False, off=False, on=True)
-    """x_t += lambda sigmoid(gate(x_t)) x_{t-1} right after the embedding (speedrun, Sep 2025)."""
+    """Add a gated share of the previous token's embedding: x_t += lambda sigmoid(gate(x_t)) x_{t-1} (speedrun, Sep 2025)."""
     value_embeds: int = technique(0, off=0, on=2)
-    """So many last layers mix a second token embedding into their values (speedrun, Dec 2024)."""
+    """Number of value embeddings: further token embeddings, each mixed into the attention values of one layer (speedrun,
+    Dec 2024)."""
     value_embed_layers: tuple[int, ...] = technique((), name="", off=(), on=(0,), needs={"model.value_embeds": 1})
-    """The layers that mix in value embeddings; none: the last ones."""
+    """Layers of the value embeddings. Empty: the last ones."""
     value_gates: bool = technique(False, off=False, on=True, needs={"model.value_embeds": 1})
-    """Value embeddings through gates of each head, in place of a learned mean (speedrun, Jan 2026)."""
+    """Use a gate per head for value embeddings, in place of learned weights of value and embedding (speedrun, Jan 2026)."""
     bigram_buckets: int = technique(0, name="bigram", off=0, on=37)
-    """Rows of a hashed table of (previous, current) token pairs, added to the embedding; 0: none (speedrun, Jan 2026)."""
+    """Number of rows of the bigram table: a hash of the previous and the current token picks a vector that is added to the
+    embedding (speedrun, Jan 2026). 0: no table."""
     bigram_signs: int = technique(0, off=0, on=11, needs={"model.bigram_buckets": 37})
-    """Rows of the +-1 table that tells hashed n-grams apart that share a vector; 0: none (speedrun, 2026: 8192)."""
+    """Number of rows of a fixed random table of +-1 that multiplies the hashed vectors, so that n-grams with the same hash
+    differ (speedrun, 2026: 8192). 0: no signs."""
     ngram_orders: tuple[int, ...] = technique((), off=(), on=(3, 4), needs={"model.bigram_buckets": 37})
-    """Further hashed tables, each of bigram_buckets rows, of n-grams this long, beside the pairs (speedrun, 2026)."""
+    """Lengths n of further hashed n-gram tables, each of bigram_buckets rows, in addition to the bigrams (speedrun,
+    2026)."""
     inject: bool = technique(False, off=False, on=True)
-    """Learned weights: of hashed embeddings at the start; of both these and the start after attention (speedrun, 2026)."""
+    """Add the stream's first state and the hashed embeddings again after each attention, with learned weights (speedrun,
+    2026)."""
 
     # ---- Residual stream --------------------------------------------------------------------------------------------------
 
     norm_gains: bool = technique(False, off=False, on=True)
-    """Learned gains in the RMS norms."""
+    """Use learned gains in the RMS norms."""
     x0_skip: bool = technique(False, off=False, on=True)
-    """Each block reads lambda_r x + lambda_0 x0, x0 the normed embedding (speedrun, Nov 2024)."""
+    """Mix the embedding into each block's input, lambda_r x + lambda_0 x0, with learned factors (speedrun, Nov 2024)."""
     geometry: Literal["euclidean", "sphere"] = "euclidean"
-    """sphere: vectors of the stream have length 1 and layers move them along it (nGPT, Loshchilov et al. 2024,
-    arXiv 2410.01131); it belongs to the constraint sphere of the matrices, embeddings and head. attention_scale None is then
-    sqrt(head_dim)."""
+    """Geometry of the residual stream. sphere: its vectors have length 1 and layers move them along the sphere (nGPT,
+    Loshchilov et al. 2024, arXiv 2410.01131); matrices, embeddings and head then need constraint sphere."""
     eigen_lr: float = 0.05
-    """On the sphere: the share of the way to a layer's suggestion that its step goes at the start; the paper's, for 24 and
-    36 layers, about 1 / layers."""
+    """Initial eigen learning rate on the sphere: the share of the way from the stream to a layer's output that one step
+    goes. The paper's is about 1 / layers, for 24 and 36 layers."""
     residual_growth: float = technique(0.0, off=0.0, on=1.1)
-    """Learned factors of the stream and of what is added to it, the stream's growing it so much a layer at the start
-    (speedrun, 2026: 1.1); 0: none."""
+    """Initial growth of the stream per layer, when x + y becomes a x + b y with learned a and b (speedrun, 2026: 1.1). 0:
+    the plain sum."""
     skips: tuple[str, ...] = technique((), off=(), on=("0>1",))
-    """Skips between layers: `3>6` from what layer 3 wrote to what layer 6 reads."""
+    """Skip connections: `3>6` adds the output of layer 3 to the input of layer 6, with a learned weight."""
     skip_weight: float = 0.18
-    """Learned weight of each skip at the start (speedrun: .18)."""
+    """Initial weight of each skip connection (speedrun: 0.18)."""
     backout: int | None = technique(None, off=None, on=0)
-    """A learned share, from 1/2, of what this layer wrote is taken back before the head (speedrun, Oct 2025)."""
+    """Layer whose output, times a learned factor that starts at 1/2, is subtracted before the head (speedrun, Oct 2025).
+    None: off."""
     dense: Literal["none", "denseformer", "mudd"] = technique("none", off="none", on="mudd")
-    """Each layer passes on a learned mixture of all streams so far (DenseFormer, Pagliardini et al. 2024, arXiv 2402.02622),
-    or one that each token chooses (MUDD, Xiao et al. 2025, arXiv 2502.12170)."""
+    """Mixture of all earlier streams after each layer. denseformer: with learned weights (Pagliardini et al. 2024,
+    arXiv 2402.02622); mudd: with weights computed from each token (Xiao et al. 2025, arXiv 2502.12170)."""
 
-    # ---- Losses, and the kernels of the head and the MLP ------------------------------------------------------------------
+    # ---- Losses, and the kernels of head and MLP --------------------------------------------------------------------------
 
     softcap: Literal["none", "tanh", "rational", "asymmetric"] = technique("tanh", off="none", on="tanh")
-    """Bounded logits: c tanh(z/c) (Gemma 2, 2024, arXiv 2408.00118), c z / sqrt(z^2 + c^2), or the speedrun's
-    23 sigmoid((z + 5) / 7.5)."""
+    """Bound of the logits. tanh: c tanh(z/c) (Gemma 2, 2024, arXiv 2408.00118); rational: c z / sqrt(z^2 + c^2); asymmetric:
+    23 sigmoid((z + 5) / 7.5) (speedrun, 2025)."""
     softcap_value: float = 15.0
-    """The bound c."""
+    """Bound c of softcap tanh and rational."""
     logit_scale: float = 1.0
-    """On the sphere: the factor of the cosines that are the logits, at the start."""
+    """Initial factor of the logits on the sphere, where they are cosines."""
     mtp_weights: tuple[float, ...] = technique((), off=(), on=(0.5, 0.25))
-    """In training the head also predicts the next tokens but one, but two, ...: weights of their nats (Gloeckle et al. 2024,
-    arXiv 2404.19737)."""
+    """Weights of the further tokens that the head predicts in training, the token after the next first (multi-token
+    prediction, Gloeckle et al. 2024, arXiv 2404.19737). Empty: off."""
     prefix_loss: float = technique(0.0, off=0.0, on=0.25)
-    """In training: weight of the nats of the longest token that is a proper prefix of the right one (speedrun, Jul 2026)."""
+    """Weight of an auxiliary loss in training: the cross-entropy of the longest token that is a proper prefix of the target
+    (speedrun, Jul 2026). 0: off."""
     sampled_softmax: int = technique(0, off=0, on=9)
-    """In training: the softmax sees the right token and so many drawn ones (Jean et al. 2015, arXiv 1412.2007); 0: all."""
+    """Number of classes, drawn at random, that the training softmax compares with the target (Jean et al. 2015,
+    arXiv 1412.2007). 0: all classes."""
     fused: Literal["auto", "off"] = "auto"
-    """Loss, and linear map + ReLU^2, by fused Triton kernels; auto: where the device has them (CUDA, with activations in
-    bfloat16)."""
+    """Use fused Triton kernels for the loss, and for linear map + ReLU^2. auto: on CUDA with activations in bfloat16."""
     fp8: Literal["none", "head", "head_mlp"] = "none"
-    """Training's matrix products in 8-bit floats: the head's, forward and backward, or also the MLP's, forward only
-    (speedrun, 2025 and 2026); compute capability 8.9 or later."""
+    """Matrix products in 8-bit floats, in training only. head: the head's, forward and backward; head_mlp: also the MLP's,
+    forward (speedrun, 2025 and 2026). Needs compute capability 8.9."""
     fp8_scales: Literal["static", "dynamic", "delayed"] = "dynamic"
-    """8-bit numbers are scaled for entries up to fp8_x_max and fp8_weight_max; up to the tensor's greatest; or up to the
-    previous pass's greatest times the headroom."""
+    """Largest entry that an 8-bit format covers. static: fp8_x_max and fp8_weight_max; dynamic: the tensor's own; delayed:
+    that of the previous pass times the headroom."""
     fp8_x_max: float = 100.0
-    """Static scales: the greatest entry of a map's input (the speedrun's, of the head)."""
+    """Largest entry of a linear map's input under static scales (the speedrun's value for the head)."""
     fp8_weight_max: float = 1.6
-    """Static scales: the greatest weight (the speedrun's, of the head)."""
+    """Largest weight under static scales (the speedrun's value for the head)."""
     fp8_grad_max: float = 0.0
-    """The greatest gradient by a logit, the loss's factor included: .75 in the speedrun, over the step's tokens where
-    train.loss_reduction is mean; 0: measured at each call."""
+    """Largest gradient by a logit, the loss's factor included: 0.75 in the speedrun, divided by the tokens of a step if
+    train.loss_reduction is mean. 0: measured at each call."""
     fp8_x_headroom: float = 1.8
-    """Delayed scales: room for the next input, over the last one's greatest entry (speedrun, 2026)."""
+    """Headroom of the input under delayed scales: a factor of the previous largest entry (speedrun, 2026)."""
     fp8_weight_headroom: float = 1.12
-    """Delayed scales: the same for the weights (speedrun, 2026)."""
+    """Headroom of the weights under delayed scales: a factor of the previous largest weight (speedrun, 2026)."""
 
     def __post_init__(self) -> None:
         check_ranges(self, RANGES)
@@ -209,50 +228,49 @@ class Model:
             self._check_fp8()
 
     def _check_layers(self) -> None:
-        """Numbers of layers that there are not."""
+        """Raise ValueError for a layer number that does not exist."""
         raise_if(self.value_embeds > self.layers,
                f"value_embeds must be at most layers ({self.layers}), got {self.value_embeds}")
-        named = {name: getattr(self, name) for name in ("full_attention_layers", "paired_heads", "dynamic_heads",
-                                                        "attention_free", "value_embed_layers")}
-        named |= {name: (value,) for name in ("shared_attention_input", "backout")
-                  if (value := getattr(self, name)) is not None}
-        for name, layers in named.items():
-            missing = [layer for layer in layers if not 0 <= layer < self.layers]
-            raise_if(bool(missing), f"{name}: there is no layer {missing[:1]}; layers are 0 to {self.layers - 1}")
+        several = [(name, layer) for name in ("full_attention_layers", "paired_heads", "dynamic_heads", "attention_free",
+                                              "value_embed_layers") for layer in getattr(self, name)]
+        single = [(name, getattr(self, name)) for name in ("shared_attention_input", "backout")]
+        for name, layer in several + single:
+            exists = layer is None or 0 <= layer < self.layers
+            raise_if(not exists, f"{name}: there is no layer {layer}; layers are 0 to {self.layers - 1}")
         raise_if(len(self.value_embed_layers) not in (0, self.value_embeds),
                f"value_embed_layers names {len(self.value_embed_layers)} layers for {self.value_embeds} value_embeds")
         parse_skips(self.skips, self.layers)
 
     def _check_heads(self) -> None:
-        """Windows and heads that cannot be."""
+        """Raise ValueError for combinations of heads, positions and windows that exclude each other."""
         raise_if(bool(self.paired_heads) and self.dim // self.head_dim % 2 != 0,
                f"paired_heads needs an even number of heads, got {self.dim // self.head_dim}")
         raise_if(bool(set(self.paired_heads) & set(self.dynamic_heads)), "a layer's heads are paired or dynamic, not both")
         raise_if(self.key_offset and self.position != "half_rotary",
-               f"key_offset moves dimensions that stand still: --model.position half_rotary, got {self.position}")
+               f"key_offset moves unrotated dimensions: it needs --model.position half_rotary, got {self.position}")
         raise_if(self.yarn and self.position == "none", "yarn needs a rotary position, got none")
 
     def _check_losses(self) -> None:
-        """Hashed tables and losses that exclude each other."""
-        bad = [n for n in self.ngram_orders if not 3 <= n <= 6]
-        raise_if(bool(bad), f"ngram_orders are numbers from 3 to 6 (pairs are there anyway), got {bad[:1]}")
-        extra = bool(self.mtp_weights) or self.prefix_loss > 0
-        raise_if(extra and self.sampled_softmax > 0, "sampled_softmax has no logits for mtp_weights or prefix_loss")
+        """Raise ValueError for n-gram orders out of range and for losses that exclude each other."""
+        for order in self.ngram_orders:
+            raise_if(not 3 <= order <= 6, f"ngram_orders are numbers from 3 to 6 (bigrams have bigram_buckets), got {order}")
+        needs_logits = bool(self.mtp_weights) or self.prefix_loss > 0
+        raise_if(needs_logits and self.sampled_softmax > 0, "sampled_softmax has no logits for mtp_weights or prefix_loss")
         raise_if(self.sampled_softmax > 0 and (self.biases or self.geometry == "sphere"),
-               "sampled_softmax needs a head that is a matrix alone: no biases, geometry euclidean")
+               "sampled_softmax needs a head without biases and scales: --model.no_biases --model.geometry euclidean")
 
     def _check_sphere(self) -> None:
-        """What has no meaning on the sphere."""
-        for name, wanted in SPHERE_NEEDS.items():
-            raise_if(getattr(self, name) != wanted,
-                   f"geometry sphere needs --model.{name if wanted is not False else 'no_' + name}"
-                   f"{'' if isinstance(wanted, bool) else ' ' + str(wanted)}, got {getattr(self, name)}")
+        """Raise ValueError for settings that have no meaning on the sphere."""
+        for name, needed in SPHERE_NEEDS.items():
+            value = "" if isinstance(needed, bool) else f" {needed}"
+            flag = f"no_{name}" if needed is False else f"{name}{value}"
+            raise_if(getattr(self, name) != needed, f"geometry sphere needs --model.{flag}, got {getattr(self, name)}")
 
     def _check_fp8(self) -> None:
-        """Models without 8-bit products, and sizes that the hardware's tiles cannot hold."""
+        """Raise ValueError for models without 8-bit products, and for sizes that do not fit the hardware's tiles of 16."""
         raise_if(self.tied_head, f"fp8 {self.fp8} needs a head of its own: --model.no_tied_head")
         raise_if(self.geometry == "sphere", f"fp8 {self.fp8} belongs to geometry euclidean, got {self.geometry}")
         for name in ("dim", "mlp_dim", "vocab_multiple"):
-            size = getattr(self, name) or 16
+            size = getattr(self, name) or 16  # mlp_dim None is 4 dim, which fits where dim does
             raise_if(size % 16 != 0,
                    f"fp8 {self.fp8} needs {name} divisible by 16, got {size}; nearest: {max(1, round(size / 16)) * 16}")

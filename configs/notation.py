@@ -1,4 +1,7 @@
-"""The small notations of settings: curves, numbers by tensor name, skips, tables; techniques; and how values are refused."""
+"""Parsers and checks of settings: value ranges, techniques, curves, numbers by tensor name, skips and Newton-Schulz tables.
+
+Each notation is a short string, so that a setting fits on the command line and in config.json. Standard library only.
+"""
 
 import difflib
 import math
@@ -8,85 +11,92 @@ from typing import Any, Literal, NamedTuple
 
 
 def raise_if(condition: bool, message: str) -> None:
-    """Raise ValueError(message) where `condition` holds."""
+    """Raise ValueError(message) if `condition` holds."""
     if condition:
         raise ValueError(message)
 
 
 def check_ranges(config: object, ranges: Mapping[str, Sequence[str]]) -> None:
-    """Raise ValueError for a number of `config` outside its range; None is no number.
+    """Raise ValueError for a field of `config` outside its interval; a field that is None or missing passes.
 
-    `ranges` maps an interval, as it is written, to names: {"[0, 1)": ["momentum"]}; ( and ) leave their end out.
+    `ranges` maps intervals, written as in mathematics, to field names: {"[0, 1)": ["momentum"]} excludes 1.
     """
     for interval, names in ranges.items():
         low, high = (float(end) for end in interval.strip("[]()").split(","))
-        wanted = f"lie in {interval}" if high < math.inf else f"be at least {low:g}" if interval[0] == "[" else "be positive"
         for name in names:
             value = getattr(config, name, None)
-            wanted = f"lie in {interval}" if value == math.inf else wanted
-            inside = value is None or (low <= value <= high and (value > low or interval[0] == "[")
+            if high < math.inf or value == math.inf:
+                requirement = f"lie in {interval}"
+            else:
+                requirement = f"be at least {low:g}" if interval[0] == "[" else "be positive"
+            inside = value is None or (low <= value <= high and (value > low or interval[0] == "[")  # False for nan
                                        and (value < high or interval[-1] == "]"))
-            raise_if(not inside, f"{name} must {wanted}, got {value}")
+            raise_if(not inside, f"{name} must {requirement}, got {value}")
 
 
-def check_field_names(wanted: Iterable[str], given: Iterable[str], what: str) -> None:
-    """Refuse the first given name that is not among the wanted ones, with the nearest that is; `what` has the fields."""
-    for name in given:
-        if name not in wanted:
-            near = difflib.get_close_matches(name, wanted, n=1)
-            raise_if(True, f"{what} has no field {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+def check_field_names(known: Iterable[str], names: Iterable[str], owner: str) -> None:
+    """Raise ValueError for the first of `names` that is not a known field of `owner`, and name the nearest one."""
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(f"{owner} has no field {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
 
 
 def nearest(word: str, choices: Sequence[str]) -> str:
-    """`; did you mean X?` with the choice closest to `word`, or the list of choices."""
+    """Return the end of an error message: `; did you mean X?` with the choice closest to `word`, or all choices."""
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; choices: {', '.join(choices)}"
 
 
-# ---- Techniques: fields that can be left out alone ------------------------------------------------------------------------
+# ---- Techniques: fields that can be switched off alone --------------------------------------------------------------------
 
 
 class Technique(NamedTuple):
-    """How a field is left out of a run, and what it depends on: ablation rows, tests and help derive from it."""
+    """Declaration of a technique: how its field is switched off, and what it needs. Ablations, tests and help use it."""
 
     name: str | None
-    """Of its leave-one-out row, without no_; None: the field's own; empty: it has no row, it only depends on others."""
+    """Name of its leave-one-out row, without `no_`. None: the field's name. Empty: no row, as it only refines others."""
     off: Any
-    """The value that leaves it out."""
+    """Value that switches it off."""
     on: Any
-    """A small value that switches it on, for tests."""
+    """Value that switches it on in tests, small so that they are fast."""
     needs: Mapping[str, Any]
-    """The settings, by dotted name, without which it does nothing: left out, they take it along. With small values."""
+    """Settings, by dotted name, without which it has no effect, each with a small value for tests. An ablation that switches
+    one of them off also switches off this technique."""
     only: tuple
-    """The values that are the technique, if others beside `off` are not."""
+    """Values that count as the technique. Empty: all but `off`."""
 
 
 def technique(default: Any, *, off: Any, on: Any = None, name: str | None = None, needs: Mapping[str, Any] | None = None,
               only: tuple = ()) -> Any:
-    """A dataclass field that is a technique; see Technique."""
+    """Return a dataclass field that is a technique; the arguments are the fields of Technique."""
     return field(default=default, metadata={"technique": Technique(name, off, on, needs or {}, only)})
 
 
 def techniques_of(config: type) -> dict[str, Technique]:
-    """The techniques among a dataclass's fields, by field."""
+    """Return the techniques among a dataclass's fields, by field name."""
     return {f.name: f.metadata["technique"] for f in fields(config) if "technique" in f.metadata}
 
 
 def check_needs(config: Any, section: str) -> None:
-    """Refuse a technique of `config`, the section of that name, that is on while a setting of the section that it needs is
-    off."""
+    """Raise ValueError for a technique that is on while another one that it needs is off.
+
+    `section` is the name of `config` in a run, such as model. Needs in other sections are not checked.
+    """
     declared = techniques_of(type(config))
-    for name, one in declared.items():
-        for need in (need.removeprefix(f"{section}.") for need in one.needs if need.startswith(f"{section}.")):
-            on = getattr(config, name) != one.off
-            raise_if(on and getattr(config, need) == declared[need].off, f"{name} has no effect without --{section}.{need}")
+    active = [name for name, entry in declared.items() if getattr(config, name) != entry.off]
+    for name in active:
+        for need in declared[name].needs:
+            needed_field = need.removeprefix(f"{section}.")  # a need in another section keeps its dot
+            is_off = "." not in needed_field and getattr(config, needed_field) == declared[needed_field].off
+            raise_if(is_off, f"{name} has no effect without --{need}")
 
 
 # ---- Curves: a number that changes over a run, written as one short string ------------------------------------------------
-# A curve is a row of knots `POSITION=VALUE`, straight lines between them: `0=1 40%=1 100%=0.1` holds 1 for the first
-# 40 % of the steps and then falls to 0.1. A position is a step (`250`), a share of the run (`40%`) or a distance from its
-# end (`-50`). A word before a knot changes how it is approached: `cos` by half a cosine, `hold` by a jump at the knot.
-# `0=0 250=1 cos 100%=0.1` is the linear warm-up and cosine decay of nanoGPT. A plain number is a constant.
+# A curve is a list of knots `POSITION=VALUE` with straight lines between them: `0=1 40%=1 100%=0.1` is 1 for the first 40 %
+# of the steps and then falls to 0.1. A position is a step (`250`), a share of the run (`40%`) or a distance from its end
+# (`-50`). A word before a knot changes the line that leads to it: `cos` is half a cosine, `hold` keeps the last value and
+# jumps at the knot. `0=0 250=1 cos 100%=0.1` is nanoGPT's linear warm-up and cosine decay. A plain number is a constant.
 
 Approach = Literal["line", "cos", "hold"]
 GRAMMAR = "knots are POSITION=VALUE, a space between them; POSITION is a step, N% or -steps: '0=1 40%=1 cos 100%=0.1'"
@@ -94,24 +104,29 @@ GRAMMAR = "knots are POSITION=VALUE, a space between them; POSITION is a step, N
 
 @dataclass(frozen=True, slots=True)
 class Knot:
-    """One point of a curve: `percent` of the run plus `steps` (either may be 0), its value, how it is approached."""
+    """One point of a curve, at `percent` of the run plus `steps`."""
 
     percent: float
+    """Share of the run, 0 to 100."""
     steps: float
+    """Number of steps after that share; negative for positions from the end."""
     value: float
+    """Value of the curve at the knot."""
     approach: Approach
+    """Form of the curve between the previous knot and this one."""
 
     def step(self, total_steps: int) -> float:
-        """The knot's place in steps for a run of `total_steps`."""
+        """Return the knot's position in steps, for a run of `total_steps`."""
+        # percent * total first: (percent / 100) * total would put 29 % of 100 steps at 28.999...
         return self.percent * total_steps / 100 + self.steps
 
 
 def parse_curve(text: str) -> tuple[Knot, ...]:
-    """The knots of a curve's notation. Raises ValueError, quoting the offending word."""
+    """Parse a curve. Raises ValueError, quoting the offending word."""
     knots: list[Knot] = []
     approach: Approach = "line"
     words = text.split()
-    if len(words) == 1 and "=" not in text:
+    if len(words) == 1 and "=" not in text:  # a plain number
         words = [f"0={text}"]
     for word in words:
         if word in ("cos", "hold"):
@@ -140,15 +155,15 @@ def _parse_knot(word: str, approach: Approach, text: str) -> Knot:
 
 
 def evaluate_curve(knots: tuple[Knot, ...], step: float, total_steps: int) -> float:
-    """The curve's value at `step` of `total_steps`; constant before the first and after the last knot.
+    """Return the curve's value at `step` of `total_steps`; it is constant before the first and after the last knot.
 
-    Knots that a short run pushes out of order are read from the left: the first segment holding `step` decides.
+    In a short run knots can be out of order: 250 may lie after 30%. Then the first segment that ends after `step` decides.
     """
     if step <= knots[0].step(total_steps):
         return knots[0].value
     for left, right in zip(knots, knots[1:], strict=False):
         start, end = left.step(total_steps), right.step(total_steps)
-        if step < end:
+        if step < end:  # so end > start: no division by zero
             return _between(left.value, right, (step - start) / (end - start))
     return knots[-1].value
 
@@ -161,11 +176,11 @@ def _between(value: float, right: Knot, share: float) -> float:
     return value + (right.value - value) * share
 
 
-# ---- NAME=NUMBER: a number for the tensors whose dotted name contains NAME as whole words: mlp.down=4 ---------------------
+# ---- NAME=NUMBER: a number for the tensors whose dotted name contains NAME as whole words, such as mlp.down=4 -------------
 
 
 def parse_by_name(words: tuple[str, ...]) -> dict[str, float]:
-    """Number by name. Raises ValueError, quoting the offending word."""
+    """Parse NAME=NUMBER words to {name: number}. Raises ValueError, quoting the offending word."""
     numbers = {}
     for word in words:
         name, _, text = word.partition("=")
@@ -174,36 +189,36 @@ def parse_by_name(words: tuple[str, ...]) -> dict[str, float]:
         except ValueError:
             number = math.nan
         raise_if(not name or not 0 < number < math.inf,
-               f"numbers by name are NAME=NUMBER, positive, say mlp.down=4; got {word!r}")
+               f"expected NAME=NUMBER with a positive number, such as mlp.down=4, got {word!r}")
         numbers[name] = number
     return numbers
 
 
 def is_named(key: str, name: str) -> bool:
-    """Whether the words of `key` stand in a dotted name: mlp.down in blocks.0.mlp.down.weight."""
+    """True if a dotted name contains `key` as whole words: mlp.down in blocks.0.mlp.down.weight."""
     return f".{key}." in f".{name}."
 
 
-def number_of(name: str, numbers: Mapping[str, float], default: float) -> float:
-    """The number of a tensor: that of the last key that names it."""
-    return ([default] + [number for key, number in numbers.items() if is_named(key, name)])[-1]
+def number_of(name: str, numbers: dict[str, float], default: float) -> float:
+    """Return the number of the tensor `name`: that of the last key that it contains, else `default`."""
+    return next((numbers[key] for key in reversed(numbers) if is_named(key, name)), default)
 
 
 def unmatched_keys(numbers: Mapping[str, float], names: Iterable[str]) -> list[str]:
-    """Keys that name no tensor."""
-    every = list(names)
-    return [key for key in numbers if not any(is_named(key, name) for name in every)]
+    """Return the keys that are part of no tensor's name."""
+    all_names = list(names)  # `names` may be an iterator, and is read once for each key
+    return [key for key in numbers if not any(is_named(key, name) for name in all_names)]
 
 
-# ---- SOURCE>TARGET: a skip from what one layer wrote to what a later one reads --------------------------------------------
+# ---- SOURCE>TARGET: a skip connection from the output of one layer to the input of a later one ----------------------------
 
 
 def parse_skips(words: tuple[str, ...], layers: int) -> tuple[tuple[int, int], ...]:
-    """(source, target) of every skip. Raises ValueError, quoting the offending word."""
+    """Parse SOURCE>TARGET words to (source, target) layers. Raises ValueError, quoting the offending word."""
     pairs: list[tuple[int, int]] = []
     for word in words:
         source, _, target = word.partition(">")
-        raise_if(not (source.isdigit() and target.isdigit()), f"a skip is SOURCE>TARGET, say 3>6; got {word!r}")
+        raise_if(not (source.isdigit() and target.isdigit()), f"expected a skip SOURCE>TARGET, such as 3>6, got {word!r}")
         raise_if(not int(source) < int(target) < layers,
                f"a skip goes from a layer to a later one of {layers} (numbered from 0), got {word!r}")
         pairs.append((int(source), int(target)))
@@ -211,15 +226,16 @@ def parse_skips(words: tuple[str, ...], layers: int) -> tuple[tuple[int, int], .
 
 
 # ---- a,b,c;a,b,c;...: a table of odd quintics p(x) = a x + b x^3 + c x^5, one a Newton-Schulz step; the last repeats ------
-# It may begin with `safety=1.02;`: inputs then have Frobenius norm 1 / 1.02, otherwise 1.
+# It may begin with `safety=1.02;`: the input is then scaled to Frobenius norm 1 / 1.02 in place of 1, a margin that keeps
+# singular values, with the rounding of bfloat16, below the largest for which a table is made.
 
 Triple = tuple[float, float, float]
 TABLE_NAMES = ("quintic", "polar_express", "convergent", "dion", "radii", "svd")
-TABLE_GRAMMAR = "an inline table is 'a,b,c;a,b,c;...', after 'safety=S;' with S >= 1 where inputs have norm 1/S"
+TABLE_GRAMMAR = "an inline table is 'a,b,c;a,b,c;...' or 'safety=S;a,b,c;...' with S at least 1"
 
 
 def check_table(text: str) -> None:
-    """Raise ValueError, naming the nearest right choice, where `text` is neither a table's name nor an inline table."""
+    """Raise ValueError, with the nearest right choice, if `text` is neither a table's name nor an inline table."""
     if "," in text or ";" in text:
         parse_table(text)
     elif text not in TABLE_NAMES:
@@ -227,16 +243,17 @@ def check_table(text: str) -> None:
 
 
 def parse_table(text: str) -> tuple[float, tuple[Triple, ...]]:
-    """Safety factor and triples of an inline table. Raises ValueError, quoting the offending part."""
-    head, _, rest = text.partition(";")
-    given = head.strip().startswith("safety=")
-    safety = _numbers(head.strip().removeprefix("safety="), 1, text)[0] if given else 1.0
+    """Parse an inline table to its safety factor and its (a, b, c). Raises ValueError, quoting the offending part."""
+    safety, rows = 1.0, text
+    first, _, others = text.partition(";")
+    if first.strip().startswith("safety="):
+        (safety,), rows = _parse_numbers(first.strip().removeprefix("safety="), 1, text), others
     raise_if(safety < 1, f"safety must be at least 1, got {safety:g} in {text!r}")
-    parts = (rest if given else text).split(";")
-    return safety, tuple(_numbers(part, 3, text) for part in parts)
+    return safety, tuple(_parse_numbers(row, 3, text) for row in rows.split(";"))
 
 
-def _numbers(part: str, count: int, text: str) -> tuple[float, ...]:
+def _parse_numbers(part: str, count: int, text: str) -> tuple[float, ...]:
+    """Parse `count` finite numbers with commas between them; `text` is the whole table, for the message."""
     try:
         numbers = tuple(float(word) for word in part.split(","))
     except ValueError:

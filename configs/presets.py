@@ -1,4 +1,8 @@
-"""Complete runs by name. Each is a function that returns a Run, or a few settings that differ from another preset's."""
+"""Presets: complete runs by name, each a function that returns a Run or a Variant of another preset.
+
+The first line of a preset's docstring, or the Variant's title, is its line in `--help`. The speedrun's own presets stand in
+configs/speedrun.py.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -7,14 +11,14 @@ from configs.optim import Adam, Muon, Optim
 from configs.schema import Data, Identity, Log, Model, Run, Schedule, Train, with_settings
 from configs.speedrun import medium, speedrun, speedrun_cpu
 
-SPHERE_ROLES = ("matrix", "embed", "head", "value_embed")  # whose vectors have length 1 on the sphere
+SPHERE_ROLES = ("matrix", "embed", "head", "value_embed")  # roles with vectors along the model dimension (nGPT)
 
 
 def tiny() -> Run:
-    """The newcomer's run: a BPE model on Python's own source code, in a minute on two CPU cores.
+    """BPE model on Python's source code, a minute on two cores.
 
-    One layer: in a minute on this hardware more tokens are worth more than more depth; and with offset keys one layer finds
-    what followed the present token before, in as long a context as pays.
+    One layer, since in a minute on two CPU cores more tokens lower the loss more than more depth. With key_offset this one
+    layer can attend to what followed earlier occurrences of the current token, so that a context of 1024 tokens pays.
     """
     return Run(
         preset="tiny",
@@ -29,7 +33,11 @@ def tiny() -> Run:
 
 
 def bytes_() -> Run:
-    """nanoGPT's CPU size (4 x 128, context 64, 768 tokens a step, raw bytes), on which optimizers visibly differ."""
+    """nanoGPT's CPU size on raw bytes of Python code, 240 steps.
+
+    4 layers of width 128, context 64 and 768 tokens per step are nanoGPT's Shakespeare run for CPUs. On this size optimizers
+    differ visibly within a minute.
+    """
     return Run(
         preset="bytes",
         data=Data(tokenizer="bytes", sequence_tokens=64),
@@ -40,7 +48,7 @@ def bytes_() -> Run:
 
 
 def on_sphere(run: Run) -> Run:
-    """`run` with stream and weights on the sphere: no decay of weights, no zero projections, no bound on the logits."""
+    """Return `run` with geometry sphere: stream and weights of length 1, no weight decay, no zero init, no softcap."""
     weights = {f"optim.{role}.{name}": value for role in SPHERE_ROLES
                for name, value in (("constraint", "sphere"), ("weight_decay", 0.0))}
     return with_settings(run, weights | {
@@ -49,22 +57,28 @@ def on_sphere(run: Run) -> Run:
 
 
 def ngpt_bytes() -> Run:
-    """`bytes` on the sphere, by Muon too; a layer's first step goes 1 / layers of the way."""
+    """`bytes` as an nGPT, on the sphere, trained by Muon.
+
+    eigen_lr starts at 1 / layers, as in the paper; logits start as cosines times 10.
+    """
     return with_settings(on_sphere(bytes_()), {
         "preset": "ngpt_bytes", "model.eigen_lr": 0.25, "model.logit_scale": 10.0,
         "optim.matrix.lr": 0.07, "optim.embed.lr": 0.03})
 
 
 def ngpt_tiny() -> Run:
-    """`tiny` on the sphere, by Muon too."""
+    """`tiny` as an nGPT, on the sphere, trained by Muon."""
     return with_settings(on_sphere(tiny()), {
         "preset": "ngpt_tiny", "model.eigen_lr": 0.5, "model.logit_scale": 10.0,
         "optim.matrix.lr": 0.05, "optim.embed.lr": 0.03})
 
 
 def gpt_paper() -> Run:
-    """The baseline of the nGPT paper (Loshchilov et al. 2024, arXiv 2410.01131) at track 3's size: rotary, SwiGLU, RMS norms
-    with gains, AdamW with warm-up and cosine to 0; everything in float32."""
+    """GPT baseline of the nGPT paper, FineWeb, track 3's size.
+
+    As in Loshchilov et al. 2024 (arXiv 2410.01131): rotary, SwiGLU, RMS norms with gains, AdamW with warm-up and a cosine to
+    0, everything in float32. Size, data and steps are those of `track3`.
+    """
     group = Adam(lr=0.0015, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
     vector = replace(group, weight_decay=0.0)
     return with_settings(track3(), {
@@ -77,12 +91,19 @@ def gpt_paper() -> Run:
 
 
 def ngpt() -> Run:
-    """nGPT as in the paper, at track 3's size: one lr for all, without warm-up, decay of weights or bound on the logits."""
+    """nGPT as in its paper, on FineWeb at track 3's size.
+
+    One learning rate for all roles; no warm-up, weight decay or softcap (arXiv 2410.01131).
+    """
     return with_settings(on_sphere(gpt_paper()), {"preset": "ngpt", "schedule.lr": "0=1 cos 100%=0"})
 
 
 def bench_gpu() -> Run:
-    """The optimization benchmark on one consumer GPU, meant for some five minutes: 6 x 512, 65,536 tokens a step."""
+    """Optimizer benchmark on one GPU: FineWeb, 750 steps.
+
+    `track3` with 6 layers of width 512, 65,536 tokens per step and a tenth of the validation tokens, meant for five minutes
+    on a consumer GPU.
+    """
     return with_settings(track3(), {
         "preset": "bench_gpu", "run": Identity(), "data.val_tokens": 1_048_576,
         "model.layers": 6, "model.dim": 512, "model.head_dim": 64,
@@ -91,7 +112,12 @@ def bench_gpu() -> Run:
 
 
 def track3() -> Run:
-    """The speedrun's optimization benchmark (track 3, result 36): 124 M active parameters, 3250 steps to 3.28 nats."""
+    """124 M GPT on FineWeb to loss 3.28, 3250 steps (track 3).
+
+    The speedrun's optimizer benchmark, result 36, tuned Muon: 3250 steps of 524,288 tokens, mean loss 3.2787 over 10 seeds.
+    124 M are the matrix weights that a token meets; with the token embedding there are 162 M.
+    """
+    # AdamW of the other roles, as tuned in result 36.
     adam = Adam(beta1=0.8, beta2=0.95, eps=1e-10, weight_decay=0.001)
     vector = replace(adam, lr=0.015)
     return Run(
@@ -102,6 +128,7 @@ def track3() -> Run:
         model=Model(layers=12, dim=768, head_dim=128, position="half_rotary", attention_scale=0.12, norm_gains=True,
                     biases=True, softcap="rational", embed_dtype="bfloat16"),
         optim=Optim(
+            # `convergent` with 12 steps is the reference's (2, -1.5, 0.5), nearly an exact orthogonalisation.
             matrix=Muon(lr=0.025, weight_decay=0.05, unit="at_least_one", ns="convergent", ns_steps=12),
             embed=replace(adam, lr=0.7), head=replace(adam, lr=0.004), gain=vector, bias=vector),
         schedule=Schedule(lr="0=1 30%=1 100%=0"),
@@ -111,7 +138,10 @@ def track3() -> Run:
 
 
 def track3_adamw() -> Run:
-    """Track 3 with AdamW for the hidden matrices (result 2: 5625 steps, "most likely undertuned")."""
+    """`track3` with AdamW for the matrices, 5625 steps.
+
+    The speedrun's track 3, result 2, one seed; its author calls it "most likely undertuned".
+    """
     aux = Adam(beta1=0.8, beta2=0.95, eps=1e-10)
     vector = replace(aux, lr=0.01)
     return with_settings(track3(), {
@@ -126,36 +156,40 @@ class Variant:
     """A preset that differs from another one by a few settings."""
 
     base: str
+    """Name of the other preset."""
     title: str
-    """What it is, in one line."""
+    """Line of the preset in `--help`."""
     settings: Mapping[str, object] = field(hash=False)
+    """Settings that differ, by dotted name."""
 
     def __call__(self) -> Run:
-        """The run; its `preset` is its name."""
+        """Return the run, with the name of this variant as its `preset`."""
         name = next(name for name, preset in PRESETS.items() if preset is self)
         return with_settings(PRESETS[self.base](), {"preset": name, **self.settings})
 
 
 PRESETS: dict[str, Callable[[], Run]] = {
     "tiny": tiny,
-    "tiny_adamw": Variant("tiny", "`tiny` with AdamW for every tensor.", {"optim.matrix": Adam(lr=0.003)}),
+    "tiny_adamw": Variant("tiny", "`tiny` with AdamW for every tensor, a baseline.", {"optim.matrix": Adam(lr=0.003)}),
     "bytes": bytes_,
-    "bytes_adamw": Variant("bytes", "`bytes` with AdamW for every tensor.", {"optim.matrix": Adam(lr=0.003)}),
-    "bench_cpu": Variant("bytes", "The optimization benchmark on a laptop: `bytes`, judged on 131,072 bytes.", {
+    "bytes_adamw": Variant("bytes", "`bytes` with AdamW for every tensor, a baseline.", {"optim.matrix": Adam(lr=0.003)}),
+    "bench_cpu": Variant("bytes", "Optimizer benchmark on a laptop: `bytes`, 240 steps.", {
         "data.val_bytes": 131_072, "train.val_every_steps": 60,
         "log.wandb": "disabled", "log.diagnostics": False, "log.sample_tokens": 0}),
-    "bench_cpu_prose": Variant("bench_cpu", "`bench_cpu` on another text: English.", {
+    "bench_cpu_prose": Variant("bench_cpu", "Optimizer benchmark on a laptop, on English prose.", {
         "data.corpus": "prose", "data.val_bytes": 46_000}),
     "bench_gpu": bench_gpu,
     "track3": track3,
     "track3_adamw": track3_adamw,
     "speedrun": speedrun,
     "speedrun_1gpu": Variant(
-        "speedrun", "`speedrun` on one GPU of 24 to 141 GB: the same tokens and updates by accumulation, in float32.",
+        "speedrun", "`speedrun` on one GPU, by gradient accumulation.",
+        # One rank exchanges nothing: bfloat16 weights would halve no communication.
         {"model.matrix_dtype": "float32", "model.table_dtype": "float32"}),
     "speedrun_consumer": Variant(
         "speedrun_1gpu",
-        "`speedrun` for an RTX 3090 or 4090: rows of 2048 tokens, small portions, no kernel that needs Hopper.",
+        "`speedrun` on an RTX 3090 or 4090 with 24 GB.",
+        # Micro-batches of 4096 tokens, in shorter rows: their activations fit in 24 GB beside weights and optimizer state.
         {"data.sequence_tokens": 2048, "train.micro_tokens": 4096}),
     "speedrun_cpu": speedrun_cpu,
     "medium": medium,
@@ -167,6 +201,6 @@ PRESETS: dict[str, Callable[[], Run]] = {
 
 
 def preset_title(name: str) -> str:
-    """What a preset is, in one line."""
+    """Return the line that describes a preset."""
     preset = PRESETS[name]
     return preset.title if isinstance(preset, Variant) else " ".join(preset.__doc__.split("\n\n")[0].split())

@@ -1,7 +1,8 @@
-"""Every number that a user may change, its default, unit, meaning and source. Standard library only.
+"""The schema of a run: every setting that a user may change, with default, unit, meaning and source.
 
-A `Run` is complete and frozen; impossible combinations are refused when it is built. Fields typed `Curve` hold a
-schedule in the notation of configs/notation.py. Everything that is not here is derived from what is here by a formula.
+A `Run` is frozen and complete: all other numbers follow from it by formulas. Building one raises ValueError for settings
+that exclude each other. Fields of type `Curve` hold a schedule in the notation of configs/notation.py. The docstring of each
+field is its text in `--help`. Imports the standard library only, so that the command line answers before torch is loaded.
 """
 
 from collections.abc import Mapping
@@ -13,13 +14,13 @@ from configs.notation import check_ranges, parse_curve, raise_if, technique
 from configs.optim import Optim
 
 Curve = str  # the notation of configs/notation.py
-# Where numbers must lie.
+# The interval of each numeric field, for `check_ranges`.
 RANGES = {
     "[0, inf)": ("seed", "checkpoint_every_steps", "val_every_steps", "final_val_every_steps", "warmup_steps", "lookahead",
                  "sample_tokens", "layers_every_steps"),
     "[1, inf)": ("sequence_tokens", "val_sequence_tokens", "max_document_tokens", "val_tokens", "val_bytes", "steps",
                  "batch_tokens", "micro_tokens", "every_steps"),
-    "[256, 65535]": ("bpe_vocab_tokens",),  # at least the bytes, and end-of-text fits uint16
+    "[256, 65535]": ("bpe_vocab_tokens",),  # one token per byte at least; with end-of-text, token numbers fit uint16
     "[0, 1)": ("weight_average", "lookahead_gamma"),
     "[0, 1]": ("weight_average_start", "weight_average_blend", "lookahead_start", "lookahead_end", "tied_until_frac"),
 }
@@ -27,66 +28,70 @@ RANGES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """The run as a process: its name, folder, machine and end."""
+    """Settings of the run as a process: name, folder, seed, device, checkpoints and target."""
 
     name: str = ""
-    """Folder under `dir`; empty: the preset's name, numbered if that folder is taken."""
+    """Name of the run's folder in `dir`. Empty: the preset's name, with a number appended if that folder exists."""
     dir: str = "runs"
-    """Where run folders live."""
+    """Folder that holds the run folders."""
     seed: int = 1
-    """Seeds the initial weights and the data order."""
+    """Seed of the initial weights and of the order of the training data."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    """auto: CUDA, else Apple's MPS, else the CPU."""
+    """Device to train on. auto: CUDA if there is a GPU, else MPS (Apple), else the CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile for the model and the orthogonalization; auto: on for CUDA alone."""
+    """Use torch.compile for the model and the optimizer's updates. auto: on for CUDA, off elsewhere."""
     resume: bool = False
-    """Continue runs/<name> from its checkpoint, with the same settings but those of run (seed apart), log and
-    train.micro_tokens."""
+    """Continue the run `name` from its checkpoint. Settings must be those of the checkpoint, except log, train.micro_tokens
+    and all of run but the seed."""
     target_loss_nats: float | None = None
-    """Validation loss whose first crossing is recorded (step and training seconds)."""
+    """Validation loss, in nats per token, whose first crossing is recorded with its step and training seconds. None: no
+    target."""
     stop_at_target: bool = False
-    """End the run at that crossing."""
+    """End the run when the validation loss reaches target_loss_nats."""
     checkpoint_every_steps: int = 0
-    """0: only at the end or when interrupted."""
+    """Number of steps between checkpoints. 0: only at the end of the run or when it is interrupted."""
     dry_run: bool = False
-    """Print the plan and stop."""
+    """Print the plan of the run and exit without training."""
 
     def __post_init__(self) -> None:
         check_ranges(self, RANGES)
         raise_if(self.stop_at_target and self.target_loss_nats is None,
                "stop_at_target needs --run.target_loss_nats, a validation loss in nats per token")
-        raise_if(self.resume and self.dry_run, "resume and dry_run exclude each other")
+        raise_if(self.resume and self.dry_run, "--run.resume and --run.dry_run exclude each other")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
-    """Which tokens the model sees, and on which it is judged."""
+    """Training and validation data: source, tokenizer, order and context length."""
 
     source: Literal["corpus", "shards", "text"] = "corpus"
-    """corpus: what every Python brings along; shards: the speedrun's .bin files (FineWeb); text: your UTF-8 files."""
+    """Source of the tokens. corpus: text that every Python installation contains; shards: .bin files of GPT-2 tokens, such
+    as the speedrun's FineWeb; text: your own UTF-8 files."""
     corpus: Literal["code", "prose"] = "code"
-    """code: the source of Python's standard library, 11 MB; prose: Python's language reference in English, 0.5 MB."""
+    """Text that source corpus reads. code: Python's standard library, 11 MB; prose: Python's language reference, English,
+    0.5 MB."""
     tokenizer: Literal["bpe", "bytes", "gpt2"] = "bpe"
-    """bpe: a small byte-pair encoding trained on the train split; bytes: raw bytes; gpt2: tiktoken's."""
+    """Tokenizer. bpe: a small byte-pair encoding trained on the training split; bytes: one token per byte; gpt2:
+    tiktoken's."""
     bpe_vocab_tokens: int = 1024
-    """Size of the trained BPE, the end-of-text token apart."""
+    """Size of the vocabulary of tokenizer bpe, in tokens, without the end-of-text token."""
     train_files: tuple[str, ...] = ()
-    """Files or glob patterns, for shards and text."""
+    """Training files or glob patterns, for sources shards and text."""
     val_files: tuple[str, ...] = ()
-    """Files or glob patterns; for text, none means the last 10 % of the training text."""
+    """Validation files or glob patterns. Empty, for source text: the last 10 % of the training text."""
     order: Literal["contiguous", "shuffled", "documents"] = "shuffled"
-    """contiguous: slices of the stream in turn; shuffled: every window once an epoch, in seeded order; documents: rows
-    packed with pieces that begin at document starts."""
+    """Order of the training data. contiguous: consecutive slices of the token stream; shuffled: every window once per epoch,
+    in an order that depends on the seed; documents: rows packed with pieces that begin at document starts."""
     sequence_tokens: int = 128
-    """Context length in training, unless scheduled."""
+    """Context length in training, in tokens, before schedule.sequence_tokens."""
     val_sequence_tokens: int | None = None
-    """Context length in validation; None: as in training."""
+    """Context length in validation, in tokens. None: sequence_tokens."""
     max_document_tokens: int = 2048
-    """order=documents: longer documents are clipped to this many tokens."""
+    """Largest number of tokens of a document where order is documents; longer documents are clipped."""
     val_tokens: int = 10_485_760
-    """shards: validation is the first so many tokens (the speedrun's rule)."""
+    """Number of validation tokens of source shards, from the start of the validation files (the speedrun's rule)."""
     val_bytes: int = 565_000
-    """corpus and text: validation is the first so many bytes of the validation split."""
+    """Number of validation bytes of sources corpus and text, from the start of the validation split."""
 
     def __post_init__(self) -> None:
         check_ranges(self, RANGES)
@@ -105,80 +110,83 @@ class Data:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """What changes over the steps, each as a curve (notation: configs/notation.py).
+    """Schedules: quantities that change over the steps, each as a curve such as `0=1 40%=1 100%=0.1`.
 
-    Every curve but momentum multiplies a configured value.
+    All curves are factors of a configured value, except momentum and mtp, which are values. Notation: configs/notation.py.
     """
 
     lr: Curve = technique("0=1 40%=1 100%=0.1", name="lr_cooldown", off="1")
-    """Multiplies every group's lr."""
+    """Factor of the learning rate of every group. `0=1 40%=1 100%=0.1`: constant for 40 % of the run, then linear to a
+    tenth."""
     weight_decay: Curve = "1"
-    """Multiplies every group's weight decay, beside the lr that it is coupled to."""
+    """Factor of the weight decay of every group, in addition to the learning rate that multiplies the decay."""
     momentum: Curve | None = technique(None, name="momentum_curve", off=None, needs={"optim.matrix.averaging": "ema"})
-    """Momentum of the groups whose rule has one, in place of optim.ROLE.momentum; None: each group's own."""
+    """Momentum of every group whose rule has one, in place of optim.ROLE.momentum. None: each group keeps its own."""
     batch_tokens: Curve = technique("1", name="batch_growth", off="1")
-    """Multiplies train.batch_tokens; rounded to whole sequences."""
+    """Factor of train.batch_tokens; the result is rounded to whole sequences."""
     sequence_tokens: Curve = technique("1", name="sequence_growth", off="1")
-    """Multiplies data.sequence_tokens."""
+    """Factor of data.sequence_tokens."""
     window_tokens: Curve = technique("1", name="window_growth", off="1", needs={"model.window_tokens": 3})
-    """Multiplies model.window_tokens."""
+    """Factor of model.window_tokens."""
     long_window_tokens: Curve = technique("1", name="", off="1", needs={"schedule.window_tokens": "2"})
-    """Multiplies model.long_window_tokens."""
+    """Factor of model.long_window_tokens."""
     mtp: Curve = "99"
-    """How many further tokens model.mtp_weights reach; 1.5: the first whole, and half of the second's weight."""
+    """Number of the weights in model.mtp_weights that act. 1.5: the first weight, and half of the second. 99: all of
+    them."""
     prefix_loss: Curve = "1"
-    """Multiplies model.prefix_loss."""
+    """Factor of model.prefix_loss."""
     max_document_tokens: Curve = "1"
-    """Multiplies data.max_document_tokens."""
+    """Factor of data.max_document_tokens."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "weight_decay", "momentum", "batch_tokens", "sequence_tokens", "window_tokens",
-                     "long_window_tokens", "mtp", "prefix_loss", "max_document_tokens"):
-            text = getattr(self, name)
+        for curve in fields(self):
+            text = getattr(self, curve.name)
             if text is not None:
-                low = min(knot.value for knot in parse_curve(text))
-                raise_if(low < 0, f"curve {name} must not be negative, got {text!r}")
-        high = max(knot.value for knot in parse_curve(self.momentum or "0"))
-        raise_if(high >= 1, f"curve momentum must stay below 1, got {self.momentum!r}")
+                # A curve lies between the values of its knots, so that it is enough to check these.
+                lowest = min(knot.value for knot in parse_curve(text))
+                raise_if(lowest < 0, f"schedule.{curve.name} must not be negative, got {text!r}")
+        highest = max(knot.value for knot in parse_curve(self.momentum or "0"))
+        raise_if(highest >= 1, f"schedule.momentum must stay below 1, got {self.momentum!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Train:
-    """How long, and in what portions."""
+    """Training: number of steps, batch size, validation, and averages of the weights."""
 
     steps: int = 280
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch_tokens: int = 4096
-    """Tokens per optimizer step, over all ranks, unless scheduled."""
+    """Number of tokens per optimizer step, over all ranks, before schedule.batch_tokens."""
     micro_tokens: int = 65_536
-    """Most tokens in one forward-backward on one rank: lower it when memory runs out."""
+    """Largest number of tokens in one forward and backward pass on one rank. Lower it when memory runs out: gradients are
+    then accumulated over more passes."""
     loss_reduction: Literal["mean", "sum"] = "mean"
-    """Gradients of the mean over the step's tokens, or of the sum (track 3)."""
+    """Reduction of the loss over the tokens of a step, before gradients are taken: mean, or sum (speedrun track 3)."""
     val_every_steps: int = 40
-    """0: only at the end."""
+    """Number of steps between validations. 0: only at the end."""
     final_val_every_steps: int = 0
-    """In the last 10 % of the run, validate every so many steps; 0: as before."""
+    """Number of steps between validations in the last 10 % of the run. 0: val_every_steps."""
     warmup_steps: int = 2
-    """Untimed steps before the run, undone afterwards, where code is compiled."""
+    """Number of untimed steps before a compiled run, so that compilation is not timed; their changes are undone."""
     weight_average: float = 0.0
-    """Validate an average of the weights, avg <- beta avg + (1 - beta) W after each step (Polyak & Juditsky 1992), not the
-    last weights; 0: off. Training goes on from the last ones."""
+    """Coefficient beta of an average of the weights, avg <- beta avg + (1 - beta) W after each step (Polyak & Juditsky
+    1992). Validation uses the average, training continues from W. 0: off."""
     weight_average_start: float = 0.0
-    """Share of the steps after which it begins, at the weights of that time."""
+    """Share of the steps after which the average starts, from the weights of that step."""
     weight_average_blend: float = 1.0
-    """Validate blend avg + (1 - blend) W."""
+    """Share of the average in the validated weights, blend avg + (1 - blend) W."""
     lookahead: float = 0.0
-    """Take gradients b times the weights' mean movement ahead of them and step from there, b being so much times the lr
-    curve (EMA-Nesterov, arXiv 2605.25395; speedrun track 3: .6 on Muon, .3 on SOAP-Muon); 0: off."""
+    """Factor b of EMA-Nesterov, times the lr curve: gradients are taken at the weights plus b times their mean movement, and
+    the step starts there (arXiv 2605.25395; speedrun track 3: 0.6 for Muon, 0.3 for SOAP-Muon). 0: off."""
     lookahead_gamma: float = 0.99
-    """The mean movement is d <- gamma d + (1 - gamma) (the step's movement)."""
+    """Coefficient gamma of the mean movement, d <- gamma d + (1 - gamma) (movement of this step)."""
     lookahead_start: float = 0.1
-    """Share of the steps before the first that looks ahead (track 3: .1 to .16)."""
+    """Share of the steps after which lookahead starts (speedrun track 3: 0.1 to 0.16)."""
     lookahead_end: float = 0.7
-    """Share of the steps after which none does (track 3: .65 to .76)."""
+    """Share of the steps after which lookahead ends (speedrun track 3: 0.65 to 0.76)."""
     tied_until_frac: float = technique(0.0, name="tied_start", off=0.0)
-    """For this share of the steps the head is the embedding, both trained by the sum of their gradients; then each goes its
-    own way, from the same optimizer state (speedrun, 2025: 2/3)."""
+    """Share of the steps in which embedding and head are one matrix, trained by the sum of both gradients. Afterwards they
+    are two, which start from the same weights and optimizer state (speedrun, 2025: 2/3). 0: never."""
 
     def __post_init__(self) -> None:
         check_ranges(self, RANGES)
@@ -188,23 +196,25 @@ class Train:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Log:
-    """What is written down beside the summary."""
+    """Logging: metrics, wandb, diagnostics and the final sample."""
 
     every_steps: int = 10
-    """Training loss and times go to metrics.jsonl every so many steps."""
+    """Number of steps between lines of metrics.jsonl with the training loss and times."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online if a wandb key is configured, else off."""
+    """Mode of Weights & Biases. auto: online if a wandb key is configured, else disabled."""
     wandb_project: str = "steepest"
+    """Project on wandb."""
     wandb_tags: tuple[str, ...] = ()
+    """Tags of the run on wandb."""
     experiment: str = ""
-    """What the seeds of one experiment share, say an ablation's name; reports and wandb group by it."""
+    """Label that the seeds of one experiment share, such as an ablation's name; reports and wandb group runs by it."""
     diagnostics: bool = True
-    """Per group, at each validation: size of the weights, size and angle of the step."""
+    """Log the size of the weights and the size and angle of the step, for every group at each validation."""
     layers_every_steps: int = 0
-    """Sizes of features, spectra and turns of weights and learned factors of every layer, each so many steps, with the clock
-    stopped; 0: never. Spectra take their time: see data/run/diagnostics.py."""
+    """Number of steps between diagnostics of every layer: RMS of features, spectra and rotation of weights, learned factors.
+    The clock is stopped for them; spectra are slow (data/run/diagnostics.py). 0: never."""
     sample_tokens: int = 96
-    """Length of the continuation sampled at the end; 0: none."""
+    """Number of tokens of the text that is sampled at the end. 0: none."""
 
     def __post_init__(self) -> None:
         check_ranges(self, RANGES)
@@ -212,10 +222,10 @@ class Log:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """A complete run: same Run, same tokens, same machine: same losses."""
+    """A complete run. The same Run on the same tokens and machine gives the same losses, to the bit."""
 
     preset: str = "tiny"
-    """The name it started from; set by the command line."""
+    """Name of the preset that the run started from; the first word of the command line sets it."""
     run: Identity = field(default_factory=Identity)
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
@@ -225,6 +235,7 @@ class Run:
     log: Log = field(default_factory=Log)
 
     def __post_init__(self) -> None:
+        # Batches are whole sequences.
         data, train = self.data, self.train
         nearest = max(1, round(train.batch_tokens / data.sequence_tokens)) * data.sequence_tokens
         raise_if(train.batch_tokens != nearest,
@@ -234,28 +245,25 @@ class Run:
                f"train.micro_tokens must hold one sequence of {data.sequence_tokens} tokens, got {train.micro_tokens}")
         raise_if(self.schedule.window_tokens != "1" and self.model.window_tokens is None,
                "schedule.window_tokens needs --model.window_tokens, the window that it multiplies")
+        # While they are tied, embedding and head are one tensor in one optimizer group: one rule, one dtype.
         tied = train.tied_until_frac > 0
         raise_if(tied and (self.optim.embed != self.optim.head or self.model.embed_dtype != "float32"),
                "train.tied_until_frac needs optim.embed and optim.head to be alike, and --model.embed_dtype float32")
         raise_if(tied and (self.model.tied_head or self.model.geometry == "sphere"),
-               "train.tied_until_frac unties a head that was the embedding: --model.no_tied_head, geometry euclidean")
-        slow = [role.name for role in fields(Optim) if getattr(self.optim, role.name).update_every > 1]
-        raise_if(train.lookahead > 0 and bool(slow),
-               f"train.lookahead needs every group's update_every to be 1; it is more for {', '.join(slow)}")
+               "train.tied_until_frac unties the head in the run: it needs --model.no_tied_head and geometry euclidean")
+        slow_roles = [role.name for role in fields(Optim) if getattr(self.optim, role.name).update_every > 1]
+        raise_if(train.lookahead > 0 and bool(slow_roles),
+               f"train.lookahead needs update_every 1 in every group; it is larger for {', '.join(slow_roles)}")
 
 
 def with_settings(config: Any, settings: Mapping[str, object]) -> Any:
-    """The dataclass `config` with other values by dotted name: {"model.layers": 4, "optim.matrix": Adam(lr=0.003)}.
+    """Return a copy of the dataclass `config` with new values by dotted name: {"model.layers": 4, "optim.matrix": Adam()}.
 
-    All at once, so that only the result must be possible. Raises ValueError for what is not.
+    All values are set at once: the result is checked, not each change alone. Raises ValueError if it is invalid.
     """
-    changes: dict[str, Any] = {}
-    for name, value in settings.items():
-        head, _, rest = name.partition(".")
-        if rest:
-            changes.setdefault(head, {})[rest] = value
-        else:
-            changes[head] = value
-    nested = {name.partition(".")[0] for name in settings if "." in name}
-    return replace(config, **{name: with_settings(getattr(config, name), value) if name in nested else value
-                              for name, value in changes.items()})
+    changes = {name: value for name, value in settings.items() if "." not in name}
+    for section in dict.fromkeys(name.partition(".")[0] for name in settings if "." in name):
+        inner = {name: value for name, value in settings.items() if name.startswith(f"{section}.")}
+        inner = {name.removeprefix(f"{section}."): value for name, value in inner.items()}
+        changes[section] = with_settings(getattr(config, section), inner)
+    return replace(config, **changes)

@@ -1,7 +1,8 @@
-"""The speedrun's record recipe, from eight H100s to a laptop (KellerJordan/modded-nanogpt, record 89, July 2026).
+"""Presets of the speedrun's record recipe, for eight H100s down to a laptop.
 
-Left out: its 8-bit products (one flag: --model.fp8), embedding and head in bfloat16, MUDD's ways into the values. Its gates
-are products of two networks for all layers; ours are each technique's own.
+The record is KellerJordan/modded-nanogpt's number 89 of 17 July 2026: loss 3.28 in 73.8 s on 8 H100s. Not taken over are its
+8-bit products (--model.fp8 switches them on), embedding and head in bfloat16, and MUDD's connections into the attention
+values. The record computes all gates by two small networks; here each technique has its own.
 """
 
 from dataclasses import replace
@@ -9,23 +10,31 @@ from dataclasses import replace
 from configs.optim import Adam, Extra, NorMuon, Optim
 from configs.schema import Data, Identity, Log, Model, Run, Schedule, Train, with_settings
 
-STEPS, STAGES = 1285, (423, 847, 1270)  # the record's length, and where its stages begin
+STEPS, STAGES = 1285, (423, 847, 1270)  # the record's steps, and the first step of its stages 2 to 4
+# The record multiplies lr by 1, 1.52 and 1.73 in stages 1 to 3, as the batch grows to two and three times its first size,
+# and from step 508 mixes linearly towards 0.15, which is the lr of stage 4: at step 846 it is 0.912, at 847 1.027.
 LR = "0=1 hold 423=1.52 508=1.52 846=0.912 hold 847=1.027 1270=0.15 100%=0.15"
 
 
 def stages(first: float, *later: float) -> str:
-    """A curve that jumps at the record's stages."""
+    """Return a curve that jumps to the next value at each of STAGES."""
     return " ".join([f"0={first:g}", *(f"hold {step}={value:.8g}" for step, value in zip(STAGES, later, strict=False))])
 
 
 def record_optim() -> Optim:
-    """NorMuon for matrices, Adam at every second step for the rest, cautious decay falling with the square of the lr; exact
-    where weights are stored in bfloat16."""
+    """Return the record's optimizers: NorMuon for matrices, and Adam at every second step for all other roles.
+
+    Weight decay is cautious and falls with the square of lr: its curve is that of lr, which multiplies it too.
+    """
+    # bfloat16 alone loses the updates that are below its rounding, which the record found harmful.
     exact = {"rounding": "remainder", "state_dtype": "float32"}
+    # The record has weight decay 0.005 x 150 (embedding, head) and 0.005 x 5 (tables), multiplied by lr twice: by the peak
+    # here (0.005 x 150 x 0.008 = 0.006; 0.005 x 5 x 0.6 = 0.015; for matrices 1.2 x 0.023 = 0.0276) and by the optimizer.
     adam = Adam(lr=0.008, beta1=0.5, beta2=0.95, eps=1e-10, weight_decay=0.006, decay="cautious", update_every=2)
     table = replace(adam, lr=0.6, beta1=0.75, weight_decay=0.015, **exact)
     small = replace(adam, lr=0.008, beta1=0.9, beta2=0.99, weight_decay=0.0)
-    # mlp.down: twice the upward map's step, as the record has both in one shape, m/n = 4.
+    # mlp.down: the record stores it in the shape of mlp.up, whose unit is (m/n)^.5 = 2, and doubles its lr. Here its unit is
+    # 1, so that the factor is 4. Queries and keys are orthogonalised in 3 blocks, one per pair of heads.
     matrix = NorMuon(unit="at_least_one", normalise="longer", lr=0.023, beta2=0.9, eps=1e-10, weight_decay=0.0276,
                      decay="cautious", **exact,
                      extra=Extra(blocks=("attention.q=3", "attention.k=3"), lr_factors=("mlp.down=4",)))
@@ -35,12 +44,16 @@ def record_optim() -> Optim:
 
 
 def speedrun() -> Run:
-    """The record's recipe: 1285 steps and 338.8 M tokens of FineWeb to 3.28 nats, meant for 8 H100s; any number will do."""
+    """The record's recipe on FineWeb to loss 3.28, 1285 steps.
+
+    338.8 M tokens (record 89, July 2026), meant for 8 H100s; it runs on any number of GPUs.
+    """
     return Run(
         preset="speedrun",
         run=Identity(target_loss_nats=3.28),
         data=Data(source="shards", tokenizer="gpt2", order="documents", sequence_tokens=16_384, max_document_tokens=2048,
                   train_files=("data/fineweb10B/fineweb_train_*.bin",), val_files=("data/fineweb10B/fineweb_val_*.bin",)),
+        # Layers, their windows and techniques are the record's. init_gain 0.25 is its standard deviation 0.5 / sqrt(768).
         model=Model(layers=11, dim=768, head_dim=128, position="half_rotary", attention_scale=0.1, softcap="asymmetric",
                     embed_std=0.005, init_gain=0.25, smear=True, document_mask=True, value_embeds=5,
                     value_embed_layers=(1, 2, 8, 9, 10), value_gates=True, bigram_buckets=377_280, bigram_signs=8192,
@@ -50,6 +63,8 @@ def speedrun() -> Run:
                     dynamic_heads=(10,), dense="mudd", mtp_weights=(0.5, 0.25), prefix_loss=0.25,
                     matrix_dtype="bfloat16", table_dtype="bfloat16"),
         optim=record_optim(),
+        # Per stage, as in the record: batches of 131,072, 262,144 and 393,216 tokens; windows 128/384, 384/896, 640/1408 and
+        # 768/1664; documents of up to 896 tokens, then 2048. The auxiliary losses fade out until stage 3.
         schedule=Schedule(lr=LR, weight_decay=LR, momentum="0=0.85 300=0.95 -50=0.95 100%=0.85",
                           batch_tokens=stages(1, 2, 3), window_tokens=stages(1, 3, 5, 6),
                           long_window_tokens=stages(1, 896 / 384, 1408 / 384, 1664 / 384),
@@ -62,7 +77,11 @@ def speedrun() -> Run:
 
 
 def medium() -> Run:
-    """The speedrun's second track: a GPT of 350 M active parameters to 2.92 nats in 4740 steps, without the tables."""
+    """350 M GPT on FineWeb to loss 2.92, 4740 steps (track 2).
+
+    Size, batches, windows, learning rates and the untying at 2/12 of the run follow the speedrun's track 2 of December 2025.
+    Value embeddings and hashed tables are left out.
+    """
     lr = "0=1 30%=1 100%=0.1"
     return with_settings(speedrun(), {
         "preset": "medium", "run": Identity(target_loss_nats=2.92),
@@ -73,6 +92,7 @@ def medium() -> Run:
         "model.paired_heads": (), "model.attention_free": (), "model.dynamic_heads": (),
         "model.shared_attention_input": None, "model.skips": ("3>8",), "model.dense": "none", "model.backout": 11,
         "model.mtp_weights": (), "model.prefix_loss": 0.0,
+        # 0.018 is the record's 1.2 times lr, as in `record_optim`.
         "optim.matrix.lr": 0.015, "optim.matrix.weight_decay": 0.018, "optim.matrix.extra.blocks": (),
         "schedule": Schedule(lr=lr, weight_decay=lr, momentum="0=0.85 300=0.95 -50=0.95 100%=0.85",
                              batch_tokens="0=1 hold 8.3333%=2 hold 16.6667%=3 hold 25%=4",
@@ -81,9 +101,13 @@ def medium() -> Run:
 
 
 def speedrun_cpu() -> Run:
-    """The whole recipe shrunk to a laptop, everything on: a BPE model on Python's own source code."""
+    """The record's recipe on a laptop: Python code, 320 steps.
+
+    Every technique of `speedrun` is on, at sizes and with a schedule that fit a CPU.
+    """
+    # The record's stages, at a third and two thirds of the run.
     lr = "0=1 hold 33%=1.52 40%=1.52 66%=0.91 hold 67%=1.03 100%=0.15"
-    token = {"lr": 0.06, "weight_decay": 0.0}
+    token_optim = {"lr": 0.06, "weight_decay": 0.0}
     return with_settings(speedrun(), {
         "preset": "speedrun_cpu", "run": Identity(), "data": Data(sequence_tokens=128, val_bytes=65_536),
         "model.layers": 5, "model.dim": 64, "model.head_dim": 16, "model.embed_std": 0.05,
@@ -95,7 +119,7 @@ def speedrun_cpu() -> Run:
         "model.shared_attention_input": 3, "model.skips": ("1>3",), "model.backout": 2,
         "model.dynamic_heads": (4,), "model.dynamic_window": 16,
         "optim.matrix.extra.blocks": ("attention.q=2", "attention.k=2"), "optim.bigram_embed.extra.sparse_rows": False,
-        **{f"optim.{role}.{name}": value for role in ("embed", "head") for name, value in token.items()},
+        **{f"optim.{role}.{name}": value for role in ("embed", "head") for name, value in token_optim.items()},
         "schedule": Schedule(
             lr=lr, weight_decay=lr, momentum="0=0.85 25%=0.95 95%=0.95 100%=0.85",
             batch_tokens="0=1 hold 33%=2 hold 67%=3", window_tokens="0=1 hold 33%=2 hold 67%=3",

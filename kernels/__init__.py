@@ -1,4 +1,8 @@
-"""The fast paths, each under the few plain lines that define it, and the choice between the two, made once per model."""
+"""Fast paths for attention, loss, MLP and matrix products, each beside its plain twin; and the choice between the two.
+
+The plain twin is a few lines of PyTorch that define the result; tests compare both. The choice is made once, when the model
+is built, so that a compiled graph has no branch. Triton is optional: it is imported at first use only.
+"""
 
 import importlib.util
 from typing import NamedTuple
@@ -7,26 +11,31 @@ import torch
 
 from configs.model import Model
 
-TRITON_FROM, FP8_FROM = (8, 0), (8, 9)  # compute capabilities: bfloat16 tensor cores; 8-bit ones
-KERNEL_DTYPE = torch.bfloat16  # in float32 the kernels are right too, but the vendors' products are faster
+# Compute capabilities with tensor cores for bfloat16 (Ampere) and for 8-bit floats (Ada, Hopper).
+TRITON_FROM, FP8_FROM = (8, 0), (8, 9)
+KERNEL_DTYPE = torch.bfloat16  # the kernels are correct in float32 too, but slower there than cuBLAS
 
 
 class Paths(NamedTuple):
-    """Which path each piece takes, `triton` or `plain`, and whether there are 8-bit products."""
+    """The path of each operation, `triton` or `plain`."""
 
     loss: str = "plain"
+    """Path of softcap and cross-entropy."""
     relu2: str = "plain"
+    """Path of the linear map with ReLU^2."""
     fp8: bool = False
+    """True if matrix products are in 8-bit floats; of a device: if it has them."""
     reason: str = "no CUDA device"
+    """Properties of the device that decided, for the log."""
 
     def line(self) -> str:
-        """One line to print."""
+        """Return the paths as one line for the log."""
         return (f"kernels: loss {self.loss}, linear + ReLU^2 {self.relu2}, "
                 f"8-bit products {'yes' if self.fp8 else 'no'} ({self.reason})")
 
 
 def device_paths(device: torch.device) -> Paths:
-    """The kernels that a device can run: `triton` on CUDA from compute capability 8.0 on, where Triton is installed."""
+    """Return the fastest paths that a device can run: `triton` on CUDA with compute capability 8.0 and Triton installed."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return Paths(reason=f"device {device.type}")
     capability = torch.cuda.get_device_capability(device)
@@ -37,17 +46,17 @@ def device_paths(device: torch.device) -> Paths:
 
 
 def choose_paths(config: Model, device: torch.device, dtype: torch.dtype) -> Paths:
-    """The paths of a model with activations in `dtype`: the kernels serve bfloat16, other models take the plain lines.
+    """Return the paths of a model whose activations have `dtype`: Triton kernels for bfloat16, plain lines otherwise.
 
-    Raises ValueError where 8-bit products are asked of a device that has none.
+    Raises ValueError if the config wants 8-bit products and the device has none.
     """
     here = device_paths(device)
     if config.fp8 != "none" and not here.fp8:
         raise ValueError(f"--model.fp8 {config.fp8} needs an NVIDIA GPU of compute capability 8.9 or later (Ada, Hopper), "
                          f"got {here.reason}; use --model.fp8 none here")
     fused = config.fused == "auto" and dtype is KERNEL_DTYPE
-    # The MLP's kernel multiplies by a matrix alone: no bias, no factors of the sphere, no 8-bit product.
-    matrix_alone = not config.biases and config.geometry == "euclidean" and config.fp8 != "head_mlp"
+    # The MLP's kernel takes a weight matrix only: no bias, no learned factors of the sphere, no 8-bit weights.
+    matrix_only = not config.biases and config.geometry == "euclidean" and config.fp8 != "head_mlp"
     return here._replace(loss=here.loss if fused else "plain",
-                         relu2=here.relu2 if fused and matrix_alone and config.activation == "relu2" else "plain",
+                         relu2=here.relu2 if fused and matrix_only and config.activation == "relu2" else "plain",
                          fp8=config.fp8 != "none")

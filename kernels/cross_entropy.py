@@ -1,10 +1,14 @@
-"""Softcapped cross-entropy: in plain lines, and fused into one visit to each row of logits, loss and gradient together.
+"""Softcapped cross-entropy of logits: plain lines, and a Triton kernel that computes loss and gradient of a row together.
 
-In the kernel the row's log-sum-exp is accumulated block by block under a running maximum (Milakov & Gimelshein 2018,
-arXiv 1805.02867), then the gradient (softmax(y) - onehot) dy/dz is written while the row is still in the cache; no float32
-copy of the logits is made.
+With raw logits z, softcapped logits y = softcap(z) and target t, the loss of a token is logsumexp(y) - y_t, in nats, and its
+gradient dL/dz_j = (softmax(y)_j - [j = t]) dy_j/dz_j. The kernel reads a row of z twice. The first pass needs no row maximum
+in advance: it sums exp(y - running maximum) block by block and rescales the sum when the maximum grows (Milakov & Gimelshein
+2018, arXiv 1805.02867). The second pass writes the gradient, which needs the finished logsumexp; the row is still in the
+cache then. So neither y nor softmax(y) is stored, and no float32 copy of the logits is made.
 
-Shapes: N tokens, V padded vocabulary.
+Both compute in float32: bfloat16 has 8 bits of mantissa, so that logits between 8 and 16 would be multiples of 1/16.
+
+Shapes: N tokens, V vocabulary size (padded).
 """
 
 import functools
@@ -20,7 +24,11 @@ BLOCK = 4096  # columns of a row that the kernel reads at a time
 
 
 def softcap(z: Tensor, kind: str, c: float) -> Tensor:
-    """Logits bounded by c in absolute value, with slope 1 at 0; `asymmetric` lies in (0, 23) whatever c."""
+    """Return bounded logits, elementwise.
+
+    tanh: c tanh(z/c) and rational: c z / sqrt(z^2 + c^2) have slope 1 at 0 and lie between -c and c. asymmetric:
+    23 sigmoid((z + 5) / 7.5) lies between 0 and 23 and does not use c. none: z.
+    """
     if kind == "tanh":
         return c * torch.tanh(z / c)
     if kind == "rational":
@@ -32,46 +40,53 @@ def softcap(z: Tensor, kind: str, c: float) -> Tensor:
 
 
 def softcap_cross_entropy(z_NV: Tensor, targets_N: Tensor, kind: str, c: float) -> Tensor:
-    """Summed cross-entropy in nats of the softcapped raw logits, 0-D, in float32 at least."""
+    """Return the summed cross-entropy in nats of raw logits, 0-D: the plain twin, in float32 or the logits' higher dtype."""
     exact = torch.promote_types(z_NV.dtype, torch.float32)
     return F.cross_entropy(softcap(z_NV.to(exact), kind, c), targets_N, reduction="sum")
 
 
 def fused_cross_entropy(z_NV: Tensor, targets_N: Tensor, kind: str, c: float) -> Tensor:
-    """The same for each token, by the kernel: raw logits (N, V) and targets (N,) -> (N,) float32, 0 where ignored."""
+    """Return each token's cross-entropy in nats, by the kernel: raw logits (N, V), targets (N,) -> (N,) float32.
+
+    A negative target is ignored: its loss and gradient are 0.
+    """
     return FusedCrossEntropy.apply(z_NV, targets_N, kind, c, torch.is_grad_enabled() and z_NV.requires_grad)
 
 
 class FusedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of each row; the gradient by the logits is made in the forward pass and only scaled in the backward."""
+    """Cross-entropy of each row, whose gradient by the logits is computed in the forward pass and scaled in the backward."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, z_NV: Tensor, targets_N: Tensor, kind: str, c: float,
                 with_grad: bool) -> Tensor:
-        """(N, V), (N,) -> (N,)."""
+        """(N, V), (N,) -> (N,) float32."""
         loss_N, grad_NV = cross_entropy_and_grad(z_NV, targets_N, kind, c, with_grad)
         ctx.save_for_backward(grad_NV)
         return loss_N
 
+    # To autograd the stored gradient is a constant: without this mark second derivatives would be silently wrong.
     @staticmethod
     @once_differentiable
     def backward(ctx: torch.autograd.function.FunctionCtx, upstream_N: Tensor) -> tuple[Tensor | None, ...]:
-        """The stored gradient, each row times its upstream gradient."""
+        """Return the stored gradient, each row times its upstream gradient: (N,) -> (N, V)."""
         grad_NV, = ctx.saved_tensors
         return (grad_NV * upstream_N[:, None]).to(grad_NV.dtype), None, None, None, None
 
 
+# A custom operator: torch.compile takes it as one call, whose shapes `register_fake` gives, and does not trace the kernel.
 @torch.library.custom_op("steepest::cross_entropy_and_grad", mutates_args=())
 def cross_entropy_and_grad(z_NV: Tensor, targets_N: Tensor, kind: str, c: float, with_grad: bool) -> tuple[Tensor, Tensor]:
-    """Each token's cross-entropy in nats, (N,) float32, and its gradient by the raw logits, (N, V) in their dtype; (0, V)
-    unless `with_grad`. By the kernel: on CUDA, or in Triton's interpreter."""
+    """Return each token's cross-entropy in nats, (N,) float32, and its gradient by the raw logits, (N, V) in their dtype.
+
+    Without `with_grad` the gradient is empty, (0, V). Runs the kernel: on CUDA, or in Triton's interpreter.
+    """
     z_NV, targets_N = z_NV.contiguous(), targets_N.contiguous()
     rows, columns = z_NV.shape
     loss_N = torch.empty(rows, dtype=torch.float32, device=z_NV.device)
     grad_NV = z_NV.new_empty(rows if with_grad else 0, columns)
-    name, numbers = family(kind, c)
-    block = 1 << (min(BLOCK, columns) - 1).bit_length()
-    row_kernel()[(rows,)](z_NV, targets_N, loss_N, grad_NV, columns, *numbers, FAMILY=name, WITH_GRAD=with_grad,
+    family, coefficients = softcap_family(kind, c)
+    block = 1 << (min(BLOCK, columns) - 1).bit_length()  # tl.arange needs a power of two
+    row_kernel()[(rows,)](z_NV, targets_N, loss_N, grad_NV, columns, *coefficients, FAMILY=family, WITH_GRAD=with_grad,
                           BLOCK=block, num_warps=8)
     return loss_N, grad_NV
 
@@ -81,10 +96,10 @@ def _(z_NV: Tensor, targets_N: Tensor, kind: str, c: float, with_grad: bool) -> 
     return z_NV.new_empty(z_NV.size(0), dtype=torch.float32), z_NV.new_empty(z_NV.size(0) if with_grad else 0, z_NV.size(1))
 
 
-def family(kind: str, c: float) -> tuple[str, tuple[float, float, float, float]]:
-    """The kernel's family of a softcap, and its (height, shift, width, base).
+def softcap_family(kind: str, c: float) -> tuple[str, tuple[float, float, float, float]]:
+    """Return the kernel's family of a softcap and its coefficients (height, shift, width, base).
 
-    Of the sigmoids y = height sigmoid((z + shift) / width) + base is tanh one: c tanh(z / c) = 2c sigmoid(2z / c) - c.
+    tanh and asymmetric are one family, y = height sigmoid((z + shift) / width) + base: c tanh(z/c) = 2c sigmoid(2z/c) - c.
     """
     if kind == "asymmetric":
         return "sigmoid", (*ASYMMETRIC, 0.0)
@@ -95,18 +110,19 @@ def family(kind: str, c: float) -> tuple[str, tuple[float, float, float, float]]
 
 @functools.cache
 def row_kernel() -> Callable:
-    """The Triton kernel, one program a row; defined at first use, so that Triton stays an optional import."""
-    global tl, cap  # a kernel finds its names among its module's
+    """Return the Triton kernel, with one program for each row. Defined at first use: Triton is optional."""
+    global tl, softcap_and_slope  # Triton looks up the names in a kernel among the globals of its module
     import triton
     import triton.language as tl
 
     @triton.jit
-    def cap(z, height, shift, width, base, FAMILY: tl.constexpr):
-        """y and dy/dz."""
+    def softcap_and_slope(z, height, shift, width, base, FAMILY: tl.constexpr):
+        """y = softcap(z) and dy/dz."""
         if FAMILY == "sigmoid":
             s = tl.sigmoid((z + shift) / width)
             y, slope = height * s + base, height / width * s * (1 - s)
         elif FAMILY == "rational":
+            # y = z r with r = c / sqrt(z^2 + c^2), and dy/dz = r^3
             r = height * tl.rsqrt(z * z + height * height)
             y, slope = z * r, r * r * r
         else:
@@ -116,29 +132,32 @@ def row_kernel() -> Callable:
     @triton.jit
     def rows(z_ptr, targets_ptr, loss_ptr, grad_ptr, columns, height, shift, width, base,
              FAMILY: tl.constexpr, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr):
-        row = tl.program_id(0).to(tl.int64)
+        """Loss of one row and, WITH_GRAD, its gradient by z."""
+        row = tl.program_id(0).to(tl.int64)  # row * columns exceeds 2^31 from 42,700 rows of 50,304 columns on
         target = tl.load(targets_ptr + row)
         counts = tl.where(target >= 0, 1.0, 0.0)
-        top = tl.full((), float("-inf"), tl.float32)
-        total = tl.full((), 0.0, tl.float32)
-        own = tl.full((), 0.0, tl.float32)
+        # First pass: logsumexp(y), and y at the target.
+        running_max = tl.full((), float("-inf"), tl.float32)
+        exp_sum = tl.full((), 0.0, tl.float32)
+        y_target = tl.full((), 0.0, tl.float32)
         for start in range(0, columns, BLOCK):
             index = start + tl.arange(0, BLOCK)
             z = tl.load(z_ptr + row * columns + index, mask=index < columns, other=0.0).to(tl.float32)
-            y, _ = cap(z, height, shift, width, base, FAMILY)
-            own += tl.sum(tl.where(index == target, y, 0.0))
+            y, _ = softcap_and_slope(z, height, shift, width, base, FAMILY)
+            y_target += tl.sum(tl.where(index == target, y, 0.0))
             y = tl.where(index < columns, y, float("-inf"))
-            higher = tl.maximum(top, tl.max(y))
-            total = total * tl.exp(top - higher) + tl.sum(tl.exp(y - higher))
-            top = higher
-        log_total = top + tl.log(total)
-        tl.store(loss_ptr + row, (log_total - own) * counts)
+            new_max = tl.maximum(running_max, tl.max(y))
+            exp_sum = exp_sum * tl.exp(running_max - new_max) + tl.sum(tl.exp(y - new_max))
+            running_max = new_max
+        log_sum = running_max + tl.log(exp_sum)
+        tl.store(loss_ptr + row, (log_sum - y_target) * counts)
+        # Second pass: the gradient by z.
         if WITH_GRAD:
             for start in range(0, columns, BLOCK):
                 index = start + tl.arange(0, BLOCK)
                 z = tl.load(z_ptr + row * columns + index, mask=index < columns, other=0.0).to(tl.float32)
-                y, slope = cap(z, height, shift, width, base, FAMILY)
-                grad = (tl.exp(y - log_total) - tl.where(index == target, 1.0, 0.0)) * slope * counts
+                y, slope = softcap_and_slope(z, height, shift, width, base, FAMILY)
+                grad = (tl.exp(y - log_sum) - tl.where(index == target, 1.0, 0.0)) * slope * counts
                 tl.store(grad_ptr + row * columns + index, grad.to(grad_ptr.dtype.element_ty), mask=index < columns)
 
     return rows

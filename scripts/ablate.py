@@ -21,7 +21,7 @@ import tyro
 from rich import box
 from rich.table import Table
 
-from configs.ablations import each_off, find_row
+from configs.ablations import find_row, leave_one_out_rows
 from configs.cli import parse_row
 from configs.notation import nearest
 from configs.presets import PRESETS
@@ -96,7 +96,7 @@ def experiments(args: Ablate, common: Sequence[str]) -> list[Experiment]:
 def leave_outs(args: Ablate, common: Sequence[str]) -> list[Experiment]:
     """The rows, with their base presets before them, each base once."""
     if args.each_off:
-        rows = each_off(parse_row(args.each_off, common))
+        rows = leave_one_out_rows(parse_row(args.each_off, common))
     else:
         rows = [find_row(name) for name in dict.fromkeys(args.rows)]
     bases = [Experiment(base, base, tuple(common), None, {}) for base in dict.fromkeys(row.base for row in rows)]

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import tyro
 
-from configs.entries import ENTRIES, Entry, entry_named
+from configs.entries import ENTRIES, Entry, find_entry
 from scripts import command
 from scripts.lab.records import BENCHMARKS, append_records, read_records, record_of, record_of_failure
 from scripts.lab.sweep import Trial, run_sweep
@@ -70,7 +70,7 @@ def main(args: Arguments) -> None:
     """Tune, judge and record every horizon in turn. Raises ValueError for a preset that is no benchmark."""
     if args.preset not in BENCHMARKS:
         raise ValueError(f"{args.preset!r} is no benchmark; benchmarks: {', '.join(BENCHMARKS)}")
-    entries = [entry_named(name) for name in args.entries]
+    entries = [find_entry(name) for name in args.entries]
     for horizon in args.horizons:
         steps = round(horizon * base_steps(args.preset))
         records = run_and_record(tune(args, entries, steps), args)

@@ -1,4 +1,4 @@
-"""Run folders of format 1, stopped after four of eight steps, go on to the bit as the code went on that wrote them."""
+"""Run folders of format 1, stopped after four of eight steps, continue to the bit as under the code that wrote them."""
 
 import json
 import shutil
@@ -20,12 +20,12 @@ FLAGS = {
     "tiny": "--train.lookahead 0.6 --train.weight_average 0.5".split(),
     "speedrun_cpu": "--model.bigram_signs 16".split(),
 }
-WRITTEN = 5  # losses that a folder already has: of four steps, and of the validation after the third
+WRITTEN = 5  # losses that a folder already contains: of four steps, and of the validation after the third
 
 
 @pytest.fixture(params=FLAGS)
 def resumed(request, tmp_path, monkeypatch):
-    """The preset, and all losses in the metrics of a copy of its folder, which this code has resumed."""
+    """Resume a copy of the preset's folder; return the preset and all losses in its metrics."""
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
     write_text(tmp_path)
@@ -35,12 +35,12 @@ def resumed(request, tmp_path, monkeypatch):
     return preset, losses(tmp_path / "runs" / preset)
 
 
-def test_an_old_folder_goes_on_as_it_did(resumed):
-    preset, found = resumed
+def test_an_old_folder_continues_with_the_same_losses(resumed):
+    preset, losses_nats = resumed
     golden = RESUMED["losses_nats"][preset]
-    assert found[:WRITTEN] == golden[:WRITTEN] == losses(FORMAT1 / preset)
-    assert found[:WRITTEN + SAME_ANYWHERE] == pytest.approx(golden[:WRITTEN + SAME_ANYWHERE], rel=1e-6)
-    assert found == pytest.approx(golden, rel=5e-3)
+    assert losses_nats[:WRITTEN] == golden[:WRITTEN] == losses(FORMAT1 / preset)
+    assert losses_nats[:WRITTEN + SAME_ANYWHERE] == pytest.approx(golden[:WRITTEN + SAME_ANYWHERE], rel=1e-6)
+    assert losses_nats == pytest.approx(golden, rel=5e-3)
     if machine() != RESUMED["machine"]:
-        pytest.skip(f"close, but not judged to the bit: recorded on another machine, {RESUMED['machine']}")
-    assert found == golden
+        pytest.skip(f"close, but not compared to the bit: recorded on another machine, {RESUMED['machine']}")
+    assert losses_nats == golden

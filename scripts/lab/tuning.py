@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from configs.entries import ENTRIES, REFERENCE, Entry, entry_named
+from configs.entries import ENTRIES, REFERENCE, Entry, find_entry
 from configs.notation import nearest
 from configs.optim import RULES, Optim
 from configs.presets import PRESETS
@@ -277,7 +277,7 @@ def changed_draws(records: Sequence[dict]) -> list[str]:
     wrong = []
     for record in records:
         if name := parse_name(record["experiment"]):
-            for field, value in settings_of(entry_named(name[0]), name[2]).items():
+            for field, value in settings_of(find_entry(name[0]), name[2]).items():
                 if not math.isclose(record["config"][field], value, rel_tol=1e-9):
                     wrong.append(f"{record['name']}: {field} is {record['config'][field]}, drawn was {value}")
     return wrong

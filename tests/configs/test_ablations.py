@@ -1,10 +1,10 @@
-"""Every row of the ablation table is a run that differs from its base."""
+"""The ablation table: every row is a run that differs from its base, and leave-one-out rows switch off one technique."""
 
 from dataclasses import fields
 
 import pytest
 
-from configs.ablations import ROWS, each_off, find_row, row_named, settings_off, techniques
+from configs.ablations import ROWS, find_row, leave_one_out_rows, run_of_row, settings_off, techniques
 from configs.cli import as_flags, parse_row
 from configs.optim import Optim
 from configs.presets import PRESETS
@@ -13,7 +13,7 @@ from configs.serialize import config_to_dict, flatten
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_rows_change_their_base(row):
-    assert row_named(row.name) != PRESETS[row.base]()
+    assert run_of_row(row.name) != PRESETS[row.base]()
 
 
 def test_names_are_unique():
@@ -22,7 +22,7 @@ def test_names_are_unique():
 
 def test_an_unknown_row_is_named():
     with pytest.raises(ValueError, match="unknown ablation 'nothing'; "):
-        row_named("nothing")
+        run_of_row("nothing")
 
 
 def test_a_misspelt_row_gets_the_nearest():
@@ -30,7 +30,7 @@ def test_a_misspelt_row_gets_the_nearest():
         find_row("nosmear")
 
 
-# ---- leaving one out ----
+# ---- Leave-one-out rows ----
 
 MODEL_SWITCHES = {"qk_norm", "smear", "x0_skip", "zero_init_projections", "norm_embedding", "norm_gains", "biases",
                   "tied_head", "document_mask", "value_gates", "bigram_signs", "ngram_orders", "yarn", "head_gates", "xsa",
@@ -49,7 +49,7 @@ CHANGES = {f"no_{name}": {f"model.{name}"} for name in MODEL_SWITCHES} | {
     "no_momentum_curve": {"schedule.momentum"}, "no_weight_decay": {"optim.matrix.weight_decay"},
     "no_batch_growth": {"schedule.batch_tokens"}, "no_sequence_growth": {"schedule.sequence_tokens"},
     "no_lr_cooldown": {"schedule.lr"}}
-# What goes with it, where it is on: it would have no effect or no place.
+# Settings that a row also switches off if they are on: without the technique they would have no effect or be refused.
 COMPANIONS = {
     "no_window": {"model.full_attention_layers", "model.long_window_tokens", "model.yarn",
                   "schedule.window_tokens", "schedule.long_window_tokens"},
@@ -64,32 +64,32 @@ EVERYTHING = ("--model.x0_skip --model.softcap tanh --model.norm_gains --model.b
               "--model.key_offset --model.yarn --model.head_gates --model.xsa --model.projection_gains --model.inject "
               "--model.layers 3 --model.paired_heads 0 --model.dynamic_heads 1 --model.attention_free 2 --model.skips 0>2 "
               "--model.shared_attention_input 0 --model.backout 1 --model.residual_growth 1.1 --model.dense mudd")
-# What excludes them, or needs other optimizers: shown to be switched off elsewhere.
+# Techniques that EVERYTHING cannot contain, since they exclude others of it or need other optimizers; tested separately.
 APART = {"mtp_weights", "prefix_loss", "sampled_softmax", "tied_start", "row_moments", "slow_adam", "cautious_decay",
          "blocks", "lr_factors"}
 
 
 def labels(run):
-    """The techniques that have a row, by setting: what the row is called after no_."""
-    return {name: name.rpartition(".")[2] if one.name is None else one.name
-            for name, one in techniques(run).items() if one.name != ""}
+    """The name after `no_` of each technique's row, by setting."""
+    return {name: name.rpartition(".")[2] if technique.name is None else technique.name
+            for name, technique in techniques(run).items() if technique.name != ""}
 
 
 def changed(run, other):
-    """Dotted names of the fields in which two runs differ, of those that both have."""
-    one, two = (flatten(config_to_dict(each)) for each in (run, other))
-    return {name for name in one.keys() & two.keys() if one[name] != two[name]}
+    """Dotted names of the fields that both runs have and in which they differ."""
+    left, right = flatten(config_to_dict(run)), flatten(config_to_dict(other))
+    return {name for name in left.keys() & right.keys() if left[name] != right[name]}
 
 
-# Between them they switch all techniques that presets do.
+# Together they use every technique that some preset uses.
 KINDS = ("tiny", "track3", "ngpt_bytes", "speedrun_cpu")
 
 
 @pytest.mark.parametrize("preset", [*KINDS, "everything"])
-def test_each_row_leaves_out_its_technique_alone(preset):
+def test_each_row_switches_off_only_its_technique(preset):
     preset, flags = ("tiny", EVERYTHING.split()) if preset == "everything" else (preset, [])
     run = parse_row(preset, flags)
-    for row in each_off(run):
+    for row in leave_one_out_rows(run):
         changes = changed(run, parse_row(row.base, [*flags, *row.flags.split()]))
         if row.name == "no_muon":
             assert {"optim.matrix.rule", "optim.matrix.lr"} <= changes
@@ -100,27 +100,28 @@ def test_each_row_leaves_out_its_technique_alone(preset):
 
 def test_every_technique_can_be_left_out():
     run = parse_row("tiny", EVERYTHING.split())
-    assert {row.name for row in each_off(run)} == {
+    assert {row.name for row in leave_one_out_rows(run)} == {
         f"no_{name}" for name in labels(run).values() if name not in APART} | {"no_muon"}
 
 
-def test_what_is_left_out_of_the_record_recipe_is_all_that_it_has():
-    rows = {row.name for row in each_off(PRESETS["speedrun_cpu"]())}
+def test_the_record_recipe_has_a_row_for_each_of_its_techniques():
+    rows = {row.name for row in leave_one_out_rows(PRESETS["speedrun_cpu"]())}
     assert {f"no_{name}" for name in APART - {"sampled_softmax"}} <= rows
-    assert "no_sampled_softmax" in {row.name for row in each_off(parse_row("tiny", ["--model.sampled_softmax", "9"]))}
+    sampled = parse_row("tiny", ["--model.sampled_softmax", "9"])
+    assert "no_sampled_softmax" in {row.name for row in leave_one_out_rows(sampled)}
 
 
-def test_what_is_off_is_not_left_out():
+def test_a_technique_that_is_off_has_no_row():
     run = PRESETS["tiny_adamw"]()
     off = " ".join(as_flags(settings_off(run, name)) for name in labels(run))
-    assert each_off(parse_row("tiny_adamw", off.split())) == []
+    assert leave_one_out_rows(parse_row("tiny_adamw", off.split())) == []
 
 
-def test_without_muon_the_matrices_are_the_twins():
-    row = next(row for row in each_off(PRESETS["track3"]()) if row.name == "no_muon")
+def test_no_muon_gives_the_matrices_the_twins_rule():
+    row = next(row for row in leave_one_out_rows(PRESETS["track3"]()) if row.name == "no_muon")
     assert parse_row("track3", row.flags.split()).optim.matrix == PRESETS["track3_adamw"]().optim.matrix
 
 
-def test_momentum_falls_back_to_the_groups_own():
-    row = next(row for row in each_off(PRESETS["tiny"]()) if row.name == "no_momentum_curve")
+def test_without_its_curve_momentum_is_the_groups_own():
+    row = next(row for row in leave_one_out_rows(PRESETS["tiny"]()) if row.name == "no_momentum_curve")
     assert parse_row("tiny", row.flags.split()).schedule.momentum is None

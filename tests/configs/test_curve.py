@@ -47,7 +47,7 @@ def test_hold_jumps_at_the_knot():
 
 @pytest.mark.parametrize("total", [100, 200, 300, 1000, 3250])
 def test_hold_jumps_at_a_whole_share(total):
-    """Where p % of the run is a whole step, the value changes there and not one step later."""
+    """If p % of the run is a whole step, the value changes at that step and not one later."""
     whole = [percent for percent in range(1, 101) if percent * total % 100 == 0]
     late = [percent for percent in whole if at(f"0=1 hold {percent}%=2", percent * total // 100, total) != 2]
     early = [percent for percent in whole if at(f"0=1 hold {percent}%=2", percent * total // 100 - 1, total) != 1]
@@ -84,8 +84,8 @@ def test_track3s_constant_and_linear_decay():
         assert at("0=1 30%=1 100%=0", step, 3250) == pytest.approx(expected, abs=1e-12)
 
 
-def test_knots_pushed_out_of_order_are_read_from_the_left():
-    """A warm-up of 250 steps in a run of 100: the warm-up decides to the end."""
+def test_of_knots_out_of_order_the_first_segment_decides():
+    """A warm-up of 250 steps in a run of 100 steps lasts to the end."""
     assert [at("0=0 250=1 30%=1 100%=0", step) for step in (0, 50, 100)] == [0, 0.2, 0.4]
     assert at("0=0 250=1 30%=1 100%=0", 260, 300) == pytest.approx(1 - 170 / 210)
 
@@ -103,7 +103,7 @@ def notation(knots: list[tuple[int, float, str]]) -> str:
 
 @quick
 @given(ascending)
-def test_knots_are_met_exactly(knots):
+def test_the_curve_has_the_exact_value_at_a_knot(knots):
     for step, value, _ in knots:
         assert at(notation(knots), step, 300) == value
 
@@ -111,8 +111,8 @@ def test_knots_are_met_exactly(knots):
 @quick
 @given(st.lists(st.tuples(st.integers(0, 100), values, st.sampled_from(["", "cos ", "hold "])), min_size=1, max_size=6,
                 unique_by=lambda knot: knot[0]).map(sorted), st.integers(1, 50))
-def test_percent_knots_are_met(knots, hundreds):
-    """At whole shares of the run, within rounding; a jump must have happened."""
+def test_the_curve_has_the_value_at_a_knot_in_percent(knots, hundreds):
+    """At whole shares of the run, within rounding; at a `hold` knot the jump has happened."""
     text = " ".join(f"{approach}{share}%={value}" for share, value, approach in knots)
     for share, value, _ in knots:
         assert at(text, share * hundreds, 100 * hundreds) == pytest.approx(value, abs=1e-9)
@@ -120,13 +120,13 @@ def test_percent_knots_are_met(knots, hundreds):
 
 positions = st.one_of(st.integers(0, 400).map(str), st.integers(1, 400).map(lambda n: f"-{n}"),
                       st.floats(0, 100).map(lambda share: f"{share:.3f}%"))
-anyhow = st.lists(st.tuples(st.sampled_from(["", "cos ", "hold "]), positions, values), min_size=1, max_size=6)
+in_any_order = st.lists(st.tuples(st.sampled_from(["", "cos ", "hold "]), positions, values), min_size=1, max_size=6)
 
 
 @quick
-@given(anyhow, st.floats(0, 300), st.integers(1, 300))
+@given(in_any_order, st.floats(0, 300), st.integers(1, 300))
 def test_values_stay_between_the_knots(knots, step, total):
-    """Whatever the order: neither a division by zero nor an overshoot."""
+    """Knots in any order cause neither a division by zero nor an overshoot."""
     text = " ".join(f"{approach}{position}={value}" for approach, position, value in knots)
     heights = [value for _, _, value in knots]
     assert min(heights) - 1e-9 <= at(text, step, total) <= max(heights) + 1e-9
@@ -135,7 +135,7 @@ def test_values_stay_between_the_knots(knots, step, total):
 @quick
 @given(ascending, st.integers(0, 299))
 def test_lines_and_cosines_do_not_jump(knots, step):
-    """Between neighbouring knots one step changes at most pi / 2 of the mean slope; without `hold` nothing jumps."""
+    """Without `hold`, the slope is at most pi / 2 times the steepest mean slope between neighbouring knots."""
     smooth = [(at_step, value, approach.replace("hold", "cos")) for at_step, value, approach in knots]
     slopes = [abs(b[1] - a[1]) / (b[0] - a[0]) for a, b in zip(smooth, smooth[1:], strict=False)]
     change = abs(at(notation(smooth), step + 0.01, 300) - at(notation(smooth), step, 300))

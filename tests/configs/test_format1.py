@@ -1,4 +1,4 @@
-"""Configurations of format 1: what acted is kept, what did not is left out, what is gone is refused; hashes stay."""
+"""Migration of format 1: settings that acted remain, others are dropped, removed ones are refused; hashes do not change."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ RECORDS = sorted((Path(__file__).resolve().parents[2] / "records").glob("*.jsonl
 
 
 def matrix(**group: object) -> RuleConfig:
-    """Today's configuration of a group of format 1."""
+    """The config of format 2 that a group of format 1 becomes."""
     return config_from_dict({"optim": {"matrix": group}}).optim.matrix
 
 
@@ -34,7 +34,7 @@ def matrix(**group: object) -> RuleConfig:
      Adam(extra=Extra(clip=1.0, clip_norm="sign", row_floor=0.3, lr_factors=("a=2",)))),
     (dict(constraint="sphere", tangent="dual"), Adam(constraint="sphere", extra=Extra(tangent="dual"))),
 ], ids=str)
-def test_a_group_becomes_its_rule(group, config):
+def test_a_group_becomes_the_config_of_its_rule(group, config):
     assert matrix(**group) == config
 
 
@@ -55,7 +55,7 @@ def test_a_graft_reads_the_groups_fields(group, config):
     (dict(clip_norm="row", tangent="gradient", retraction="geodesic"), Adam()),
     (dict(rule="steepest", norm="frobenius", schatten_p=9.0), Steepest(norm="frobenius")),
 ], ids=str)
-def test_settings_that_did_not_act_are_left_out(group, config):
+def test_settings_without_effect_are_dropped(group, config):
     assert matrix(**group) == config
 
 
@@ -67,18 +67,18 @@ def test_settings_that_did_not_act_are_left_out(group, config):
     ({"optim": {"matrix": {"momentun": 0.5}}}, "a group has no field 'momentun'; did you mean 'momentum'"),
     ({"optim": {"matrices": {}}}, "optim has no field 'matrices'; did you mean 'matrix'"),
 ])
-def test_what_is_gone_is_refused(config, message):
+def test_removed_settings_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
         config_from_dict(config)
 
 
-def test_what_is_gone_is_read_at_its_default():
-    gone = {name: format1.default(name) for name in format1.REMOVED}
-    assert config_from_dict(unflatten(gone)) == config_from_dict({})
+def test_removed_settings_at_their_default_are_accepted():
+    removed = {name: format1.default_value(name) for name in format1.REMOVED}
+    assert config_from_dict(unflatten(removed)) == config_from_dict({})
 
 
-def test_a_whole_configuration_of_format_1_has_the_hash_of_its_defaults_and_is_read():
-    flat = {name: format1.default(name) for name in format1.known_names()}
+def test_the_defaults_written_out_have_the_hash_of_an_empty_configuration():
+    flat = {name: format1.default_value(name) for name in format1.setting_names()}
     assert record_hash(flat) == record_hash({}) and record_hash(flat | {"optim.head.lr": 0.5}) != record_hash({})
     assert record_hash({"optim.matrix.lr": 1}) == record_hash({"optim.matrix.lr": 1.0})
     run = config_from_dict(unflatten(flat))
@@ -86,13 +86,13 @@ def test_a_whole_configuration_of_format_1_has_the_hash_of_its_defaults_and_is_r
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.name)
-def test_records_have_the_hashes_that_they_were_written_with(path):
+def test_records_have_the_hashes_that_they_contain(path):
     for line in path.read_text().splitlines():
         record = json.loads(line)
         assert record_hash(record["config"]) == record["summary"]["config_hash"], record["name"]
         assert config_from_dict(unflatten(record["config"])).run.seed == record["summary"]["seed"]
 
 
-def test_a_record_of_today_has_todays_hash():
+def test_a_record_of_format_2_has_the_hash_of_its_run():
     flat = flatten(config_to_dict(config_from_dict({"optim": {"matrix": {"rule": "soap"}}})))
     assert flat["format"] == 2 and record_hash(flat) != record_hash(flat | {"optim.matrix.gram_beta": 0.5})

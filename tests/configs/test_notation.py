@@ -1,4 +1,4 @@
-"""The small notations of settings: what is read, and how mistakes are named."""
+"""Notations of settings: valid ones are parsed, invalid ones raise an error that quotes the offending word."""
 
 import pytest
 
@@ -10,17 +10,17 @@ from configs.notation import TABLE_NAMES, check_table, number_of, parse_by_name,
     ("3,-2e0,.5; 2, -1.5, .5", 1, ((3, -2, 0.5), (2, -1.5, 0.5))),
     ("safety=1.02;2,-1.5,0.5", 1.02, ((2, -1.5, 0.5),)),
 ])
-def test_tables_that_are_read(text, safety, triples):
+def test_valid_tables_are_parsed(text, safety, triples):
     assert parse_table(text) == (safety, triples)
     check_table(text)
 
 
 @pytest.mark.parametrize("name", TABLE_NAMES)
-def test_names_are_taken(name):
+def test_table_names_are_accepted(name):
     check_table(name)
 
 
-@pytest.mark.parametrize(("text", "said"), [
+@pytest.mark.parametrize(("text", "message"), [
     ("polarexpress", "did you mean 'polar_express'"),
     ("zzz", "choices: quintic, polar_express"),
     ("", "unknown ns ''"),
@@ -34,12 +34,12 @@ def test_names_are_taken(name):
     ("safety=much;2,-1.5,.5", "cannot read 'much'"),
     ("safety=1.02;", "cannot read ''"),
 ])
-def test_tables_that_are_refused(text, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_tables_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
         check_table(text)
 
 
-def test_numbers_go_to_tensors_that_have_the_key_as_whole_words_the_last_key_winning():
+def test_a_tensor_gets_the_number_of_the_last_key_in_its_name():
     numbers = parse_by_name(("mlp=2", "mlp.down=.5"))
     names = {"blocks.0.mlp.down.weight": 0.5, "blocks.0.mlp.up.weight": 2, "blocks.0.mlps.up": 1, "down": 1}
     assert {name: number_of(name, numbers, 1) for name in names} == names
@@ -47,6 +47,6 @@ def test_numbers_go_to_tensors_that_have_the_key_as_whole_words_the_last_key_win
 
 
 @pytest.mark.parametrize("word", ["mlp.down", "=2", "a=-1", "a=0", "a=nan", "a=inf", "a=two"])
-def test_numbers_by_name_that_are_refused(word):
-    with pytest.raises(ValueError, match=f"positive, say mlp.down=4; got '{word}'"):
+def test_invalid_numbers_by_name_are_refused(word):
+    with pytest.raises(ValueError, match=f"positive number, such as mlp.down=4, got '{word}'"):
         parse_by_name((word,))

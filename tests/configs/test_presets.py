@@ -1,4 +1,4 @@
-"""Presets: each is complete and named; the two reproductions hold the published numbers, written out here."""
+"""Presets: each is complete, with a title of one line; the two reproductions have the published numbers, repeated here."""
 
 import dataclasses
 
@@ -14,16 +14,21 @@ ROLES_OF_TRACK3 = ("matrix", "embed", "head", "gain", "bias")
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_is_complete_and_knows_its_name(name):
+def test_a_preset_is_a_complete_run_with_its_name(name):
     run = PRESETS[name]()
     assert isinstance(run, Run) and run.preset == name and run == PRESETS[name]()
-    assert run.run.name == "" and preset_title(name)
+    assert run.run.name == ""
     with pytest.raises(dataclasses.FrozenInstanceError):
         run.train.steps = 1
 
 
+def test_names_and_titles_fit_a_terminal_of_80_columns():
+    longest = max(map(len, PRESETS))
+    assert all(0 < 2 + longest + 2 + len(preset_title(name)) <= 80 for name in PRESETS)
+
+
 @pytest.mark.parametrize("name", PRESETS)
-def test_learning_rates_fall_to_little(name):
+def test_the_learning_rate_falls_below_a_sixth(name):
     run = PRESETS[name]()
     knots = parse_curve(run.schedule.lr)
     assert evaluate_curve(knots, run.train.steps - 1, run.train.steps) < 0.17
@@ -31,7 +36,7 @@ def test_learning_rates_fall_to_little(name):
 
 
 @pytest.mark.parametrize(("name", "base"), [("tiny_adamw", "tiny"), ("bytes_adamw", "bytes")])
-def test_the_adamw_presets_differ_by_the_matrices_alone(name, base):
+def test_the_adamw_presets_differ_only_in_the_matrices(name, base):
     run, base = PRESETS[name](), PRESETS[base]()
     assert isinstance(run.optim.matrix, Adam) and isinstance(base.optim.matrix, Muon)
     optim = dataclasses.replace(run.optim, matrix=base.optim.matrix)
@@ -116,7 +121,7 @@ def test_track3_adamws_schedule(step, lr):
 
 
 def test_unused_roles_of_track3_are_the_defaults():
-    """What no tensor of the model has cannot differ from the default: a reader would take it for a setting."""
+    """A role without tensors keeps its default: a reader would take another value for a setting that acts."""
     for name in ("track3", "track3_adamw"):
         optim = PRESETS[name]().optim
         for field in dataclasses.fields(Optim):

@@ -1,4 +1,4 @@
-"""The configuration's way to JSON and back, dotted names, and the hash."""
+"""Configurations to JSON and back, dotted names, and the hash."""
 
 import json
 from dataclasses import replace
@@ -32,18 +32,18 @@ def test_a_configuration_survives_json(run):
     assert next(iter(config.items())) == ("format", 2) and config["optim"]["matrix"]["rule"] == "muon"
 
 
-def test_a_field_that_the_file_does_not_know_takes_its_default():
+def test_a_field_that_is_missing_in_the_file_takes_its_default():
     config = config_to_dict(Run(preset="old"))
     del config["model"]["smear"], config["log"], config["optim"]["matrix"]["nesterov"]
     assert config_from_dict(config) == Run(preset="old")
 
 
-def test_the_hash_outlives_new_fields(monkeypatch):
-    """A field that is at its default does not count, so that adding one changes no hash."""
+def test_a_new_field_does_not_change_the_hash(monkeypatch):
+    """A field at its default does not count."""
     run = PRESETS["tiny"]()
-    known = configs.serialize.config_to_dict
+    original = configs.serialize.config_to_dict
     before = config_hash(run)
-    monkeypatch.setattr(configs.serialize, "config_to_dict", lambda run: known(run) | {"new": {"technique": False}})
+    monkeypatch.setattr(configs.serialize, "config_to_dict", lambda run: original(run) | {"new": {"technique": False}})
     monkeypatch.setattr(configs.serialize, "config_from_dict", lambda config: run)
     assert config_hash(run) == before
 
@@ -64,7 +64,7 @@ def test_the_hash_outlives_new_fields(monkeypatch):
     (lambda c: c["optim"]["matrix"].update(rule="adam"), "optim.matrix has no field"),
     (lambda c: c["optim"].update(matrix={"rule": "none"}), "optim.matrix: unknown rule 'none'"),
 ])
-def test_a_foreign_configuration_is_refused(change, message):
+def test_an_invalid_configuration_is_refused(change, message):
     config = config_to_dict(Run())
     change(config)
     with pytest.raises(ValueError, match=message):
@@ -83,7 +83,7 @@ def test_flatten():
     Run(run=Identity(dry_run=True, target_loss_nats=3.0)),
     Run(model=Model(rotary_base=1024)),
 ])
-def test_the_hash_ignores_what_the_losses_ignore(other):
+def test_settings_that_change_no_loss_do_not_change_the_hash(other):
     assert config_hash(other) == config_hash(Run())
 
 
@@ -92,10 +92,10 @@ def test_the_hash_ignores_what_the_losses_ignore(other):
     Run(optim=Optim(matrix=Muon(lr=0.03, graft=Adam()))), Run(optim=Optim(head=Adam(lr=0.021))),
     Run(run=Identity(target_loss_nats=3.0, stop_at_target=True)), Run(train=Train(steps=281)), RICH,
 ])
-def test_the_hash_tells_experiments_apart(other):
+def test_experiments_have_different_hashes(other):
     assert config_hash(other) != config_hash(Run()) and len(config_hash(other)) == 16
     assert config_hash(other) == record_hash(flatten(config_to_dict(other)))
 
 
-def test_the_hash_tells_targets_apart_where_they_end_the_run():
+def test_a_target_that_ends_the_run_changes_the_hash():
     assert config_hash(RICH) != config_hash(replace(RICH, run=replace(RICH.run, target_loss_nats=3.3)))

@@ -1,6 +1,6 @@
 """The fused kernels on CPUs, in Triton's interpreter; test_paths.py runs this file in a process of its own.
 
-The interpreter is chosen by TRITON_INTERPRET=1 before Triton is imported, which nothing else in the suite must see.
+TRITON_INTERPRET=1 selects the interpreter and must be set before Triton is imported, but not for the other tests.
 """
 
 from dataclasses import replace
@@ -22,7 +22,7 @@ KINDS = ("none", "tanh", "rational", "asymmetric")
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Several blocks and tiles, the last of them cut, at sizes that the interpreter likes."""
+    """Several blocks and tiles, the last one partial, at sizes that are fast in the interpreter."""
     monkeypatch.setattr(cross_entropy, "BLOCK", 32)
     monkeypatch.setattr(mlp, "TILE", {"ROWS": 16, "COLUMNS": 16, "INNER": 16})
 
@@ -39,11 +39,11 @@ def exact(x: Tensor) -> Tensor:
     return leaf(x.double())
 
 
-def close(found: Tensor, twin: Tensor, dtype: torch.dtype = torch.float32) -> None:
-    """To the dtype's rounding, relative to the largest entry."""
+def assert_near(result: Tensor, twin: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    """Compare up to the rounding of `dtype`, relative to the largest entry."""
     scale = twin.abs().max().item()
     bound = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 8e-3}[dtype] * scale
-    torch.testing.assert_close(found.double(), twin.double(), rtol=0, atol=bound)
+    torch.testing.assert_close(result.double(), twin.double(), rtol=0, atol=bound)
 
 
 # ---- Cross-entropy of logits -----------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def close(found: Tensor, twin: Tensor, dtype: torch.dtype = torch.float32) -> No
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("columns", [77, 5])
 def test_rows_and_their_gradients(kind, dtype, columns):
-    """Every row has an upstream gradient of its own, one of them 0, one negative; the third target is ignored."""
+    """Each row has its own upstream gradient, one of them 0, one negative; the third target is ignored."""
     z = leaf(8 * gaussian(5, columns, dtype=dtype))
     targets, upstream = torch.tensor([0, columns - 1, -100, 3, 2]), torch.tensor([0.3, -2.0, 1.0, 0.0, 7.0])
     loss = fused_cross_entropy(z, targets, kind, CAP)
@@ -62,13 +62,13 @@ def test_rows_and_their_gradients(kind, dtype, columns):
     twin = F.cross_entropy(softcap(twin_z, kind, CAP), targets, reduction="none")
     (twin * upstream).sum().backward()
     assert loss.dtype == torch.float32 and z.grad.dtype == dtype and loss[2] == 0 and not z.grad[2:4].any()
-    close(loss, twin)
-    close(z.grad, twin_z.grad, dtype)
+    assert_near(loss, twin)
+    assert_near(z.grad, twin_z.grad, dtype)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_large_logit_overflows_nowhere(kind):
-    """exp(200) is infinite in float32; the running maximum moves in both directions across blocks."""
+def test_large_logits_do_not_overflow(kind):
+    """exp(200) is infinite in float32. In one row the largest logit is in the first block, in the other in the last."""
     z = torch.zeros(2, 70)
     z[0, 3], z[0, 40], z[1, 69] = 200.0, -300.0, 1000.0
     z = leaf(z)
@@ -76,8 +76,8 @@ def test_a_large_logit_overflows_nowhere(kind):
     fused_cross_entropy(z, targets, kind, CAP).sum().backward()
     twin_z = exact(z)
     F.cross_entropy(softcap(twin_z, kind, CAP), targets, reduction="sum").backward()
-    close(fused_cross_entropy(z, targets, kind, CAP).sum(), softcap_cross_entropy(z.double(), targets, kind, CAP))
-    close(z.grad, twin_z.grad)
+    assert_near(fused_cross_entropy(z, targets, kind, CAP).sum(), softcap_cross_entropy(z.double(), targets, kind, CAP))
+    assert_near(z.grad, twin_z.grad)
 
 
 def test_no_gradient_is_made_where_none_is_asked_for():
@@ -89,7 +89,7 @@ def test_no_gradient_is_made_where_none_is_asked_for():
 
 
 def test_a_second_derivative_is_an_error():
-    """The kept gradient is a constant to autograd: without the error its part would be missing."""
+    """The stored gradient is a constant to autograd: without the error the second derivative would be wrong."""
     z = leaf(gaussian(2, 7))
     loss = fused_cross_entropy(z, torch.tensor([1, 2]), "tanh", CAP)
     grad, = torch.autograd.grad(loss.square().sum(), z, create_graph=True)
@@ -101,7 +101,7 @@ def test_a_second_derivative_is_an_error():
 
 
 @pytest.mark.parametrize("shape", [(19, 21), (2, 4, 16)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter's products take bfloat16 for integers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter reads bfloat16 operands as integers
 def test_linear_relu2(shape, dtype):
     x, weight = leaf(gaussian(*shape, dtype=dtype)), leaf(gaussian(35, shape[-1], seed=1) / shape[-1] ** 0.5)
     y = mlp.linear_relu2(x, weight)
@@ -111,9 +111,9 @@ def test_linear_relu2(shape, dtype):
     twin = mlp.plain_linear_relu2(twin_x, twin_weight)
     (twin * upstream).sum().backward()
     assert y.dtype == dtype and y.shape == twin.shape and weight.grad.dtype == torch.float32
-    close(y, twin, dtype)
-    close(x.grad, twin_x.grad, dtype)
-    close(weight.grad, twin_weight.grad, dtype)
+    assert_near(y, twin, dtype)
+    assert_near(x.grad, twin_x.grad, dtype)
+    assert_near(weight.grad, twin_weight.grad, dtype)
 
 
 # ---- In the model, and compiled --------------------------------------------------------------------------------------
@@ -121,7 +121,8 @@ def test_linear_relu2(shape, dtype):
 
 def build(config: Model) -> GPT:
     torch.manual_seed(0)
-    return GPT(config, vocab_size=50, max_tokens=16, on_cuda=True)  # asks for the kernels; the tensors are on the CPU
+    # on_cuda selects the kernels, although the tensors are on the CPU.
+    return GPT(config, vocab_size=50, max_tokens=16, on_cuda=True)
 
 
 @pytest.mark.parametrize("changes", [{}, {"tied_head": True}, {"biases": True}], ids=str)
@@ -140,12 +141,12 @@ def test_the_model_fused_is_the_plain_model(changes, monkeypatch):
     loss.backward()
     twin.backward()
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
-        close(p.grad, q.grad)
+        assert_near(p.grad, q.grad)
     with torch.no_grad():
         assert model(tokens, targets).item() == pytest.approx(twin.item(), rel=1e-6)
 
 
-def test_all_compiles_into_one_graph():
+def test_both_kernels_compile_into_one_graph():
     hidden, weight, targets = leaf(gaussian(8, 16)), leaf(gaussian(40, 16, seed=1)), torch.arange(8)
 
     def loss(h: Tensor, w: Tensor) -> Tensor:
@@ -153,6 +154,6 @@ def test_all_compiles_into_one_graph():
         return fused_cross_entropy(up, targets, "tanh", CAP).sum()
 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=False)
-    mine = torch.autograd.grad(compiled(hidden, weight), (hidden, weight))
-    for a, b in zip(mine, torch.autograd.grad(loss(hidden, weight), (hidden, weight)), strict=True):
+    gradients = torch.autograd.grad(compiled(hidden, weight), (hidden, weight))
+    for a, b in zip(gradients, torch.autograd.grad(loss(hidden, weight), (hidden, weight)), strict=True):
         torch.testing.assert_close(a, b)

@@ -22,12 +22,12 @@ SHAPES = [(1, 16, 16), (2, 37, 21), (2, 5, 50)]
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float16, 1e-3)])
 def test_gram_matrix(shape, dtype, bound):
-    """Tiles off the diagonal are mirrored, symmetric to the last bit; a tile on it is one product, symmetric to rounding."""
+    """Tiles off the diagonal are copies, symmetric to the bit; a tile on the diagonal is symmetric up to rounding."""
     X = gaussian(*shape, dtype=dtype)
     A, twin = symmetric_product(X, None, 1.0, 0.0), X.double() @ X.double().mT
     tile = torch.arange(A.size(-1)) // symmetric.TILE["SIDE"]
-    apart = tile[:, None] != tile
-    assert A.dtype == dtype and torch.equal(A[:, apart], A.mT[:, apart])
+    off_diagonal = tile[:, None] != tile
+    assert A.dtype == dtype and torch.equal(A[:, off_diagonal], A.mT[:, off_diagonal])
     torch.testing.assert_close(A.double(), twin, rtol=0, atol=bound * twin.abs().max().item())
 
 
@@ -40,24 +40,24 @@ def test_quadratic(shape, b, c):
     torch.testing.assert_close(symmetric_product(A, A, c, b).double(), twin, rtol=0, atol=1e-6 * twin.abs().max().item())
 
 
-def test_strides_are_followed():
-    """Transposed and sliced inputs, as a tall bank's halves are."""
+def test_strided_inputs():
+    """Transposed and sliced inputs, like the halves of a bank of tall matrices."""
     X = gaussian(4, 20, 35).mT[::2]
     torch.testing.assert_close(symmetric_product(X, None, 1.0, 0.0), X @ X.mT, rtol=0, atol=1e-4)
 
 
 class OnGPU(torch.Tensor):
-    """A tensor that says so."""
+    """A CPU tensor whose is_cuda is True."""
 
     is_cuda = True
 
 
 def test_the_polynomial_by_the_kernel(monkeypatch):
-    monkeypatch.setattr(symmetric, "has_kernel", lambda X: True)
+    monkeypatch.setattr(symmetric, "uses_kernel", lambda X: True)
     X, b, c = gaussian(2, 24, 40), -4.775, 2.0315
     twin = gram_polynomial(X, b, c)
-    found, calls = gram_polynomial(X.as_subclass(OnGPU), b, c), []
-    torch.testing.assert_close(torch.Tensor(found), twin, rtol=1e-4, atol=1e-3)
+    result, calls = gram_polynomial(X.as_subclass(OnGPU), b, c), []
+    torch.testing.assert_close(torch.Tensor(result), twin, rtol=1e-4, atol=1e-3)
     monkeypatch.setattr(symmetric, "symmetric_product", lambda *arguments: calls.append(arguments) or arguments[0])
     gram_polynomial(X.as_subclass(OnGPU), b, c)
     assert len(calls) == 2

@@ -1,4 +1,4 @@
-"""Masks and the three attention kernels against loops over pairs of tokens."""
+"""Masks and attention kernels, compared with loops over pairs of tokens."""
 
 import pytest
 import torch
@@ -17,19 +17,19 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 # ---- Masks -----------------------------------------------------------------------------------------------------------
 
 
-def seen_by_loop(tokens: int, window: int | None, document: list[list[int]]) -> torch.Tensor:
-    """May query i see key j? The definition, pair by pair: (B, 1, T, T)."""
+def visible_by_loop(tokens: int, window: int | None, document: list[list[int]]) -> torch.Tensor:
+    """The definition of the mask, pair by pair: True where query i sees key j, (B, 1, T, T)."""
     return torch.tensor([[[[j <= i and (window is None or i - j < window) and row[i] == row[j]
                             for j in range(tokens)] for i in range(tokens)]] for row in document])
 
 
-def seen_by_boundaries(boundaries: list[int], left: int, rows: int, tokens: int) -> torch.Tensor:
-    """What packed attention sees in the stream of rows x tokens: (N, N)."""
-    seen = torch.zeros(rows * tokens, rows * tokens, dtype=torch.bool)
+def visible_by_boundaries(boundaries: list[int], left: int, rows: int, tokens: int) -> torch.Tensor:
+    """True where token i sees token j of the packed stream of rows x tokens, (N, N), by varlen_attn's rules."""
+    visible = torch.zeros(rows * tokens, rows * tokens, dtype=torch.bool)
     for start, stop in zip(boundaries, boundaries[1:], strict=False):
         for i in range(start, stop):
-            seen[i, max(start, i - left):i + 1] = True
-    return seen
+            visible[i, max(start, i - left):i + 1] = True
+    return visible
 
 
 @st.composite
@@ -52,12 +52,12 @@ def test_dense_mask_equals_the_loop(case):
     starts, window = case
     document = document_index(starts)
     assert torch.equal(dense_mask(starts.size(1), window, document, CPU),
-                       seen_by_loop(starts.size(1), window, document.tolist()))
+                       visible_by_loop(starts.size(1), window, document.tolist()))
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 6, 9])
-def test_dense_mask_of_a_window_alone_serves_every_row(window):
-    assert torch.equal(dense_mask(6, window, None, CPU), seen_by_loop(6, window, [[0] * 6]))
+def test_dense_mask_of_a_window_is_one_for_all_rows(window):
+    assert torch.equal(dense_mask(6, window, None, CPU), visible_by_loop(6, window, [[0] * 6]))
 
 
 def test_plain_causal_attention_builds_no_mask():
@@ -72,30 +72,30 @@ def test_flex_mask_equals_the_dense_mask(case, by_document):
     document = document_index(starts) if by_document else torch.zeros_like(starts, dtype=torch.int64)
     mask = flex_mask(tokens, window, document if by_document else None, CPU)
     b, i, j = torch.arange(rows)[:, None, None], torch.arange(tokens)[:, None], torch.arange(tokens)
-    seen = mask.mask_mod(b, torch.tensor(0), i, j).expand(rows, tokens, tokens)
-    assert torch.equal(seen[:, None], seen_by_loop(tokens, window, document.tolist()))
+    visible = mask.mask_mod(b, torch.tensor(0), i, j).expand(rows, tokens, tokens)
+    assert torch.equal(visible[:, None], visible_by_loop(tokens, window, document.tolist()))
 
 
 @settings(deadline=None)
 @given(starts_and_window())
-def test_varlen_boundaries_mean_the_dense_mask(case):
+def test_varlen_mask_equals_the_dense_mask(case):
     starts, window = case
     rows, tokens = starts.shape
     document = document_index(starts)
     boundaries, left = varlen_mask(tokens, window, document, CPU)
     assert boundaries.dtype == torch.int32
-    expected = torch.block_diag(*seen_by_loop(tokens, window, document.tolist())[:, 0]).bool()
-    assert torch.equal(seen_by_boundaries(boundaries.tolist(), left, rows, tokens), expected)
+    expected = torch.block_diag(*visible_by_loop(tokens, window, document.tolist())[:, 0]).bool()
+    assert torch.equal(visible_by_boundaries(boundaries.tolist(), left, rows, tokens), expected)
 
 
 # ---- Kernels ---------------------------------------------------------------------------------------------------------
 
 
-def attend_by_loop(q, k, v, seen, scale):
-    """softmax over the keys that each query sees, one query at a time: (B, T, H, D) and (B, 1, T, T)."""
+def attend_by_loop(q, k, v, visible, scale):
+    """Attention one query at a time: q, k, v (B, T, H, D), visible (B, 1, T, T) -> (B, T, H, D)."""
     out = torch.zeros_like(v)
     for b, i, h in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
-        keys = seen[b, 0, i].nonzero()[:, 0]
+        keys = visible[b, 0, i].nonzero()[:, 0]
         out[b, i, h] = (scale * k[b, keys, h] @ q[b, i, h]).softmax(0) @ v[b, keys, h]
     return out
 
@@ -111,9 +111,9 @@ def case_of_kernels(tokens: int = 13):
 @pytest.mark.parametrize("by_document", [False, True])
 def test_sdpa_equals_the_loop(window, by_document):
     qkv, document = case_of_kernels()
-    seen = seen_by_loop(13, window, document.tolist() if by_document else 2 * [13 * [0]])
+    visible = visible_by_loop(13, window, document.tolist() if by_document else 2 * [13 * [0]])
     mask = dense_mask(13, window, document if by_document else None, CPU)
-    torch.testing.assert_close(attend_sdpa(*qkv, mask, 0.3), attend_by_loop(*qkv, seen, 0.3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(attend_sdpa(*qkv, mask, 0.3), attend_by_loop(*qkv, visible, 0.3), atol=1e-5, rtol=0)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -122,7 +122,7 @@ def test_sdpa_equals_the_loop(window, by_document):
 @pytest.mark.parametrize("by_document", [False, True])
 @torch.no_grad()
 def test_flex_equals_sdpa(tokens, window, by_document):
-    """130 tokens: more than one of FlexAttention's blocks of 128, the last one ragged."""
+    """130 tokens are two of FlexAttention's blocks of 128, the second partial."""
     qkv, document = case_of_kernels(tokens)
     shared = (tokens, window, document if by_document else None, CPU)
     expected = attend_sdpa(*qkv, dense_mask(*shared), 0.3)

@@ -1,4 +1,4 @@
-"""Fused kernels: that they are their plain twins, where they run, and what is refused."""
+"""Fused kernels: they equal their plain twins, run where the device allows, and refuse impossible settings."""
 
 import importlib.util
 import os
@@ -30,9 +30,9 @@ def build(config: Model, **options) -> GPT:
     return GPT(config, vocab_size=50, max_tokens=16, **options)
 
 
-def error(found: Tensor, twin: Tensor) -> float:
-    """Relative, in the Frobenius norm."""
-    return ((found.double() - twin.double()).norm() / twin.double().norm()).item()
+def relative_error(result: Tensor, twin: Tensor) -> float:
+    """Relative error in the Frobenius norm."""
+    return ((result.double() - twin.double()).norm() / twin.double().norm()).item()
 
 
 # ---- Kernels ---------------------------------------------------------------------------------------------------------
@@ -41,15 +41,16 @@ def error(found: Tensor, twin: Tensor) -> float:
 @needs_triton
 def test_kernels_in_tritons_interpreter():
     command = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreted_fused.py"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert "skipped" not in done.stdout
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout
+    assert "skipped" not in process.stdout
 
 
 @needs_triton
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_kernels_compile_for_gpus(tmp_path, monkeypatch):
-    """Without a GPU at hand: to Hopper's PTX that keeps to registers and, for the product, uses the tensor cores."""
+    """Compile for Hopper without a GPU: the PTX spills no registers, and the product uses the tensor cores."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     bf16 = dict.fromkeys(("x_ptr", "w_ptr", "y_ptr", "z_ptr", "grad_ptr"), "*bf16")
     types = bf16 | dict.fromkeys(("rows", "columns", "inner"), "i32") | {"targets_ptr": "*i64", "loss_ptr": "*fp32"}
@@ -73,20 +74,20 @@ def ptx(kernel, types: dict[str, str], constants: dict) -> str:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_kernels_on_the_gpu():
-    """bfloat16 at the speedrun's widths, against float64 on the same device."""
+    """bfloat16 at the speedrun's sizes, compared with float64 on the same device."""
     z = (8 * gaussian(64, 50304)).bfloat16().cuda().requires_grad_()
     targets = torch.arange(64).cuda()
     grad, = torch.autograd.grad(cross_entropy.fused_cross_entropy(z, targets, "tanh", 15.0).sum(), z)
     twin, = torch.autograd.grad(cross_entropy.softcap_cross_entropy(z.double(), targets, "tanh", 15.0), z)
-    assert error(grad, twin) < 0.01
+    assert relative_error(grad, twin) < 0.01
     x, w = (gaussian(*shape).bfloat16().cuda() for shape in ((500, 768), (3072, 768)))
-    assert error(mlp.linear_relu2(x, w), mlp.plain_linear_relu2(x.double(), w)) < 0.01
+    assert relative_error(mlp.linear_relu2(x, w), mlp.plain_linear_relu2(x.double(), w)) < 0.01
 
 
 # ---- Where they run --------------------------------------------------------------------------------------------------
 
 
-def pretend(monkeypatch, capability: tuple[int, int], *, triton: bool = True) -> None:
+def pretend_cuda(monkeypatch, capability: tuple[int, int], *, triton: bool = True) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
@@ -100,14 +101,14 @@ def test_cpus_take_the_plain_paths():
 @pytest.mark.parametrize(("capability", "path", "fp8"), [((7, 5), "plain", False), ((8, 0), "triton", False),
                                                          ((8, 9), "triton", True), ((9, 0), "triton", True)])
 def test_paths_follow_the_capability(capability, path, fp8, monkeypatch):
-    pretend(monkeypatch, capability)
+    pretend_cuda(monkeypatch, capability)
     here = device_paths(CUDA)
     assert (here.loss, here.relu2, here.fp8) == (path, path, fp8)
     assert f"compute capability {capability[0]}.{capability[1]}" in here.line()
 
 
 def test_without_triton_the_plain_paths_run_and_one_line_says_so(monkeypatch):
-    pretend(monkeypatch, (9, 0), triton=False)
+    pretend_cuda(monkeypatch, (9, 0), triton=False)
     here = device_paths(CUDA)
     assert here[:3] == ("plain", "plain", True) and "Triton not installed" in here.line()
 
@@ -117,13 +118,13 @@ def test_without_triton_the_plain_paths_run_and_one_line_says_so(monkeypatch):
     ({"activation": "gelu"}, ("triton", "plain")), ({"geometry": "sphere"}, ("triton", "plain")),
     ({"fp8": "head"}, ("triton", "triton")), ({"fp8": "head_mlp"}, ("triton", "plain"))])
 def test_paths_follow_the_model(changes, expected, monkeypatch):
-    pretend(monkeypatch, (9, 0))
+    pretend_cuda(monkeypatch, (9, 0))
     config = replace(SMALL, **changes)
     assert choose_paths(config, CUDA, torch.bfloat16)[:2] == expected
     assert choose_paths(config, CUDA, torch.float32)[:2] == ("plain", "plain")
 
 
-def test_on_cpus_the_flag_changes_no_bit():
+def test_on_cpus_fused_changes_nothing():
     tokens = torch.arange(32).view(2, 16)
     models = [build(replace(SMALL, fused=flag)) for flag in ("auto", "off")]
     losses = [model(tokens, tokens) for model in models]
@@ -137,7 +138,7 @@ def test_on_cpus_the_flag_changes_no_bit():
 def test_8_bit_is_refused_where_the_device_has_none(fp8, monkeypatch):
     with pytest.raises(ValueError, match=f"fp8 {fp8} needs an NVIDIA GPU of compute capability 8.9 .* got device cpu"):
         build(replace(SMALL, fp8=fp8))
-    pretend(monkeypatch, (8, 6))
+    pretend_cuda(monkeypatch, (8, 6))
     with pytest.raises(ValueError, match="got compute capability 8.6"):
         build(replace(SMALL, fp8=fp8), on_cuda=True)
 

@@ -1,4 +1,4 @@
-"""Half-work symmetric products: the kernel is its twin, and runs where it should."""
+"""Symmetric products with half of the work: the kernel equals its plain twin and is used where it pays."""
 
 import importlib.util
 import os
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kernels import symmetric
-from kernels.symmetric import capable, gram_polynomial, has_kernel, symmetric_product
+from kernels.symmetric import device_has_kernel, gram_polynomial, symmetric_product, uses_kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -24,16 +24,17 @@ def gaussian(*shape: int) -> torch.Tensor:
 def test_the_kernel_in_tritons_interpreter():
     file = "tests/kernels/interpreted_symmetric.py"
     command = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert "skipped" not in done.stdout
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout
+    assert "skipped" not in process.stdout
 
 
 @needs_triton
 @pytest.mark.parametrize("with_y", [True, False])
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_the_kernel_compiles_for_gpus(with_y, tmp_path, monkeypatch):
-    """Without a GPU at hand: to Hopper's PTX that keeps to registers and uses the tensor cores."""
+    """Compile for Hopper without a GPU: the PTX spills no registers and uses the tensor cores."""
     from triton import compile as compiled
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -49,9 +50,9 @@ def test_the_kernel_compiles_for_gpus(with_y, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_elsewhere_the_plain_products_run(dtype):
+def test_other_tensors_take_the_plain_products(dtype):
     X = gaussian(2, 300, 20).to(dtype)
-    assert not has_kernel(X)
+    assert not uses_kernel(X)
     A = X.double() @ X.double().mT
     torch.testing.assert_close(gram_polynomial(X.double(), -2.0, 0.5), -2 * A + 0.5 * A @ A)
     assert gram_polynomial(X, -2.0, 0.5).dtype == dtype
@@ -59,19 +60,19 @@ def test_elsewhere_the_plain_products_run(dtype):
 
 @pytest.mark.parametrize(("capability", "triton", "expected"), [((7, 5), True, False), ((8, 0), True, True),
                                                                 ((9, 0), True, True), ((9, 0), False, False)])
-def test_capable_devices(capability, triton, expected, monkeypatch):
+def test_devices_with_the_kernel(capability, triton, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
-    assert capable(torch.device("cuda")) == expected
-    assert not capable(torch.device("cpu")) and not capable(torch.device("mps"))
+    assert device_has_kernel(torch.device("cuda")) == expected
+    assert not device_has_kernel(torch.device("cpu")) and not device_has_kernel(torch.device("mps"))
 
 
 @pytest.mark.parametrize(("shape", "dtype", "expected"), [((1, 256, 8), torch.bfloat16, True),
                                                           ((1, 255, 800), torch.bfloat16, False),
                                                           ((1, 256, 8), torch.float32, False)])
-def test_the_kernel_serves_large_matrices_in_bfloat16(shape, dtype, expected, monkeypatch):
-    monkeypatch.setattr(symmetric, "capable", lambda device: True)
-    assert has_kernel(torch.empty(shape, dtype=dtype)) == expected
+def test_the_kernel_is_used_for_large_matrices_in_bfloat16(shape, dtype, expected, monkeypatch):
+    monkeypatch.setattr(symmetric, "device_has_kernel", lambda device: True)
+    assert uses_kernel(torch.empty(shape, dtype=dtype)) == expected
 
 
 def test_the_choice_compiles_into_one_graph():
@@ -87,5 +88,5 @@ def test_the_kernel_on_the_gpu(shape):
     A = symmetric_product(X, None, 1.0, 0.0)
     twin = X.double() @ X.double().mT
     assert ((A.double() - twin).norm() / twin.norm()).item() < 0.005
-    found, twin = symmetric_product(A, A, 0.5, -2.0).double(), -2 * A.double() + 0.5 * A.double() @ A.double()
-    assert ((found - twin).norm() / twin.norm()).item() < 0.005
+    result, twin = symmetric_product(A, A, 0.5, -2.0).double(), -2 * A.double() + 0.5 * A.double() @ A.double()
+    assert ((result - twin).norm() / twin.norm()).item() < 0.005

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.ablations import each_off
+from configs.ablations import leave_one_out_rows
 from configs.presets import PRESETS
 from scripts import ablate, split_flags
 from scripts.ablate import (
@@ -53,7 +53,7 @@ def test_rows_bring_their_baselines_once():
 
 def test_each_off_is_every_technique_of_the_base():
     found = experiments(Ablate(each_off="bytes"), [])
-    assert [one.name for one in found] == ["bytes"] + [row.name for row in each_off(PRESETS["bytes"]())]
+    assert [one.name for one in found] == ["bytes"] + [row.name for row in leave_one_out_rows(PRESETS["bytes"]())]
 
 
 def test_each_off_heeds_the_flags_for_every_run():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.cli import parse_row
-from configs.entries import ENTRIES, REFERENCE, entry_named
+from configs.entries import ENTRIES, REFERENCE, find_entry
 from configs.presets import PRESETS
 from configs.serialize import config_to_dict, flatten
 from scripts.lab.tuning import (
@@ -133,7 +133,7 @@ BASE = flatten(config_to_dict(PRESETS["bench_cpu"]()))
 def record(entry: str, loss: float | None, *, steps: int = 240, trial: int = 0, seed: int = TUNING_SEED) -> dict:
     experiment = f"{entry}-{steps}steps-trial{trial:02}"
     return {"name": f"{experiment}-seed{seed}", "experiment": experiment, "preset": "bench_cpu",
-            "config": BASE | settings_of(entry_named(entry), trial),
+            "config": BASE | settings_of(find_entry(entry), trial),
             "summary": {"val_loss_nats": loss, "train_seconds": 10.0, "seed": seed}}
 
 
@@ -178,7 +178,7 @@ def test_places_rank_fresh_seeds_and_leave_the_tuning_seed_out():
     assert board[0].loss.mean == pytest.approx(1.51) and board[0].versus is None and board[0].loss.n == 2
     assert board[1].versus.difference == pytest.approx(0.11) and board[1].trial == 2
     assert board[1].p_holm == pytest.approx(board[1].versus.p)  # one comparison needs no correction
-    assert board[1].settings == settings_of(entry_named("adamw"), 2)
+    assert board[1].settings == settings_of(find_entry("adamw"), 2)
 
 
 def test_the_factor_is_the_references_steps_over_ones_own():
