@@ -21,7 +21,7 @@ from data.run.folder import write_json
 from data.run.metrics import TRAIN_LOSS, VAL_LOSS, read_metrics
 from scripts import command
 from scripts.lab.folders import RunFolder, read_json, read_run
-from scripts.lab.sweep import launch
+from scripts.lab.sweep import launch_command
 
 DRIVER = """
 import json, sys
@@ -72,8 +72,8 @@ def run_again(run: RunFolder, place: Path) -> Path:
     threads = run.environment.get("torch_threads")
     environment = {**os.environ, "PYTHONPATH": str(place / "code")}
     environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}  # sums depend on how they are divided
-    done = subprocess.run([*launch(place / "drive.py", world), place / "config.json"], env=environment, capture_output=True,
-                          text=True)
+    done = subprocess.run([*launch_command(place / "drive.py", world), place / "config.json"], env=environment,
+                          capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}").splitlines()
         raise ValueError(f"the recorded code did not run: {said[-1]}")
