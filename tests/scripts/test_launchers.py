@@ -81,7 +81,7 @@ def test_the_report_verifies_what_the_run_left(tmp_path, capsys):
     capsys.readouterr()
     assert main(verify) == 0
     said = capsys.readouterr().out
-    assert "1 runs, all in order" in said and "(n = 1) against 5.6: t-test n = 1" in said
+    assert "1 runs, errors: none" in said and "(n = 1), target 5.6: t-test n = 1" in said
     altered = json.loads((tmp_path / "run" / "record.jsonl").read_text())
     altered["summary"]["val_loss_nats"] -= 1
     (tmp_path / "run" / "record.jsonl").write_text(json.dumps(altered) + "\n")
