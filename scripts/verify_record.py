@@ -61,8 +61,8 @@ def runs_table(records: Sequence[Mapping[str, Any]]) -> str:
     """Return a Markdown table with one row for each experiment and number of steps; failed runs are left out."""
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for record in [record for record in records if not record.get("failed")]:
-        summary = record["summary"]
-        groups.setdefault((record["preset"], record["experiment"], summary["steps"]), []).append(summary)
+        key = (record["preset"], record["experiment"], record["summary"]["steps"])
+        groups.setdefault(key, []).append(record["summary"])
     rows = []
     for (preset, experiment, steps), summaries in groups.items():
         loss = summarize([summary["val_loss_nats"] for summary in summaries])
@@ -210,7 +210,7 @@ def rule_section(preset: str, records: Sequence[dict]) -> list[str]:
     powers = {n: [power_of_rule(g * loss.sd, n, sigma=loss.sd, margin=margin) for g in GAINS] for n in SEEDS}
     lines += markdown(["n", *(f"{gain} sigma" for gain in GAINS)],
                       [[n, *(f"{power:.2f}" for power in row)] for n, row in powers.items()])
-    entries = {name[0] for r in records if (name := tuning.parse_name(r["experiment"]))}
+    entries = {name.entry for r in records if (name := tuning.parse_name(r["experiment"]))}
     fewest = [(tuning.steps_to_target(records, entry, target=target, sigma=loss.sd), entry) for entry in entries]
     passed = ", ".join(f"{entry} {steps}" for steps, entry in sorted(item for item in fewest if item[0] is not None))
     return [*lines, "", f"Fewest steps with which an entry passed, among the run lengths: {passed or 'none yet'}.", ""]

@@ -122,14 +122,11 @@ def known_axes(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     return [axis for axis in AXES if any(axis in line[loss] for line in lines for loss in LOSSES if loss in line)]
 
 
+# ---- Diagnostics ----------------------------------------------------------------------------------------------------
+
+
 DIAGNOSTIC = re.compile(r"(?P<kind>optim|diag)/(?:(?P<row>.+)/)?(?P<measure>[^/]+)")
 MAX_STEPS = 120  # columns of a heat map
-SCHEDULE_POINTS = 200
-MIN_CURVE_VALUES, MIN_CLOUD_VALUES = 3, 4  # different values of a setting that are worth a figure
-LOG_RATIO = 3.0  # ratio of the largest to the smallest value from which on an axis is logarithmic
-
-
-# ---- Diagnostics ----------------------------------------------------------------------------------------------------
 
 
 def diagnostics(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
@@ -155,13 +152,15 @@ def heat_maps(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _heat_map(name: str, rows: Mapping[str, str], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return one map; `rows`: from the name of a row to its key in the records."""
-    measured = [record for record in records if any(record.get(key) is not None for key in rows.values())]
-    columns = subsample(measured, MAX_STEPS)
+    columns = subsample([r for r in records if any(r.get(key) is not None for key in rows.values())], MAX_STEPS)
     z = [[None if record.get(key) is None else rounded(record[key]) for record in columns] for key in rows.values()]
     return {"name": name, "rows": list(rows), "steps": [record["step"] for record in columns], "z": z}
 
 
 # ---- Schedules ------------------------------------------------------------------------------------------------------
+
+
+SCHEDULE_POINTS = 200
 
 
 def schedules(runs: Sequence[RunFolder]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -192,6 +191,10 @@ def schedule_columns(run: RunFolder) -> dict[str, list[float | None]]:
 
 
 # ---- Tuning ---------------------------------------------------------------------------------------------------------
+
+
+MIN_CURVE_VALUES, MIN_CLOUD_VALUES = 3, 4  # different values of a setting that are worth a figure
+LOG_RATIO = 3.0  # ratio of the largest to the smallest value from which on an axis is logarithmic
 
 
 def tuning(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from configs.notation import nearest
+from configs.notation import nearest, raise_if
 from configs.serialize import HASH_IGNORES, flatten
 from data.run.metrics import read_metrics
 
@@ -65,8 +65,7 @@ class RunFolder:
 
 def read_run(path: Path) -> RunFolder:
     """Read the run in a folder. Raise ValueError if it is not a run folder, or if one of its files is damaged."""
-    if not (path / "config.json").is_file():
-        raise ValueError(f"{path} is not a run folder: it has no config.json")
+    raise_if(not (path / "config.json").is_file(), f"{path} is not a run folder: it has no config.json")
     config = flatten(read_json(path / "config.json"))
     environment = read_json(path / "env.json") if (path / "env.json").is_file() else {}
     summary = read_json(path / "summary.json") if (path / "summary.json").is_file() else None
@@ -81,8 +80,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    raise_if(not isinstance(value, dict), f"{path} must hold a JSON object, got {type(value).__name__}")
     return value
 
 

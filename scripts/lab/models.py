@@ -7,6 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from configs.notation import raise_if
 from configs.schema import Data, Model, Run
 from configs.serialize import config_from_dict
 from data.sources import GPT2_VOCAB, Source, open_source
@@ -39,8 +40,8 @@ def portable_config(config: Model) -> Model:
 
 def read_config(folder: Path) -> Run:
     """Return the config of the run in a folder. Raise ValueError if the folder has no run."""
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} holds no run (config.json is missing); train one with python train_gpt.py")
+    raise_if(not (folder / "config.json").exists(),
+             f"{folder} holds no run (config.json is missing); train one with python train_gpt.py")
     return config_from_dict(json.loads((folder / "config.json").read_text()))
 
 
@@ -104,10 +105,8 @@ def build_trained(run: Run, weights: Mapping[str, "Tensor"], *, max_tokens: int,
                          "train with --model.position rotary")
     model = GPT(portable_config(run.model), vocab_size=source.vocab_size, document_start=source.document_start,
                 max_tokens=learned or max(max_tokens, run.data.sequence_tokens))
-    names = set(model.state_dict())
-    if names != set(weights):
-        mismatched = sorted(names ^ set(weights))
-        raise ValueError(f"{origin} was trained by another version: its weights differ in {', '.join(mismatched[:3])}")
+    mismatched = sorted(set(model.state_dict()) ^ set(weights))
+    raise_if(bool(mismatched), f"{origin} was trained by another version: its weights differ in {', '.join(mismatched[:3])}")
     model.load_state_dict(dict(weights))
     # Windows may grow over a run. Evaluation uses those of the last step, unless the caller passes its own.
     last = Schedule(run).values(run.train.steps - 1)

@@ -44,7 +44,7 @@ def record_of(run: RunFolder) -> dict[str, Any]:
     raise_if(run.summary is None, f"{run.path} has no summary.json: that run has not ended")
     validations = [{key: line.get(metric) for key, metric in VALIDATION_KEYS.items()}
                    for line in run.metrics if line.get("val/loss_nats") is not None]
-    # Only chosen keys of the environment: env.json also lists variables of the machine, which are private.
+    # Only chosen keys of the environment: env.json also lists variables of the machine, which may be private.
     return {"format": FORMAT, "name": run.name, "experiment": run.experiment, "preset": run.config["preset"],
             "config": {name: value for name, value in run.config.items() if name not in ("run.name", "run.dir")},
             "summary": {name: run.summary.get(name) for name in SUMMARY_KEYS},
@@ -117,7 +117,8 @@ def missing_fields(record: Mapping[str, Any]) -> list[str]:
     summary, validations = record["summary"], record["validations"]
     errors = [f"summary has no number {name}" for name in REQUIRED_NUMBERS if not is_number(summary.get(name))]
     errors += [f"summary has no {name}" for name in REQUIRED_HASHES if not isinstance(summary.get(name), str)]
-    errors += ["no validations"] if not validations else []
+    if not validations:
+        errors.append("no validations")
     return errors + [f"validation {index} has no number {name}" for index, line in enumerate(validations)
                      for name in VALIDATION_KEYS if not is_number(line.get(name)) and name != "bits_per_byte"]
 

@@ -206,8 +206,8 @@ class Sweep:
         trial = child.trial
         reason = last_error(self.dir / f"{trial.name}.log", child.log_bytes) or f"ended with status {status}"
         if status:
-            note = {"error": reason, "status": status, "flags": list(trial.flags)}
-            write_json(self.dir / f"{trial.name}.failed", note)
+            failure = {"error": reason, "status": status, "flags": list(trial.flags)}
+            write_json(self.dir / f"{trial.name}.failed", failure)
         return TrialResult(trial, "failed", None, reason)
 
     def stop(self) -> None:

@@ -74,11 +74,10 @@ def parse_range(text: str) -> Range:
     """Parse `NAME=LOW:HIGH[:SCALE]`; the default scale is linear. Raise ValueError with the text that is wrong."""
     name, values = _split_setting(text, "NAME=LOW:HIGH:SCALE")
     parts = values.split(":")
-    if len(parts) not in (2, 3):
-        raise ValueError(f"cannot read range {text!r}; write NAME=LOW:HIGH:SCALE, as in optim.matrix.lr=0.001:0.1:log")
+    raise_if(len(parts) not in (2, 3),
+             f"cannot read range {text!r}; write NAME=LOW:HIGH:SCALE, as in optim.matrix.lr=0.001:0.1:log")
     low, high, scale = parts if len(parts) == 3 else [*parts, "linear"]
-    if scale not in get_args(Scale):
-        raise ValueError(f"unknown scale {scale!r} in {text!r}{nearest(scale, get_args(Scale))}")
+    raise_if(scale not in get_args(Scale), f"unknown scale {scale!r} in {text!r}{nearest(scale, get_args(Scale))}")
     try:
         return Range(name, float(low), float(high), scale)
     except ValueError as error:
@@ -104,8 +103,7 @@ def _split_setting(text: str, form: str) -> tuple[str, str]:
     """Split NAME=VALUES. Raise ValueError if it is not of this form, or if there is no such setting."""
     name, equals, values = text.partition("=")
     settings = list(every_setting())
-    if not equals or not values:
-        raise ValueError(f"cannot read {text!r}; write {form}")
+    raise_if(not equals or not values, f"cannot read {text!r}; write {form}")
     if name not in settings:
         raise ValueError(f"unknown setting {name!r}{nearest(name, settings) if name else ''}")
     return name, values
@@ -152,6 +150,14 @@ RULE_MARGIN = 3.09  # in units of sigma: (target - mean) sqrt(n) must reach it. 
 NAME = re.compile(r"(?P<entry>\w+)-(?P<steps>\d+)steps-trial(?P<trial>\d+)$")
 
 
+class ExperimentName(NamedTuple):
+    """Parts of an experiment's name ENTRY-STEPSsteps-trialNN."""
+
+    entry: str
+    steps: int
+    trial: int
+
+
 class LeaderboardRow(NamedTuple):
     """Row of a leaderboard: an entry, tuned with a budget of trials, and its result over fresh seeds."""
 
@@ -189,15 +195,15 @@ def experiment_name(entry: str, steps: int, trial: int) -> str:
     return f"{entry}-{steps}steps-trial{trial:02}"
 
 
-def parse_name(experiment: str) -> tuple[str, int, int] | None:
-    """Parse an experiment's name into (entry, steps, trial); None if it has another form."""
+def parse_name(experiment: str) -> ExperimentName | None:
+    """Parse an experiment's name; None if it has another form."""
     match = NAME.match(experiment)
-    return (match["entry"], int(match["steps"]), int(match["trial"])) if match else None
+    return ExperimentName(match["entry"], int(match["steps"]), int(match["trial"])) if match else None
 
 
 def step_counts(records: Sequence[dict]) -> list[int]:
     """Return the different run lengths in steps among the records, in rising order."""
-    return sorted({name[1] for r in records if (name := parse_name(r["experiment"]))})
+    return sorted({name.steps for r in records if (name := parse_name(r["experiment"]))})
 
 
 def final_loss(record: dict[str, Any]) -> float:
@@ -284,10 +290,10 @@ def steps_to_target(records: Sequence[dict], entry: str, *, target: float, sigma
     passed = []
     for experiment in {r["experiment"] for r in records}:
         name = parse_name(experiment)
-        if name and name[0] == entry:
+        if name and name.entry == entry:
             losses = [final_loss(r) for r in fresh_seed_records(records, experiment)]
             if len(losses) > 1 and z_margin(losses, target) >= RULE_MARGIN * sigma:
-                passed.append(name[1])
+                passed.append(name.steps)
     return min(passed, default=None)
 
 
@@ -296,7 +302,7 @@ def changed_draws(records: Sequence[dict]) -> list[str]:
     errors = []
     for record in records:
         if name := parse_name(record["experiment"]):
-            for field, value in settings_of(entry_named(name[0]), name[2]).items():
+            for field, value in settings_of(entry_named(name.entry), name.trial).items():
                 if not math.isclose(record["config"][field], value, rel_tol=1e-9):
                     errors.append(f"{record['name']}: {field} is {record['config'][field]}, but {value} was drawn")
     return errors
