@@ -5,7 +5,7 @@ import statistics
 
 from benchmarks import HERE
 from scripts.lab.records import markdown, read_records
-from scripts.lab.tuning import base_steps, places
+from scripts.lab.tuning import base_steps, leaderboard_rows
 from scripts.leaderboard import RECORDS
 
 
@@ -73,7 +73,7 @@ def table() -> str:
 
 def leaderboard(preset: str = "bench_cpu", *, budget: int = 5) -> str:
     """The optimization benchmark in short: places at the preset's own length, each tuned with `budget` trials."""
-    board = places(read_records(RECORDS / f"{preset}.jsonl"), steps=base_steps(preset), budget=budget)
+    board = leaderboard_rows(read_records(RECORDS / f"{preset}.jsonl"), steps=base_steps(preset), budget=budget)
     rows = []
     for place in board:
         spread = "" if place.loss.sd is None else f" ± {place.loss.sd:.3f}"

@@ -29,7 +29,7 @@ from data.run.folder import write_json
 from scripts import command, print_table
 from scripts.lab.folders import UNITS, Metric
 from scripts.lab.statistics import Difference, holm, summarize, welch
-from scripts.lab.sweep import Outcome, Trial, run_sweep
+from scripts.lab.sweep import Trial, TrialResult, run_sweep
 from scripts.lab.tuning import draw, flags_of, parse_grid, parse_range
 
 
@@ -178,14 +178,14 @@ class Effect(NamedTuple):
     verdict: str
 
 
-def choose_metric(outcomes: Sequence[Outcome]) -> Metric:
+def choose_metric(outcomes: Sequence[TrialResult]) -> Metric:
     """Bits per byte, unless a run has none: then nats per token."""
     runs = [outcome.run for outcome in outcomes if outcome.run]
     known = all(run.summary.get("val_bits_per_byte") is not None for run in runs)
     return "val_bits_per_byte" if runs and known else "val_loss_nats"
 
 
-def effects(outcomes: Sequence[Outcome], bases: Mapping[str, str | None], metric: Metric) -> list[Effect]:
+def effects(outcomes: Sequence[TrialResult], bases: Mapping[str, str | None], metric: Metric) -> list[Effect]:
     """An effect for each experiment of `bases`, which names the experiment that it is held against, or None.
 
     p_holm is corrected for all rows that were tested.
@@ -195,7 +195,7 @@ def effects(outcomes: Sequence[Outcome], bases: Mapping[str, str | None], metric
     return [_judged(row._replace(p_holm=p), outcomes) for row, p in zip(rows, corrected, strict=True)]
 
 
-def _effect(name: str, base: str | None, outcomes: Sequence[Outcome], metric: Metric) -> Effect:
+def _effect(name: str, base: str | None, outcomes: Sequence[TrialResult], metric: Metric) -> Effect:
     values, seconds = _sample(outcomes, name, metric), _sample(outcomes, name, "train_seconds")
     others, other_seconds = _sample(outcomes, base, metric), _sample(outcomes, base, "train_seconds")
     mean = summarize(values) if values else None
@@ -205,13 +205,13 @@ def _effect(name: str, base: str | None, outcomes: Sequence[Outcome], metric: Me
     return Effect(name, base, flags, len(values), mean and mean.mean, mean and mean.sd, *against, None, slower, "")
 
 
-def _sample(outcomes: Sequence[Outcome], experiment: str | None, key: str) -> list[float]:
+def _sample(outcomes: Sequence[TrialResult], experiment: str | None, key: str) -> list[float]:
     """What the experiment's finished runs say of `key`, where they know it."""
     runs = [one.run for one in outcomes if one.trial.experiment == experiment and one.run]
     return [run.summary[key] for run in runs if run.summary.get(key) is not None]
 
 
-def _judged(row: Effect, outcomes: Sequence[Outcome]) -> Effect:
+def _judged(row: Effect, outcomes: Sequence[TrialResult]) -> Effect:
     """With the verdict on what the row changes: `helps` where its loss is lower, by Holm's p; `perhaps` where only its own p
     says so, as one row in twenty without effect would."""
     errors = [one.error for one in outcomes if one.trial.experiment == row.name and one.status == "failed"]

@@ -34,7 +34,7 @@ from optim.schedule import Schedule
 from optim.sharded import ShardedOptimizer
 from scripts import command
 from scripts.lab.costs import bank_flops
-from scripts.lab.models import CACHE, anywhere, vocabulary
+from scripts.lab.models import CACHE, portable_config, vocabulary
 
 BYTES_A_TOKEN = 2 * (2 + 8)
 """Of an input and a target: read as uint16, written as int64."""
@@ -164,7 +164,7 @@ def bench(args: Arguments, flags: list[str]) -> dict:
     device, notes = comm.device, []
     context = min(run.data.sequence_tokens, args.tokens)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    config = replace(anywhere(run.model), document_mask=False)
+    config = replace(portable_config(run.model), document_mask=False)
     model = GPT(config, vocab_size=vocabulary(run.data), max_tokens=context, on_cuda=device.type == "cuda",
                 dtype=dtype).to(device)
     tokens = torch.randint(vocabulary(run.data), (max(1, args.tokens // context), context), device=device)

@@ -16,7 +16,7 @@ import tyro
 from configs.cli import parse_row
 from configs.notation import nearest
 from scripts import command
-from scripts.lab.costs import LOGS, MACHINES, Efficiency, Prediction, Stage, measure_sizes, predict, seconds_of
+from scripts.lab.costs import LOGS, MACHINES, Efficiency, Prediction, Stage, measure_sizes, predict, predict_seconds
 
 COUNTS = (1, 8, 64, 1024)
 """Accelerators for which the whole run is predicted, the batch unchanged (strong scaling)."""
@@ -48,7 +48,7 @@ def plan(args: Arguments, flags: list[str]) -> dict:
     share = Efficiency(args.efficiency, args.memory_efficiency, args.network_efficiency)
     sizes, stages = measure_sizes(run)
     rows = [row_of(s, predict(s, sizes, machine, gpus=args.gpus, share=share), args.gpus) for s in stages]
-    elsewhere = {name: {gpus: {"seconds": seconds_of(stages, sizes, other, gpus=gpus, share=share),
+    elsewhere = {name: {gpus: {"seconds": predict_seconds(stages, sizes, other, gpus=gpus, share=share),
                                "fits": max(predict(s, sizes, other, gpus=gpus, share=share).rank_bytes for s in stages)
                                <= other.memory_bytes} for gpus in COUNTS} for name, other in MACHINES.items()}
     return {"preset": args.preset, "device": args.device, "gpus": args.gpus, "efficiency": share._asdict(),
@@ -56,7 +56,7 @@ def plan(args: Arguments, flags: list[str]) -> dict:
             "padding": sizes.padding(args.gpus), "steps": run.train.steps,
             "tokens": sum(s.steps * s.values.batch_tokens for s in stages),
             "flops": sum(s.steps * s.flops for s in stages), "stages": rows, "micro_tokens": run.train.micro_tokens,
-            "seconds": seconds_of(stages, sizes, machine, gpus=args.gpus, share=share), "elsewhere": elsewhere,
+            "seconds": predict_seconds(stages, sizes, machine, gpus=args.gpus, share=share), "elsewhere": elsewhere,
             "logs": [] if flags else logged(args.preset, stages)}
 
 

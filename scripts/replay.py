@@ -21,7 +21,7 @@ from data.run.folder import write_json
 from data.run.metrics import TRAIN_LOSS, VAL_LOSS, read_metrics
 from scripts import command
 from scripts.lab.folders import RunFolder, read_json, read_run
-from scripts.lab.sweep import launch
+from scripts.lab.sweep import launch_command
 
 DRIVER = """
 import json, sys
@@ -79,8 +79,8 @@ def train_again(run: RunFolder, work_folder: Path) -> Path:
     environment = {**os.environ, "PYTHONPATH": str(work_folder / "code")}  # import the recorded code, not this tree's
     environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
 
-    result = subprocess.run([*launch(work_folder / "drive.py", world_size), work_folder / "config.json"], env=environment,
-                            capture_output=True, text=True)
+    command = [*launch_command(work_folder / "drive.py", world_size), work_folder / "config.json"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode:
         lines = (result.stderr.strip() or result.stdout.strip() or f"exit status {result.returncode}").splitlines()
         raise ValueError(f"the recorded code failed to train: {lines[-1]}")

@@ -23,7 +23,7 @@ from plotly.offline import get_plotlyjs
 from data.files import atomic_write
 from data.run.folder import write_text
 from scripts import command
-from scripts.lab.figures import diagnostics, flops_of_runs, known_axes, loss_lines, records_of, schedules, short, tuning
+from scripts.lab.figures import diagnostics, flops_of_runs, known_axes, loss_lines, rounded, run_metrics, schedules, tuning
 from scripts.lab.folders import UNITS, RunFolder, by_experiment, differences, find_runs, read_json
 
 WIDTH, LOSS_HEIGHT = 1200, 560  # of pictures, in pixels of the page
@@ -166,7 +166,7 @@ def state(run: RunFolder) -> str:
     """`finished`, or how far the run came."""
     if run.summary is not None:
         return "finished"
-    records = records_of(run)
+    records = run_metrics(run)
     return f"at step {records[-1]['step']:,}" if records else "no metrics"
 
 
@@ -227,7 +227,7 @@ def table(columns: Sequence[Column], things: Sequence[Any]) -> dict[str, Any]:
     cells = [[column.value(thing) for thing in things] for column in columns]
     known = [i for i, values in enumerate(cells) if any(value is not None for value in values)]
     return {"columns": [{"label": columns[i].label, "kind": columns[i].kind} for i in known],
-            "rows": [[short(cells[i][row]) for i in known] for row in range(len(things))]}
+            "rows": [[rounded(cells[i][row]) for i in known] for row in range(len(things))]}
 
 
 def difference_table(runs: Sequence[RunFolder]) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""The laboratory: what scripts share to run, read and compare experiments. It reads run folders; nothing calls it."""
+"""Library of the scripts that run, read and compare experiments. It reads run folders; training never imports it."""

@@ -1,8 +1,11 @@
-"""Many runs, one after another or several at once, that survive whatever befalls the process that started them.
+"""Sweeps: many training runs, one after another or several at once, that survive failures and kills of the sweep itself.
 
-Beside the run folder NAME stand NAME.log (what the run printed), NAME.lock (held for as long as the run lives, even if
-the sweep is killed) and, where the run failed, NAME.failed (why). A sweep that is started again skips what is finished,
-continues what was cut, and waits for runs that outlived their sweep.
+Beside each run folder NAME there are three files:
+- NAME.log: the output of the run;
+- NAME.lock: locked while the run lives, even after the sweep that started it was killed;
+- NAME.failed: why the run failed, if it did.
+
+A sweep that is started again skips finished runs, resumes runs that were cut off, and waits for runs that still live.
 """
 
 import fcntl
@@ -19,6 +22,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from configs.cli import parse_row
+from configs.notation import raise_if
 from configs.schema import Run
 from configs.serialize import config_from_dict, config_hash, unflatten
 from data.run.folder import write_json
@@ -30,180 +34,194 @@ POLL_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One run of a sweep: a preset, what is changed there, and a seed."""
+    """Run of a sweep: a preset, the flags that change it, and a seed."""
 
     name: str
-    """Its folder, say `no_smear-seed2`."""
+    """Name of the run folder, for example `no_smear-seed2`."""
     experiment: str
-    """What its seeds share, say `no_smear`."""
+    """Name that its seeds share, for example `no_smear`."""
     preset: str
     flags: tuple[str, ...]
+    """Flags of train_gpt.py, without the seed."""
     seed: int
 
 
-class Outcome(NamedTuple):
-    """What became of a trial; `run` is its folder where it finished, `error` the reason where it did not."""
+class TrialResult(NamedTuple):
+    """Result of a trial."""
 
     trial: Trial
     status: Literal["finished", "failed"]
     run: RunFolder | None
+    """Folder of a finished run; None if it failed."""
     error: str
+    """Reason of a failure; empty if the run finished."""
 
 
-class Child(NamedTuple):
-    """A trial at work: its process (None: another sweep's, which holds the lock), the lock's file, and the length that
-    its log had before."""
+class ChildProcess(NamedTuple):
+    """Trial that is running."""
 
     trial: Trial
     process: subprocess.Popen[bytes] | None
+    """None if the process belongs to another sweep, which holds the lock."""
     lock: int
+    """File descriptor of NAME.lock."""
     log_bytes: int = 0
+    """Length of NAME.log before this process began."""
 
 
 def run_sweep(trials: Sequence[Trial], *, dir: Path, jobs: int = 1, nproc: int = 1,
-              retry_failed: bool = False) -> list[Outcome]:
-    """Run all trials, `jobs` at once, `nproc` processes each; the outcomes in the order of the trials.
+              retry_failed: bool = False) -> list[TrialResult]:
+    """Run all trials, `jobs` at once, with `nproc` processes each. Return their results in the order of the trials.
 
-    Raises ValueError, before anything runs, for a trial that does not parse, for a name that is given twice, and for
-    a folder that holds another run. Ctrl-C lets the runs save themselves and ends with status 130.
+    Raise ValueError, before any run starts, for a trial with a wrong flag, for a name given twice, and for a folder that
+    has another run. On Ctrl-C the runs save a checkpoint, and the sweep exits with status 130.
     """
     for option, value in (("jobs", jobs), ("nproc", nproc)):
-        if value < 1:
-            raise ValueError(f"--{option} must be at least 1, got {value}")
+        raise_if(value < 1, f"--{option} must be at least 1, got {value}")
     dir = dir.expanduser().resolve()
     sweep = Sweep(dir, _parse_all(trials, dir), nproc=nproc, threads=max(1, (os.cpu_count() or 1) // jobs))
-    board = Board(len(trials))
-    found = {trial: outcome for trial in trials if (outcome := sweep.known(trial, retry_failed))}
-    for outcome in found.values():
-        board.done(outcome, fresh=False)
+    progress = Progress(len(trials))
+    # Results of earlier sweeps come first: they are not run again.
+    results = {trial: result for trial in trials if (result := sweep.saved_result(trial, retry_failed))}
+    for result in results.values():
+        progress.report(result, fresh=False)
     try:
-        sweep.work([trial for trial in trials if trial not in found], found, jobs, board)
+        sweep.run_all([trial for trial in trials if trial not in results], results, jobs, progress)
     except KeyboardInterrupt:
         sweep.stop()
-        print(f"interrupted: {len(found)} of {len(trials)} runs are done, the others are saved. "
+        print(f"interrupted: {len(results)} of {len(trials)} runs are done, the others are saved. "
               "Give the same command again to continue", flush=True)
-        raise SystemExit(130) from None  # the shell's status after Ctrl-C
-    return [found[trial] for trial in trials]
+        raise SystemExit(130) from None  # the status of a shell after Ctrl-C: 128 + SIGINT
+    return [results[trial] for trial in trials]
 
 
 def _parse_all(trials: Sequence[Trial], dir: Path) -> dict[Trial, Run]:
-    """Each trial's complete configuration. Raises ValueError for the first mistake."""
+    """Return the complete config of each trial. Raise ValueError for the first mistake."""
     for name, count in Counter(trial.name for trial in trials).items():
-        if count > 1:
-            raise ValueError(f"two trials are named {name!r}; names must differ")
+        raise_if(count > 1, f"two trials are named {name!r}; names must differ")
     return {trial: parse_row(trial.preset, run_flags(trial, dir)) for trial in trials}
 
 
 def run_flags(trial: Trial, dir: Path) -> list[str]:
-    """The trial's command line, the preset apart; a training run takes the last of repeated flags."""
+    """Return the command line of a trial, after the preset. Of a repeated flag, train_gpt.py takes the last."""
     return [*trial.flags, "--run.name", trial.name, "--run.dir", str(dir), "--run.seed", str(trial.seed), "--run.resume",
             "--log.experiment", trial.experiment]
 
 
-def launch(script: Path, nproc: int) -> list[str]:
-    """The command that starts a script in so many processes."""
+def launch_command(script: Path, nproc: int) -> list[str]:
+    """Return the command that starts a script in `nproc` processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
     return [sys.executable, *launcher, str(script)]
 
 
 class Sweep:
-    """The files and processes of one sweep."""
+    """Files and processes of one sweep."""
 
     def __init__(self, dir: Path, runs: dict[Trial, Run], *, nproc: int, threads: int) -> None:
-        """Nothing is started; the folder is made."""
+        """Create the folder. Nothing is started yet. `threads`: CPU threads of each process."""
         self.dir, self.runs, self.nproc, self.threads = dir, runs, nproc, threads
-        self.children: list[Child] = []
+        self.children: list[ChildProcess] = []
         try:
             dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"cannot use {dir} for the runs: {error.strerror}; choose another --dir") from None
 
-    def known(self, trial: Trial, retry_failed: bool = False) -> Outcome | None:
-        """The outcome that the files tell. Raises ValueError where the folder holds another run."""
+    def saved_result(self, trial: Trial, retry_failed: bool = False) -> TrialResult | None:
+        """Return the trial's result from its files; None if it must run. Raise ValueError if the folder has another run."""
         folder, failed = self.dir / trial.name, self.dir / f"{trial.name}.failed"
         if (folder / "summary.json").is_file():
             run = read_run(folder)
             if config_hash(config_from_dict(unflatten(run.config))) != config_hash(self.runs[trial]):
                 raise ValueError(f"{folder} holds another run; choose another --dir")
-            return Outcome(trial, "finished", run, "")
+            return TrialResult(trial, "finished", run, "")
         if failed.is_file() and not retry_failed:
             note = read_json(failed)
-            if note.get("flags") == list(trial.flags):
-                return Outcome(trial, "failed", None, str(note.get("error")))
+            if note.get("flags") == list(trial.flags):  # with other flags it may succeed
+                return TrialResult(trial, "failed", None, str(note.get("error")))
         return None
 
-    def work(self, waiting: list[Trial], found: dict[Trial, Outcome], jobs: int, board: "Board") -> None:
-        """Start trials as places become free, until all have an outcome in `found`."""
+    def run_all(self, waiting: list[Trial], results: dict[Trial, TrialResult], jobs: int, progress: "Progress") -> None:
+        """Run the waiting trials, at most `jobs` at once, and write each result into `results`."""
         while waiting or self.children:
             while waiting and len(self.children) < jobs:
                 self.children.append(self.start(waiting.pop(0)))
             for child in list(self.children):
-                if (outcome := self.ended(child)) is not None:
+                if (result := self.poll(child)) is not None:
                     self.children.remove(child)
-                    found[child.trial] = outcome
-                    board.done(outcome, fresh=child.process is not None)
+                    results[child.trial] = result
+                    progress.report(result, fresh=child.process is not None)
             time.sleep(POLL_SECONDS)
 
-    def start(self, trial: Trial) -> Child:
-        """Take the trial's lock and start it; if an orphan holds the lock, a child without process, to be waited for."""
-        (self.dir / f"{trial.name}.failed").unlink(missing_ok=True)  # of the try that is now repeated
+    def start(self, trial: Trial) -> ChildProcess:
+        """Lock a trial and start it. If another sweep has its lock, return a child without a process, to wait for.
+
+        The lock belongs to the open file, which the run inherits. So the kernel releases it when the run ends, whichever
+        way, and keeps it while the run lives on after a killed sweep: no run can start twice, and no stale lock remains.
+        """
+        (self.dir / f"{trial.name}.failed").unlink(missing_ok=True)  # of the attempt that is now repeated
         lock = os.open(self.dir / f"{trial.name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
-        if not _locked(lock) or self.known(trial):  # it runs elsewhere, or has ended there since we looked
-            return Child(trial, None, lock)
+        # The second check is not redundant: another sweep may have finished the trial since the first look.
+        if not _try_lock(lock) or self.saved_result(trial):
+            return ChildProcess(trial, None, lock)
         return self._spawn(trial, lock)
 
-    def _spawn(self, trial: Trial, lock: int) -> Child:
-        """The trial's process, in a process group of its own, so that Ctrl-C reaches it once, through `stop`."""
+    def _spawn(self, trial: Trial, lock: int) -> ChildProcess:
+        """Start the process of a trial."""
         environment = {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"} | os.environ
         with open(self.dir / f"{trial.name}.log", "ab") as log:
-            before = log.tell()
-            process = subprocess.Popen([*launch(TRAIN, self.nproc), trial.preset, *run_flags(trial, self.dir)], stdout=log,
-                                       stderr=log, stdin=subprocess.DEVNULL, env=environment, pass_fds=[lock],
+            log_bytes = log.tell()
+            # A process group of its own: the terminal's Ctrl-C reaches only the sweep, which passes it on once, in `stop`.
+            # Two interrupts would end a run before its checkpoint is written.
+            process = subprocess.Popen([*launch_command(TRAIN, self.nproc), trial.preset, *run_flags(trial, self.dir)],
+                                       stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, pass_fds=[lock],
                                        process_group=0)
-        return Child(trial, process, lock, before)
+        return ChildProcess(trial, process, lock, log_bytes)
 
-    def ended(self, child: Child) -> Outcome | None:
-        """The child's outcome, written down where it failed; None while it lives, or where it was started anew."""
+    def poll(self, child: ChildProcess) -> TrialResult | None:
+        """Return the result of a child; None while it runs. A failure is written to NAME.failed."""
         if child.process is None:
-            return self._ended_elsewhere(child)
+            return self._poll_other_sweep(child)
         status = child.process.poll()
         if status is None:
             return None
         os.close(child.lock)
-        outcome = self.known(child.trial) if status == 0 else None
-        return outcome or self._failed(child, status)
+        result = self.saved_result(child.trial) if status == 0 else None
+        return result or self._failed(child, status)
 
-    def _ended_elsewhere(self, child: Child) -> Outcome | None:
-        """Wait for the lock of another sweep's run; if that ended without an outcome, the trial is ours to continue."""
-        if not _locked(child.lock):
+    def _poll_other_sweep(self, child: ChildProcess) -> TrialResult | None:
+        """Return the result of another sweep's run; None while it lives. If it died without a result, start it again."""
+        if not _try_lock(child.lock):
             return None
-        if outcome := self.known(child.trial):
+        if result := self.saved_result(child.trial):
             os.close(child.lock)
-            return outcome
+            return result
         self.children[self.children.index(child)] = self._spawn(child.trial, child.lock)
         return None
 
-    def _failed(self, child: Child, status: int) -> Outcome:
-        """Write NAME.failed, so that the run is not tried again unasked; status 0 is a run that was cut, and may go on."""
+    def _failed(self, child: ChildProcess, status: int) -> TrialResult:
+        """Return the failure, and write NAME.failed, so that the next sweep does not try the run again unasked.
+
+        A run that ended with status 0 but without a summary was interrupted: no file is written, and it may be resumed.
+        """
         trial = child.trial
         reason = last_error(self.dir / f"{trial.name}.log", child.log_bytes) or f"ended with status {status}"
         if status:
-            note = {"error": reason, "status": status, "flags": list(trial.flags)}
-            write_json(self.dir / f"{trial.name}.failed", note)
-        return Outcome(trial, "failed", None, reason)
+            failure = {"error": reason, "status": status, "flags": list(trial.flags)}
+            write_json(self.dir / f"{trial.name}.failed", failure)
+        return TrialResult(trial, "failed", None, reason)
 
     def stop(self) -> None:
-        """Ask every run to save itself and end, and wait until they have."""
+        """Interrupt every run, so that it saves a checkpoint, and wait until all have ended."""
         processes = [child.process for child in self.children if child.process is not None]
         for process in processes:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGINT)
+                os.killpg(process.pid, signal.SIGINT)  # the group: torchrun and all its ranks
         for process in processes:
             process.wait()
 
 
-def _locked(lock: int) -> bool:
-    """Whether the lock is ours now."""
+def _try_lock(lock: int) -> bool:
+    """Try to take a lock without waiting. Return True if it is now held."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -212,35 +230,35 @@ def _locked(lock: int) -> bool:
 
 
 def last_error(log: Path, start: int = 0) -> str:
-    """The reason that a run gave for its end: the last `error:` line from byte `start` on, else the last line."""
+    """Return the last `error:` line of a log from byte `start` on, else its last line, else an empty string."""
     lines = [line.strip() for line in log.read_bytes()[start:].decode("utf-8", "replace").splitlines()]
     errors = [line.removeprefix("error:").strip() for line in lines if line.startswith("error:")]
     return (errors or [line for line in lines if line] or [""])[-1]
 
 
-# ---- How a sweep stands ---------------------------------------------------------------------------------------------
+# ---- Progress -------------------------------------------------------------------------------------------------------
 
 
-class Board:
-    """Prints a line for every trial that ends, with the time that the rest should take."""
+class Progress:
+    """Printer of one line per trial that ends, with an estimate of the time that is left."""
 
     def __init__(self, total: int) -> None:
-        self.total, self.known, self.fresh, self.began = total, 0, 0, time.monotonic()
+        self.total, self.done, self.fresh, self.start_seconds = total, 0, 0, time.monotonic()
 
-    def done(self, outcome: Outcome, *, fresh: bool) -> None:
-        """Say what became of a trial; `fresh`: this sweep ran it, so that its time tells of those to come."""
-        self.known += 1
+    def report(self, result: TrialResult, *, fresh: bool) -> None:
+        """Print the result of a trial. `fresh`: True if this sweep ran it, so that its time counts in the estimate."""
+        self.done += 1
         self.fresh += fresh
-        result = f"failed: {outcome.error}"
-        if outcome.run:
-            loss = outcome.run.summary.get("val_loss_nats")
-            result = ("finished" if fresh else "was finished") + ("" if loss is None else f", {loss:.5f} nats")
-        print(f"{self.known} of {self.total}: {outcome.trial.name} {result}; {self.left} left", flush=True)
+        message = f"failed: {result.error}"
+        if result.run:
+            loss = result.run.summary.get("val_loss_nats")
+            message = ("finished" if fresh else "was finished") + ("" if loss is None else f", {loss:.5f} nats")
+        print(f"{self.done} of {self.total}: {result.trial.name} {message}; {self.left} left", flush=True)
 
     @property
     def left(self) -> str:
-        """Time that the trials still to come should take, at the pace of this sweep: `1:05:00`; `?` before its first."""
+        """Estimated time until all trials are done, such as `1:05:00`; `?` before this sweep has run one."""
         if not self.fresh:
             return "?"
-        seconds = (time.monotonic() - self.began) / self.fresh * (self.total - self.known)
+        seconds = (time.monotonic() - self.start_seconds) / self.fresh * (self.total - self.done)
         return str(timedelta(seconds=round(seconds)))

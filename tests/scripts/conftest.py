@@ -1,4 +1,4 @@
-"""Run folders out of thin air, for what reads them."""
+"""Fabricated run folders, for tests of the scripts that read them."""
 
 import json
 import math
@@ -10,20 +10,21 @@ from configs.presets import PRESETS
 from configs.serialize import config_to_dict
 from data.run.metrics import SUMMARY_KEYS
 
-PARAMETERS = 868_373  # of the preset `bytes`, as train_gpt.py counts them; smearing has 13
+PARAMETERS = 868_373  # of the preset `bytes`, as train_gpt.py counts them; smear has 13 of them
 MEASURES = {"lr": 0.02, "update_rms": 0.0005, "weight_size": 1.2, "angle": 0.01}
 
 
 def write_json(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))  # without waiting for the disk
+    path.write_text(json.dumps(value))  # unlike the real one, it does not wait for the disk
 
 
 def write_run(folder, *, seed=1, experiment="", settings=None, steps=240, loss=2.0, records=50, finished=True,
               parameters=PARAMETERS):
-    """A run that ends at `loss`: `records` training losses, ten validations with two groups' measures.
+    """Write the folder of a run with final loss `loss`.
 
-    `settings` are by dotted names; step s has seen 768 s tokens and taken s / 4 + seed seconds.
+    It has `records` training losses, and ten validations with measures of two parameter groups. `settings` go by dotted
+    names. Step s has seen 768 s tokens and has taken s / 4 + seed seconds.
     """
     nested = config_to_dict(PRESETS["bytes"]())
     for name, value in {"run.seed": seed, "train.steps": steps, "log.experiment": experiment, **(settings or {})}.items():
@@ -34,34 +35,34 @@ def write_run(folder, *, seed=1, experiment="", settings=None, steps=240, loss=2
         inner[field] = value
     write_json(folder / "config.json", nested)
     write_json(folder / "env.json", {"python": "3.11.7", "cpu": "a processor", "variables": {}})
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     lines = []
     for i in range(1, records + 1):
         step = round(i * steps / records)
         stamp = {"step": step, "tokens": 768 * step, "train_seconds": step / 4 + seed}
-        here = loss + 3 * math.exp(-5 * step / steps) - 3 * math.exp(-5)
-        lines.append(stamp | {"train/loss_nats": here + chance.gauss(0, 0.05)})
+        mean_loss = loss + 3 * math.exp(-5 * step / steps) - 3 * math.exp(-5)
+        lines.append(stamp | {"train/loss_nats": mean_loss + rng.gauss(0, 0.05)})
         if i % (records // 10) == 0:
             measures = {f"optim/{group}/{name}": size * factor * (1 - 0.8 * step / steps)
                         for group, factor in {"matrix": 1, "embed": 10}.items() for name, size in MEASURES.items()}
-            lines.append(stamp | {"val/loss_nats": here, "val/bits_per_byte": here / math.log(2)} | measures)
+            lines.append(stamp | {"val/loss_nats": mean_loss, "val/bits_per_byte": mean_loss / math.log(2)} | measures)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    known = {"val_loss_nats": loss, "val_bits_per_byte": loss / math.log(2), "best_val_loss_nats": loss, "steps": steps,
+    summary = {"val_loss_nats": loss, "val_bits_per_byte": loss / math.log(2), "best_val_loss_nats": loss, "steps": steps,
              "tokens": 768 * steps, "train_seconds": steps / 4 + seed, "seed": seed, "parameters": parameters,
              "device": "cpu", "world_size": 1}
     if finished:
-        write_json(folder / "summary.json", dict.fromkeys(SUMMARY_KEYS) | known)
+        write_json(folder / "summary.json", dict.fromkeys(SUMMARY_KEYS) | summary)
 
 
 @pytest.fixture(scope="session")
 def fabricate():
-    """The function `write_run`."""
+    """Return the function `write_run`."""
     return write_run
 
 
 @pytest.fixture(scope="session")
 def laboratory(tmp_path_factory):
-    """A folder of runs: a learning rate at four values with three seeds each, a technique left out, and its ablation."""
+    """Return a folder of runs: four learning rates with three seeds each, a run without smear, and its ablation table."""
     lab = tmp_path_factory.mktemp("lab")
     for lr, loss in {0.01: 2.10, 0.02: 2.02, 0.04: 2.00, 0.08: 2.06}.items():
         for seed in (1, 2, 3):

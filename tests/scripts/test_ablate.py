@@ -24,7 +24,7 @@ from scripts.ablate import (
 )
 from scripts.lab.folders import RunFolder
 from scripts.lab.statistics import holm, welch
-from scripts.lab.sweep import Outcome, Trial
+from scripts.lab.sweep import Trial, TrialResult
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,7 +36,7 @@ def asked(monkeypatch, tmp_path):
 
     def answer(trials, **_):
         found.extend(trials)
-        return [Outcome(one, "finished", RunFolder(tmp_path, {}, {}, {
+        return [TrialResult(one, "finished", RunFolder(tmp_path, {}, {}, {
             "val_loss_nats": len(one.experiment) + one.seed / 100, "train_seconds": 1.0}), "") for one in trials]
 
     monkeypatch.setattr(ablate, "run_sweep", answer)
@@ -145,13 +145,13 @@ LOSSES = {"tiny": [1.0, 1.01, 0.99], "better": [0.8, 0.81, 0.79], "worse": [1.2,
 
 
 def outcomes(path, losses, metric="val_bits_per_byte"):
-    return [Outcome(Trial(f"{name}-seed{i}", name, "tiny", (name,), i), "finished",
+    return [TrialResult(Trial(f"{name}-seed{i}", name, "tiny", (name,), i), "finished",
                     RunFolder(path, {}, {}, {metric: value, "train_seconds": 10 * value}), "")
             for name, values in losses.items() for i, value in enumerate(values)]
 
 
 def failure(name):
-    return Outcome(Trial(f"{name}-seed9", name, "tiny", (), 9), "failed", None, "loss is nan")
+    return TrialResult(Trial(f"{name}-seed9", name, "tiny", (), 9), "failed", None, "loss is nan")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from optim.schedule import Schedule
 from scripts.evaluate import Arguments as Evaluation
 from scripts.evaluate import Question, contexts, hellaswag, main, nats_of_ending, questions
 from scripts.export import export
-from scripts.lab.models import load_exported, load_trained, weights_that_count
+from scripts.lab.models import evaluation_weights, load_exported, load_trained
 from scripts.sample import Sample, sample
 
 TEXT = "steepest descent under a norm. the norm is chosen by the role of the tensor. "
@@ -133,7 +133,7 @@ def test_the_weights_are_those_that_the_summary_judged(tmp_path, capsys, blend):
 def test_weights_that_looked_ahead_are_taken_where_they_are():
     tensors = {"weights/a": torch.full((2,), 5.0), "ahead_base/a": torch.full((2,), 3.0), "average/a": torch.ones(2),
                "weights/b": torch.full((1,), 7.0)}
-    found = weights_that_count(tensors, blend=0.25)
+    found = evaluation_weights(tensors, blend=0.25)
     assert found["a"].tolist() == [2.5, 2.5] and found["b"].tolist() == [7.0]
 
 

@@ -90,7 +90,7 @@ def test_the_record_of_a_run_is_verified_and_a_changed_one_is_refused(tmp_path, 
     capsys.readouterr()
     assert main(verify) == 0
     output = capsys.readouterr().out
-    assert "1 runs, all in order" in output and "(n = 1) against 5.6: t-test n = 1" in output
+    assert "1 runs, errors: none" in output and "(n = 1), target 5.6: t-test n = 1" in output
     altered = json.loads((tmp_path / "run" / "record.jsonl").read_text())
     altered["summary"]["val_loss_nats"] -= 1
     (tmp_path / "run" / "record.jsonl").write_text(json.dumps(altered) + "\n")

@@ -1,4 +1,4 @@
-"""The leaderboard's command: everyone gets the same trials, winners run fresh seeds, all of it is recorded once."""
+"""The leaderboard script: entries get equal trials, the best ones run fresh seeds, and every run is recorded once."""
 
 import json
 
@@ -10,17 +10,17 @@ from data.run.metrics import SUMMARY_KEYS
 from scripts import leaderboard
 from scripts.lab.folders import read_run
 from scripts.lab.records import read_records
-from scripts.lab.sweep import Outcome
+from scripts.lab.sweep import TrialResult
 from scripts.lab.tuning import TUNING_SEED
 
 
 @pytest.fixture
 def ran(tmp_path, monkeypatch):
-    """Runs that take no time: the loss is 1 + the trial's matrix lr. Returns the names, in order."""
+    """Fake runs that take no time, with loss 1 + the lr of the matrices. Return the list of their names, in order."""
     names = []
 
     def fake_sweep(trials, *, dir, jobs):
-        outcomes = []
+        results = []
         for trial in trials:
             names.append(trial.name)
             flags = [*trial.flags, "--run.seed", str(trial.seed), "--log.experiment", trial.experiment]
@@ -33,15 +33,15 @@ def ran(tmp_path, monkeypatch):
             (folder / "config.json").write_text(json.dumps(config_to_dict(run)))
             (folder / "summary.json").write_text(json.dumps(summary))
             (folder / "metrics.jsonl").write_text(json.dumps({"step": run.train.steps, "val/loss_nats": loss}) + "\n")
-            outcomes.append(Outcome(trial, "finished", read_run(folder), ""))
-        return outcomes
+            results.append(TrialResult(trial, "finished", read_run(folder), ""))
+        return results
 
     monkeypatch.setattr(leaderboard, "run_sweep", fake_sweep)
     monkeypatch.setattr(leaderboard, "RECORDS", tmp_path / "records")
     return names
 
 
-def test_tune_then_judge_then_record(ran, tmp_path):
+def test_tune_then_run_fresh_seeds_then_record(ran, tmp_path):
     args = leaderboard.Arguments("bench_cpu", entries=("adamw", "muon"), trials=3, budgets=(2, 3, 9), seeds=2)
     leaderboard.main(args)
     tuning = [name for name in ran if name.endswith(f"seed{TUNING_SEED}")]
@@ -52,22 +52,22 @@ def test_tune_then_judge_then_record(ran, tmp_path):
         entry, trial = record["experiment"].split("-240steps-")
         if record["summary"]["seed"] == TUNING_SEED:
             best.setdefault(entry, {})[trial] = record["summary"]["val_loss_nats"]
-    winners = {f"{entry}-240steps-{min(list(found)[:k], key=found.get)}" for entry, found in best.items() for k in (2, 3)}
-    judged = {record["experiment"] for record in records if record["summary"]["seed"] != TUNING_SEED}
-    assert judged == winners and {record["summary"]["seed"] for record in records} == {1, 2, TUNING_SEED}
+    winners = {f"{entry}-240steps-{min(list(losses)[:k], key=losses.get)}" for entry, losses in best.items() for k in (2, 3)}
+    fresh = {record["experiment"] for record in records if record["summary"]["seed"] != TUNING_SEED}
+    assert fresh == winners and {record["summary"]["seed"] for record in records} == {1, 2, TUNING_SEED}
     leaderboard.main(args)
     assert read_records(tmp_path / "records" / "bench_cpu.jsonl") == records
 
 
-def test_a_trial_that_breaks_down_loses(ran, tmp_path, monkeypatch):
+def test_a_failed_trial_ranks_last(ran, tmp_path, monkeypatch):
     """It is recorded without a loss, and the others of its budget go on."""
-    honest = leaderboard.run_sweep
+    run_sweep = leaderboard.run_sweep
 
-    def breaking(trials, *, dir, jobs):
-        return [outcome._replace(status="failed", run=None, error="loss is nan") if "trial00" in outcome.trial.name
-                else outcome for outcome in honest(trials, dir=dir, jobs=jobs)]
+    def failing_sweep(trials, *, dir, jobs):
+        return [result._replace(status="failed", run=None, error="loss is nan") if "trial00" in result.trial.name
+                else result for result in run_sweep(trials, dir=dir, jobs=jobs)]
 
-    monkeypatch.setattr(leaderboard, "run_sweep", breaking)
+    monkeypatch.setattr(leaderboard, "run_sweep", failing_sweep)
     leaderboard.main(leaderboard.Arguments("bench_cpu", entries=("muon",), trials=2, budgets=(2,), seeds=2))
     records = read_records(tmp_path / "records" / "bench_cpu.jsonl")
     assert [record.get("failed") for record in records] == ["loss is nan", None, None, None]
@@ -81,9 +81,9 @@ def test_horizons_are_longer_schedules(ran):
 
 
 @pytest.mark.parametrize(("args", "message"), [
-    (leaderboard.Arguments("bytes"), "'bytes' is no benchmark"),
+    (leaderboard.Arguments("bytes"), "'bytes' is not a benchmark"),
     (leaderboard.Arguments("bench_cpu", entries=("moun",)), "did you mean 'muon'"),
 ])
-def test_mistakes_are_named(args, message):
+def test_mistakes_are_reported(args, message):
     with pytest.raises(ValueError, match=message):
         leaderboard.main(args)

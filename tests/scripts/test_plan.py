@@ -10,7 +10,7 @@ from optim.comm import Comm
 from optim.groups import build_groups
 from optim.hooks import build_hooks
 from optim.sharded import ShardedOptimizer
-from scripts.lab.costs import LOGS, MACHINES, Efficiency, measure_sizes, newton_schulz_flops, predict, seconds_of
+from scripts.lab.costs import LOGS, MACHINES, Efficiency, measure_sizes, newton_schulz_flops, predict, predict_seconds
 from scripts.plan import Arguments, plan, tables
 
 
@@ -66,7 +66,7 @@ def test_more_accelerators_share_the_work_and_one_sends_nothing(speedrun):
     sizes, stages = speedrun
     one, eight = (predict(stages[0], sizes, MACHINES["h100"], gpus=gpus, share=Efficiency()) for gpus in (1, 8))
     assert one.network_bytes == 0 and one.compute_ms == pytest.approx(8 * eight.compute_ms)
-    weights = sum(bank.held(8) * bank.weight_bytes / bank.every for bank in sizes.banks)
+    weights = sum(bank.stored(8) * bank.weight_bytes / bank.update_every_steps for bank in sizes.banks)
     assert eight.network_bytes == pytest.approx(2 * 7 / 8 * weights)
     assert weights < 0.65 * 4 * sizes.parameters  # Adam's groups travel at every second step
 
@@ -119,7 +119,7 @@ def test_twice_the_efficiency_halves_the_compute(speedrun):
     sizes, stages = speedrun
     slow, fast = (predict(stages[1], sizes, MACHINES["a100"], gpus=8, share=Efficiency(flops=share)) for share in (0.2, 0.4))
     assert slow.compute_ms == pytest.approx(2 * fast.compute_ms) and slow.network_ms == fast.network_ms
-    assert seconds_of(stages, sizes, MACHINES["a100"], gpus=8, share=Efficiency(0.2)) > seconds_of(
+    assert predict_seconds(stages, sizes, MACHINES["a100"], gpus=8, share=Efficiency(0.2)) > predict_seconds(
         stages, sizes, MACHINES["a100"], gpus=8, share=Efficiency(0.4))
 
 

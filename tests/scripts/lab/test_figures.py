@@ -1,4 +1,4 @@
-"""What the report draws: means over seeds, FLOPs, heat maps, schedules and tuning curves."""
+"""Figures of a report: means over seeds, FLOPs, heat maps, schedules and tuning curves."""
 
 from dataclasses import replace
 
@@ -15,10 +15,10 @@ from scripts.lab.figures import (
     known_axes,
     loss_lines,
     mean_curve,
-    rest_labels,
+    rounded,
     schedules,
-    short,
-    thin,
+    setting_labels,
+    subsample,
     tuning,
 )
 from scripts.lab.folders import find_runs
@@ -28,31 +28,31 @@ PARAMETERS = 868_373
 
 
 def test_a_mean_is_of_the_same_runs_at_every_point_and_ends_with_the_shortest():
-    one = {"step": [1, 2, 3], "train_seconds": [1.0, 2.0, 3.0], "y": [4.0, 3.0, 2.0]}
-    other = {"step": [2, 3, 4], "train_seconds": [4.0, 6.0, 8.0], "y": [5.0, 1.0, 0.0]}
-    assert mean_curve([one, other]) == {"step": [2, 3], "train_seconds": [3.0, 4.5], "y": [4.0, 1.5], "low": [3.0, 1.0],
+    first = {"step": [1, 2, 3], "train_seconds": [1.0, 2.0, 3.0], "y": [4.0, 3.0, 2.0]}
+    second = {"step": [2, 3, 4], "train_seconds": [4.0, 6.0, 8.0], "y": [5.0, 1.0, 0.0]}
+    assert mean_curve([first, second]) == {"step": [2, 3], "train_seconds": [3.0, 4.5], "y": [4.0, 1.5], "low": [3.0, 1.0],
                                         "high": [5.0, 2.0]}
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50))
 def test_the_mean_of_equal_runs_is_the_run(values):
-    one = {"step": list(range(len(values))), "y": values}
-    mean = mean_curve([one, one, one])
+    curve = {"step": list(range(len(values))), "y": values}
+    mean = mean_curve([curve, curve, curve])
     assert mean["low"] == mean["high"] == values
     assert mean["y"] == pytest.approx(values)
 
 
 @given(st.integers(1, 2000), st.integers(2, 400))
-def test_thinning_keeps_order_and_both_ends(count, most):
+def test_a_subsample_is_in_order_and_has_both_ends(count, limit):
     values = list(range(count))
-    kept = thin(values, most)
-    assert len(kept) == min(count, most)
-    assert kept[0] == 0 and kept[-1] == count - 1
-    assert kept == sorted(set(kept))
+    sample = subsample(values, limit)
+    assert len(sample) == min(count, limit)
+    assert sample[0] == 0 and sample[-1] == count - 1
+    assert sample == sorted(set(sample))
 
 
 def test_whole_numbers_are_not_shortened():
-    assert short(123_456_789) == 123_456_789 and short(1.23456789) == 1.23457 and short(None) is None
+    assert rounded(123_456_789) == 123_456_789 and rounded(1.23456789) == 1.23457 and rounded(None) is None
 
 
 def test_seeds_get_a_mean_and_a_single_run_none(laboratory):
@@ -106,14 +106,14 @@ def test_flops_of_another_model_are_not_known(fabricate, tmp_path):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_flops_of_every_preset_can_be_told(preset):
-    """The model is built without its data, whatever the kernel that it asks for."""
+def test_flops_of_every_preset_are_computed(preset):
+    """The model is built without its data, on any device, whatever kernels its config asks for."""
     run = PRESETS[preset]()
     spent = flops_by_step(replace(run, train=replace(run.train, steps=3)), parameters=None)
     assert len(spent) == 4 and spent[1] > 6 * run.train.batch_tokens * run.model.dim ** 2 / 2
 
 
-def test_heat_maps_are_found_by_their_keys():
+def test_heat_maps_come_from_the_keys():
     records = [{"step": 1, "train/loss_nats": 3.0},
                {"step": 2, "optim/matrix/angle": 0.1, "diag/blocks.0/attn/entropy": 1.5, "diag/rank": 7},
                {"step": 4, "optim/embed/angle": 0.3, "optim/matrix/angle": 0.2, "diag/blocks.0/attn/entropy": None}]
@@ -128,39 +128,40 @@ def test_runs_without_diagnostics_are_not_offered(fabricate, tmp_path):
     fabricate(tmp_path / "b")
     metrics = tmp_path / "b" / "metrics.jsonl"
     metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
-    (one,) = diagnostics(find_runs([str(tmp_path)]))
-    assert one["name"] == "a" and [found["name"] for found in one["maps"]] == ["lr", "update_rms", "weight_size", "angle"]
+    (entry,) = diagnostics(find_runs([str(tmp_path)]))
+    names = [heat_map["name"] for heat_map in entry["maps"]]
+    assert entry["name"] == "a" and names == ["lr", "update_rms", "weight_size", "angle"]
 
 
 def test_runs_of_one_schedule_share_it(fabricate, tmp_path):
     fabricate(tmp_path / "a")
     fabricate(tmp_path / "b", settings={"optim.matrix.lr": 0.5})
     fabricate(tmp_path / "c", settings={"schedule.batch_tokens": "0=0.5 50%=1"})
-    found, problems = schedules(find_runs([str(tmp_path)]))
-    assert [one["experiments"] for one in found] == [[0, 1], [2]] and not problems
-    assert set(found[0]["batch_tokens"]) == {768} and min(found[1]["batch_tokens"]) == 384
-    assert found[1]["step"][0] == 0 and found[1]["step"][-1] == 239
-    assert found[0]["window_tokens"][0] is None
+    (constant, changing), problems = schedules(find_runs([str(tmp_path)]))
+    assert constant["experiments"] == [0, 1] and changing["experiments"] == [2] and not problems
+    assert set(constant["batch_tokens"]) == {768} and min(changing["batch_tokens"]) == 384
+    assert changing["step"][0] == 0 and changing["step"][-1] == 239
+    assert constant["window_tokens"][0] is None
 
 
 def test_a_setting_of_another_version_is_reported_not_fatal(fabricate, tmp_path):
     fabricate(tmp_path / "old", settings={"model.flux": 1})
-    found, problems = schedules(find_runs([str(tmp_path)]))
-    assert not found and "old: " in problems[0] and "'flux'" in problems[0]
+    columns, problems = schedules(find_runs([str(tmp_path)]))
+    assert not columns and "old: " in problems[0] and "'flux'" in problems[0]
 
 
 def grid(fabricate, folder, losses):
-    """Runs by (lr, momentum, seed)."""
+    """Write runs with the given losses by (lr, momentum, seed), and return their tuning figures."""
     for (lr, momentum, seed), loss in losses.items():
         fabricate(folder / f"{lr}-{momentum}-seed{seed}", seed=seed, loss=loss, records=10,
                   settings={"optim.matrix.lr": lr, "optim.matrix.momentum": momentum})
     return tuning(find_runs([str(folder)]))
 
 
-def test_a_tuning_curve_for_each_rest_of_the_settings(fabricate, tmp_path):
+def test_a_tuning_curve_for_each_choice_of_the_other_settings(fabricate, tmp_path):
     losses = {(lr, momentum, seed): 2 + lr + momentum / 10 + seed / 100
               for lr in (0.04, 0.01, 0.02) for momentum in (0.8, 0.9) for seed in (1, 2)}
-    (figure,) = grid(fabricate, tmp_path, losses)  # two momenta are no curve
+    (figure,) = grid(fabricate, tmp_path, losses)  # two momenta are too few for a curve
     assert figure["setting"] == "optim.matrix.lr" and figure["log"] and figure["joined"]
     assert [line["label"] for line in figure["lines"]] == ["optim.matrix.momentum=0.8", "optim.matrix.momentum=0.9"]
     line = figure["lines"][0]
@@ -172,12 +173,12 @@ def test_a_tuning_curve_for_each_rest_of_the_settings(fabricate, tmp_path):
 def test_a_random_search_is_a_cloud_over_each_setting(fabricate, tmp_path):
     losses = {(0.01, 0.80, 1): 2.3, (0.03, 0.95, 1): 2.2, (0.02, 0.90, 1): 2.1, (0.05, 0.85, 1): 2.4}
     figures = grid(fabricate, tmp_path, losses)
-    assert [(one["setting"], one["log"], one["joined"]) for one in figures] == [
+    assert [(figure["setting"], figure["log"], figure["joined"]) for figure in figures] == [
         ("optim.matrix.lr", True, False), ("optim.matrix.momentum", False, False)]
     assert figures[0]["lines"][0]["x"] == [0.01, 0.02, 0.03, 0.05]
     assert figures[0]["lines"][0]["y"] == [2.3, 2.1, 2.2, 2.4]
 
 
-def test_labels_tell_only_what_differs():
-    assert rest_labels([{"a": 1, "b": 2}, {"a": 1, "b": 3}]) == ["b=2", "b=3"]
-    assert rest_labels([{"a": 1}]) == [""] and rest_labels([]) == []
+def test_labels_name_only_the_settings_that_differ():
+    assert setting_labels([{"a": 1, "b": 2}, {"a": 1, "b": 3}]) == ["b=2", "b=3"]
+    assert setting_labels([{"a": 1}]) == [""] and setting_labels([]) == []

@@ -1,4 +1,4 @@
-"""Records: what a run folder gives, and that every tampering is named."""
+"""Records: the record of a run folder, and an error for every way to tamper with it."""
 
 import copy
 import json
@@ -16,14 +16,14 @@ from scripts.lab.models import count_parameters
 from scripts.lab.records import (
     append_records,
     changed_settings,
-    faults,
+    cross_record_errors,
     read_records,
+    record_errors,
     record_of,
     record_of_failure,
-    shared_faults,
 )
 from scripts.lab.sweep import Trial
-from scripts.lab.tuning import loss_of
+from scripts.lab.tuning import final_loss
 from scripts.verify_record import runs_table
 
 STEPS = 240
@@ -53,8 +53,8 @@ def record(tmp_path):
     return record_of(read_run(make_folder(tmp_path / "muon-seed1")))
 
 
-def test_a_record_holds_together_and_is_json(record):
-    assert faults(record) == [] and json.loads(json.dumps(record)) == record
+def test_a_record_has_no_errors_and_is_json(record):
+    assert record_errors(record) == [] and json.loads(json.dumps(record)) == record
     assert [line["loss_nats"] for line in record["validations"]] == [2.0, 1.6, 1.5]
     assert "run.dir" not in record["config"] and "SECRET" not in json.dumps(record)
     assert record["experiment"] == "muon" and tuple(record["summary"]) == SUMMARY_KEYS
@@ -76,7 +76,7 @@ def tampered(record: dict, *path: object, value: object) -> dict:
     return changed
 
 
-@pytest.mark.parametrize(("path", "value", "fault"), [
+@pytest.mark.parametrize(("path", "value", "message"), [
     (("config", "model.layers"), 5, "model.layers is 5, fixed at 4"),
     (("config", "model.smear"), False, "model.smear is False"),
     (("config", "data.val_bytes"), 1000, "data.val_bytes is 1000"),
@@ -102,12 +102,12 @@ def tampered(record: dict, *path: object, value: object) -> dict:
     (("validations", 1, "loss_nats"), None, "validation 1 has no number loss_nats"),
     (("validations", 1), {}, "validation 1 has no number step"),
     (("validations",), [], "no validations"),
-    (("validations", 2, "tokens"), 10**9, "the last validation 1000000000"),
+    (("validations", 2, "tokens"), 10**9, "the last validation has 1000000000"),
     (("validations", 1, "step"), 80, "step does not rise"),
     (("validations", 1, "train_seconds"), 99.0, "train_seconds does not rise"),
 ])
-def test_tampering_is_named(record, path, value, fault):
-    assert any(fault in found for found in faults(tampered(record, *path, value=value)))
+def test_tampering_is_reported(record, path, value, message):
+    assert any(message in error for error in record_errors(tampered(record, *path, value=value)))
 
 
 @pytest.mark.parametrize(("name", "value"), [
@@ -124,35 +124,36 @@ def test_an_entry_may_choose_another_rule(record):
 
 
 def test_a_schedule_that_was_cut_short_is_no_result(record):
-    """Early in a longer schedule: the last validation agrees with the summary, but the run did not end by itself."""
+    """A prefix of a longer schedule: the last validation agrees with the summary, but the schedule has not ended."""
     longer = tampered(record, "config", "train.steps", value=480)
     longer["summary"]["config_hash"] = config_hash(config_from_dict(unflatten(longer["config"])))
-    assert faults(longer) == ["ended at step 240, its schedule at 480"]
+    assert record_errors(longer) == ["ended at step 240, its schedule at 480"]
 
 
-def test_runs_are_judged_on_the_same_data(record):
+def test_runs_of_one_preset_need_the_same_data(record):
     other = tampered(tampered(record, "name", value="other"), "summary", "config_hash", value="of another seed")
-    assert shared_faults([record, other]) == []
+    assert cross_record_errors([record, other]) == []
     other["summary"] = other["summary"] | {"data_hash": "e"}
-    assert "has data e" in shared_faults([record, other])[0] and "twice" in shared_faults([record, record])[0]
+    assert "has data e" in cross_record_errors([record, other])[0] and "twice" in cross_record_errors([record, record])[0]
 
 
 def test_a_run_counts_once_whatever_its_name(record):
-    """The same settings, seed and losses twice are one sample; with another loss, as on another machine, they are two."""
+    """Runs with equal settings, seed and losses are one sample; with one other loss, as on another machine, two."""
     copied = tampered(record, "name", value="muon-seed2")
-    assert shared_faults([record, copied]) == ["muon-seed2 is muon-seed1 under another name: same settings, seed and losses"]
-    assert shared_faults([record, tampered(copied, "validations", 0, "loss_nats", value=2.01)]) == []
+    assert cross_record_errors([record, copied]) == [
+        "muon-seed2 is muon-seed1 under another name: same settings, seed and losses"]
+    assert cross_record_errors([record, tampered(copied, "validations", 0, "loss_nats", value=2.01)]) == []
 
 
-def test_a_run_that_broke_down_is_a_record_without_a_loss():
+def test_a_failed_run_is_a_record_without_a_loss():
     trial = Trial("adamw-240steps-trial00-seed1", "adamw-240steps-trial00", "bench_cpu", ("--optim.matrix.lr", "9"), 1)
-    broken = record_of_failure(trial, "loss is nan at step 3")
-    assert faults(broken) == [] and shared_faults([broken, broken]) == [] and loss_of(broken) == math.inf
-    assert "loss" in faults(tampered(broken, "summary", "val_loss_nats", value=1.0))[0]
-    assert "model.layers" in faults(tampered(broken, "config", "model.layers", value=5))[0]
-    assert runs_table([broken]).count("\n") == 1
-    lost = record_of_failure(trial, f"/home/me/runs/{trial.name}/checkpoint.safetensors is cut short")
-    assert lost["failed"] == f"{trial.name}/checkpoint.safetensors is cut short"
+    failed = record_of_failure(trial, "loss is nan at step 3")
+    assert record_errors(failed) == [] and cross_record_errors([failed, failed]) == [] and final_loss(failed) == math.inf
+    assert "loss" in record_errors(tampered(failed, "summary", "val_loss_nats", value=1.0))[0]
+    assert "model.layers" in record_errors(tampered(failed, "config", "model.layers", value=5))[0]
+    assert runs_table([failed]).count("\n") == 1
+    with_path = record_of_failure(trial, f"/home/me/runs/{trial.name}/checkpoint.safetensors is cut short")
+    assert with_path["failed"] == f"{trial.name}/checkpoint.safetensors is cut short"
 
 
 def test_unflatten_undoes_flatten():
@@ -170,8 +171,8 @@ def test_files_grow_by_new_runs_only(tmp_path, record):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("{}", "line 1, is no record"), ("5", "line 1, is no record"), ("{", "line 1, is not JSON")])
-def test_damaged_files_are_named(tmp_path, text, message):
+    ("{}", "line 1, is not a record"), ("5", "line 1, is not a record"), ("{", "line 1, is not JSON")])
+def test_damaged_files_are_reported(tmp_path, text, message):
     (tmp_path / "x.jsonl").write_text(text + "\n")
     with pytest.raises(ValueError, match=message):
         read_records(tmp_path / "x.jsonl")

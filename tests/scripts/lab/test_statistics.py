@@ -1,4 +1,4 @@
-"""Statistics of runs: published numbers, scipy's own tests, simulation, and what scaling and shifting must not change."""
+"""Statistics of runs, against published numbers, scipy's own tests and simulation; invariance to scale and shift."""
 
 import math
 from itertools import combinations
@@ -31,8 +31,8 @@ samples = st.lists(st.integers(0, 1000).map(lambda i: i / 1000), min_size=3, max
 
 
 def test_published_mean_and_deviation():
-    found = summarize([3.2772, 3.2756, 3.2784, 3.2783])
-    assert (found.n, round(found.mean, 4), round(found.sd, 4)) == (4, 3.2774, 0.0013)
+    summary = summarize([3.2772, 3.2756, 3.2784, 3.2783])
+    assert (summary.n, round(summary.mean, 4), round(summary.sd, 4)) == (4, 3.2774, 0.0013)
 
 
 def test_published_p_of_a_record():
@@ -54,9 +54,9 @@ def test_the_interval_is_students():
 
 
 def test_welch_is_scipys():
-    found, twin = welch(A, B), stats.ttest_ind(A, B, equal_var=False)
-    low, high = twin.confidence_interval(0.95)
-    assert found == pytest.approx((np.mean(A) - np.mean(B), low, high, twin.pvalue))
+    expected = stats.ttest_ind(A, B, equal_var=False)
+    low, high = expected.confidence_interval(0.95)
+    assert welch(A, B) == pytest.approx((np.mean(A) - np.mean(B), low, high, expected.pvalue))
 
 
 def test_the_one_sided_p_is_scipys():
@@ -80,25 +80,24 @@ def test_no_variance():
     assert welch([0.1] * 3, [0.1] * 3) == (0.0, 0.0, 0.0, 1.0)
     assert welch([3.0] * 2, [2.0] * 3) == (1.0, 1.0, 1.0, 0.0)
     assert (one_sided_p([3.0, 3.0], 3.28), one_sided_p([3.28, 3.28], 3.28)) == (0.0, 1.0)
-    one = welch([3.0, 3.0], [1.0, 2.0])  # one side's alone: Student's test on the other
-    assert one.p == pytest.approx(stats.ttest_1samp([1.0, 2.0], 3.0).pvalue)
+    result = welch([3.0, 3.0], [1.0, 2.0])  # only one side has variance: Student's test on that side
+    assert result.p == pytest.approx(stats.ttest_1samp([1.0, 2.0], 3.0).pvalue)
 
 
 @given(samples, samples, st.integers(-5, 5), st.sampled_from([0.5, 2.0, 100.0]))
 @settings(max_examples=40, deadline=None)
-def test_welch_knows_no_unit_and_no_order(a, b, shift, scale):
-    one, two = welch(a, b), welch([scale * v + shift for v in a], [scale * v + shift for v in b])
-    assert two[:3] == pytest.approx([scale * v for v in one[:3]], abs=1e-9 * scale)
-    assert two.p == pytest.approx(one.p, rel=1e-6)
-    turned = welch(b, a)
-    assert turned == pytest.approx((-one.difference, -one.high, -one.low, one.p))
+def test_welch_does_not_depend_on_unit_or_order(a, b, shift, scale):
+    plain, scaled = welch(a, b), welch([scale * v + shift for v in a], [scale * v + shift for v in b])
+    assert scaled[:3] == pytest.approx([scale * v for v in plain[:3]], abs=1e-9 * scale)
+    assert scaled.p == pytest.approx(plain.p, rel=1e-6)
+    assert welch(b, a) == pytest.approx((-plain.difference, -plain.high, -plain.low, plain.p))
 
 
 @given(samples, samples)
 @settings(max_examples=40, deadline=None)
 def test_the_interval_holds_0_where_p_is_large(a, b):
-    found = welch(a, b)
-    assert (found.low <= 0 <= found.high) == (found.p >= 0.05)
+    result = welch(a, b)
+    assert (result.low <= 0 <= result.high) == (result.p >= 0.05)
 
 
 def test_ranks_without_ties_are_counted_out():
@@ -114,7 +113,7 @@ def test_ranks_with_never():
 
 
 def test_ranks_with_ties_by_counting():
-    """All C(8, 4) ways to hand out the values: p is twice the share of those with a rank sum as small, or as large."""
+    """Enumerate all C(8, 4) ways to divide the values: p is twice the share with a rank sum as small, or as large."""
     a, b = [2.50, 2.51, 2.52, 2.50], [2.4, math.inf, math.inf, math.inf]
     ranks = stats.rankdata([*a, *b])
     sums = np.array([sum(four) for four in combinations(ranks, 4)])
@@ -140,7 +139,7 @@ def test_power_of_the_t_test_by_simulation():
 
 @pytest.mark.parametrize(("effect", "seeds"), [(0.2, 394), (0.5, 64), (0.8, 26), (1.0, 17)])
 def test_seeds_needed_are_the_known_ones(effect, seeds):
-    """What every power table prints for p < .05 two-sided at 80 % power."""
+    """Numbers that every power table prints for p < .05 two-sided at 80 % power."""
     assert seeds_needed(-effect * 0.01, 0.01) == seeds
 
 

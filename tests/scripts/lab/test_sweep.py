@@ -1,6 +1,6 @@
-"""A sweep survives failures, kills and Ctrl-C, and runs nothing twice.
+"""A sweep survives failures, kills and Ctrl-C, and runs no trial twice.
 
-Most tests put a stand-in in the place of the training run, a few lines that write the same files; two use the real one.
+Most tests replace train_gpt.py by a stand-in, a few lines that write the same files; two tests use the real script.
 """
 
 import json
@@ -15,7 +15,7 @@ import pytest
 
 from scripts.lab import sweep
 from scripts.lab.folders import RunFolder
-from scripts.lab.sweep import Board, Outcome, Trial, last_error, run_sweep
+from scripts.lab.sweep import Progress, Trial, TrialResult, last_error, run_sweep
 
 ROOT = Path(__file__).resolve().parents[3]
 SHORT = ("--train.steps", "2", "--data.val_bytes", "2048", "--log.sample_tokens", "0", "--log.wandb", "disabled")
@@ -48,7 +48,7 @@ else:
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """A program in train_gpt.py's place: it takes steps / 100 seconds, and fails at 666 steps."""
+    """Replace train_gpt.py by a program that takes steps / 100 seconds, and fails if there are 666 steps."""
     path = tmp_path / "stand_in.py"
     path.write_text(STAND_IN)
     monkeypatch.setattr(sweep, "TRAIN", path)
@@ -60,7 +60,7 @@ def trial(name, *flags, seed=1):
 
 
 def starts(dir, name):
-    """How often a trial was started."""
+    """Return how often a trial was started."""
     return (dir / f"{name}.log").read_text().count("start at")
 
 
@@ -71,14 +71,14 @@ def wait_for(condition, seconds=20):
         time.sleep(0.01)
 
 
-# ---- the real thing ----
+# ---- The real script ------------------------------------------------------------------------------------------------
 
 
 def test_real_runs_finish_fail_and_are_not_repeated(tmp_path, capsys):
     broken = trial("broken", *SHORT, "--data.source", "text", "--data.train_files", str(tmp_path / "none.txt"))
     trials = [broken, trial("good", *SHORT)]
     first = run_sweep(trials, dir=tmp_path / "sweep")
-    assert [one.status for one in first] == ["failed", "finished"]
+    assert [result.status for result in first] == ["failed", "finished"]
     assert "no file matches" in first[0].error and first[0].run is None
     assert first[1].run.summary["steps"] == 2 and first[1].run.experiment == "good"
     assert "2 of 2: good-seed1 finished" in capsys.readouterr().out
@@ -90,25 +90,25 @@ def test_real_runs_finish_fail_and_are_not_repeated(tmp_path, capsys):
 def test_a_real_run_that_was_cut_is_resumed(tmp_path):
     long = trial("long", *SHORT, "--train.steps", "60", "--model.layers", "1", "--log.every_steps", "1",
                  "--train.val_every_steps", "0")
-    began = subprocess.Popen([sys.executable, sweep.TRAIN, "bytes", *sweep.run_flags(long, tmp_path)],
+    process = subprocess.Popen([sys.executable, sweep.TRAIN, "bytes", *sweep.run_flags(long, tmp_path)],
                              stdout=subprocess.DEVNULL)
     metrics = tmp_path / "long-seed1" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 3)
-    began.send_signal(signal.SIGINT)
-    assert began.wait() == 0
-    [outcome] = run_sweep([long], dir=tmp_path)
-    assert outcome.run.summary["steps"] == 60
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 0
+    [result] = run_sweep([long], dir=tmp_path)
+    assert result.run.summary["steps"] == 60
     assert "resuming" in (tmp_path / "long-seed1.log").read_text()
 
 
-# ---- with the stand-in ----
+# ---- The stand-in ---------------------------------------------------------------------------------------------------
 
 
 def test_a_failed_run_is_tried_again_only_if_asked(tmp_path, stand_in, capsys):
     cursed = trial("cursed", "--train.steps", "666")
     for _ in range(2):
-        [outcome] = run_sweep([cursed], dir=tmp_path)
-        assert (outcome.status, outcome.error) == ("failed", "steps are cursed")
+        [result] = run_sweep([cursed], dir=tmp_path)
+        assert (result.status, result.error) == ("failed", "steps are cursed")
     assert starts(tmp_path, "cursed-seed1") == 1
     assert json.loads((tmp_path / "cursed-seed1.failed").read_text()) == {
         "error": "steps are cursed", "status": 1, "flags": ["--train.steps", "666"]}
@@ -119,8 +119,8 @@ def test_a_failed_run_is_tried_again_only_if_asked(tmp_path, stand_in, capsys):
 
 def test_a_failure_of_other_flags_is_forgotten(tmp_path, stand_in):
     run_sweep([trial("a", "--train.steps", "666")], dir=tmp_path)
-    [outcome] = run_sweep([trial("a", "--train.steps", "2")], dir=tmp_path)
-    assert outcome.status == "finished" and not (tmp_path / "a-seed1.failed").exists()
+    [result] = run_sweep([trial("a", "--train.steps", "2")], dir=tmp_path)
+    assert result.status == "finished" and not (tmp_path / "a-seed1.failed").exists()
 
 
 def test_nothing_runs_if_one_trial_has_a_mistake(tmp_path, stand_in):
@@ -143,9 +143,9 @@ def test_jobs_run_side_by_side_and_share_the_cores(tmp_path, stand_in, monkeypat
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     trials = [trial("a", "--train.steps", "50", seed=seed) for seed in range(1, 5)]
-    assert [one.trial for one in run_sweep(trials, dir=tmp_path, jobs=4)] == trials
-    spans = [(tmp_path / one.name / "state").stat().st_mtime for one in trials]
-    assert max(spans) - min(spans) < 0.5 * len(trials) - 0.5  # one after another they would begin half a second apart
+    assert [result.trial for result in run_sweep(trials, dir=tmp_path, jobs=4)] == trials
+    starts = [(tmp_path / each.name / "state").stat().st_mtime for each in trials]
+    assert max(starts) - min(starts) < 0.5 * len(trials) - 0.5  # one after another they would begin half a second apart
     assert "threads 2" in (tmp_path / "a-seed1.log").read_text()
 
 
@@ -156,12 +156,12 @@ def test_the_environments_threads_win(tmp_path, stand_in, monkeypatch):
 
 
 def start_sweep(dir, stand_in, *steps):
-    """A sweep in a process of its own, over trials t0, t1, ... of so many steps."""
+    """Start a sweep in a process of its own, over trials t0, t1, ... with the given numbers of steps."""
     code = f"""
 import signal, sys; sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from scripts.lab import sweep
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in a shell's background inherits that it is ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process of a shell ignores SIGINT by default
 sweep.TRAIN = Path({str(stand_in)!r})
 sweep.run_sweep([sweep.Trial(f"t{{i}}-seed1", f"t{{i}}", "bytes", ("--train.steps", str(n)), 1)
                  for i, n in enumerate({steps!r})], dir=Path({str(dir)!r}))
@@ -175,10 +175,10 @@ def test_a_killed_sweep_continues_and_runs_nothing_twice(tmp_path, stand_in):
     wait_for(lambda: (tmp_path / "t1-seed1.log").exists() and starts(tmp_path, "t1-seed1"))
     killed.kill()
     killed.wait()
-    assert not (tmp_path / "t1-seed1" / "summary.json").exists()  # its orphan is still at work
+    assert not (tmp_path / "t1-seed1" / "summary.json").exists()  # its orphaned run still lives
     trials = [trial(f"t{i}", "--train.steps", str(n)) for i, n in enumerate(steps)]
-    assert [one.status for one in run_sweep(trials, dir=tmp_path)] == ["finished"] * 3
-    assert [starts(tmp_path, one.name) for one in trials] == [1, 1, 1]
+    assert [result.status for result in run_sweep(trials, dir=tmp_path)] == ["finished"] * 3
+    assert [starts(tmp_path, each.name) for each in trials] == [1, 1, 1]
 
 
 def test_an_orphan_that_dies_is_continued(tmp_path, stand_in):
@@ -188,9 +188,9 @@ def test_an_orphan_that_dies_is_continued(tmp_path, stand_in):
         pass_fds=[lock], stdout=subprocess.PIPE)
     orphan.stdout.readline()
     os.close(lock)
-    [outcome] = run_sweep([trial("t", "--train.steps", "1")], dir=tmp_path)
+    [result] = run_sweep([trial("t", "--train.steps", "1")], dir=tmp_path)
     assert orphan.poll() is not None, "the sweep did not wait"
-    assert outcome.status == "finished" and starts(tmp_path, "t-seed1") == 1
+    assert result.status == "finished" and starts(tmp_path, "t-seed1") == 1
     orphan.stdout.close()
 
 
@@ -218,24 +218,24 @@ def test_the_reason_is_the_last_error_of_the_last_try(tmp_path):
     assert last_error(log) == ""
 
 
-# ---- How it stands --------------------------------------------------------------------------------------------------
+# ---- Progress -------------------------------------------------------------------------------------------------------
 
 
 A, B = (Trial(f"{name}-seed1", name, "bytes", (), 1) for name in "ab")
 
 
 def finished(trial, path, loss=2.0):
-    return Outcome(trial, "finished", RunFolder(path, {}, {}, {"val_loss_nats": loss}), "")
+    return TrialResult(trial, "finished", RunFolder(path, {}, {}, {"val_loss_nats": loss}), "")
 
 
-def test_time_left_comes_from_what_this_sweep_ran(tmp_path, capsys):
-    board = Board(4)
-    board.done(finished(A, tmp_path), fresh=False)
-    assert board.left == "?"
-    board.began -= 30
-    board.done(finished(B, tmp_path), fresh=True)
-    assert board.left == "0:01:00"  # two to come
-    board.done(Outcome(B, "failed", None, "why"), fresh=True)
+def test_the_time_left_is_estimated_from_the_runs_of_this_sweep(tmp_path, capsys):
+    progress = Progress(4)
+    progress.report(finished(A, tmp_path), fresh=False)
+    assert progress.left == "?"
+    progress.start_seconds -= 30
+    progress.report(finished(B, tmp_path), fresh=True)
+    assert progress.left == "0:01:00"  # two trials are left
+    progress.report(TrialResult(B, "failed", None, "why"), fresh=True)
     assert capsys.readouterr().out.splitlines() == [
         "1 of 4: a-seed1 was finished, 2.00000 nats; ? left", "2 of 4: b-seed1 finished, 2.00000 nats; 0:01:00 left",
         "3 of 4: b-seed1 failed: why; 0:00:15 left"]

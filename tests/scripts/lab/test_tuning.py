@@ -1,4 +1,4 @@
-"""Ranges, grids and draws; the leaderboard from fabricated records: budgets are prefixes, fresh seeds judge."""
+"""Ranges, grids and draws; the leaderboard from fabricated records: budgets are prefixes, fresh seeds are compared."""
 
 import math
 
@@ -15,21 +15,21 @@ from scripts.lab.tuning import (
     RULE_MARGIN,
     TUNING_SEED,
     Range,
+    best_trial,
     changed_draws,
     draw,
+    final_loss,
     flags_of,
-    loss_of,
+    leaderboard_rows,
     make_trial,
     parse_grid,
     parse_name,
     parse_range,
-    places,
-    profile,
+    performance_profile,
     reference_curve,
     settings_of,
     steps_of_reference,
     steps_to_target,
-    winner,
 )
 from scripts.verify_record import board_page, profile_page, target_of
 
@@ -86,8 +86,8 @@ def test_seeds_differ(quasi):
 @given(st.floats(0, 1), st.floats(0, 1))
 def test_values_lie_within_and_rise(a, b):
     low, high = sorted((a, b))
-    for one in (LR, MOMENTUM, GAIN):
-        assert one.low <= one.at(low) <= one.at(high) <= one.high
+    for range_ in (LR, MOMENTUM, GAIN):
+        assert range_.low <= range_.at(low) <= range_.at(high) <= range_.high
 
 
 def test_half_way_is_the_scales_own_mean():
@@ -150,7 +150,7 @@ MUON = (tuned("muon", [1.6, 1.5, 1.7, 1.8, 1.9, 1.4])
 ADAM = tuned("adamw", [1.8, 1.7, 1.6, 1.9, 2.0]) + fresh("adamw", [1.61, 1.63, 1.62], trial=2)
 
 
-def test_every_entry_parses_and_changes_what_it_says():
+def test_every_entry_parses_and_its_settings_take_effect():
     from configs.cli import parse_row
     for entry in ENTRIES:
         trial = make_trial(entry, "bench_cpu", steps=100, trial=3, seed=7)
@@ -161,28 +161,28 @@ def test_every_entry_parses_and_changes_what_it_says():
 
 
 def test_a_small_budget_is_a_prefix_of_a_large_one():
-    assert winner(MUON, "muon", steps=240, budget=5) == 1
-    assert winner(MUON, "muon", steps=240, budget=6) == 5
-    assert winner(MUON, "muon", steps=240, budget=7) is None  # not all of them were run
-    assert winner(MUON, "muon", steps=480, budget=5) is None
+    assert best_trial(MUON, "muon", steps=240, budget=5) == 1
+    assert best_trial(MUON, "muon", steps=240, budget=6) == 5
+    assert best_trial(MUON, "muon", steps=240, budget=7) is None  # not all of them were run
+    assert best_trial(MUON, "muon", steps=480, budget=5) is None
 
 
-def test_a_broken_run_loses():
-    assert winner(tuned("muon", [None, 1.9, 2.0]), "muon", steps=240, budget=3) == 1
-    assert loss_of(record("muon", None)) == math.inf
+def test_a_failed_run_ranks_last():
+    assert best_trial(tuned("muon", [None, 1.9, 2.0]), "muon", steps=240, budget=3) == 1
+    assert final_loss(record("muon", None)) == math.inf
 
 
-def test_places_rank_fresh_seeds_and_leave_the_tuning_seed_out():
-    board = places(MUON + ADAM, steps=240, budget=5)
-    assert [place.entry for place in board] == ["muon", "adamw"]
+def test_rows_rank_fresh_seeds_and_leave_the_tuning_seed_out():
+    board = leaderboard_rows(MUON + ADAM, steps=240, budget=5)
+    assert [row.entry for row in board] == ["muon", "adamw"]
     assert board[0].loss.mean == pytest.approx(1.51) and board[0].versus is None and board[0].loss.n == 2
     assert board[1].versus.difference == pytest.approx(0.11) and board[1].trial == 2
     assert board[1].p_holm == pytest.approx(board[1].versus.p)  # one comparison needs no correction
     assert board[1].settings == settings_of(find_entry("adamw"), 2)
 
 
-def test_the_factor_is_the_references_steps_over_ones_own():
-    """The reference at 1.5 after 240 and 1.3 after 960 steps: half the way in log steps is 480."""
+def test_the_factor_is_the_references_steps_over_own_steps():
+    """The reference has 1.5 after 240 steps and 1.3 after 960: half the way in log(steps) is 480."""
     curve = [(240, 1.5), (960, 1.3)]
     assert steps_of_reference(curve, 1.4, 240) == pytest.approx(2)
     assert steps_of_reference(curve, 1.5, 240) == pytest.approx(1)
@@ -200,9 +200,9 @@ def test_the_references_curve_is_made_of_whole_schedules():
 
 def test_the_profile_counts_tasks_within_tau_of_the_best():
     def board(**factors):
-        place = places(MUON, steps=240, budget=5)[0]
-        return [place._replace(entry=name, factor=factor) for name, factor in factors.items()]
-    shares = profile([board(muon=1.0, adamw=0.5), board(muon=1.0, adamw=1.25)], (1.0, 1.25, 2.0))
+        row = leaderboard_rows(MUON, steps=240, budget=5)[0]
+        return [row._replace(entry=name, factor=factor) for name, factor in factors.items()]
+    shares = performance_profile([board(muon=1.0, adamw=0.5), board(muon=1.0, adamw=1.25)], (1.0, 1.25, 2.0))
     assert shares == {"muon": [0.5, 1.0, 1.0], "adamw": [0.5, 0.5, 1.0]}
 
 
@@ -222,18 +222,18 @@ def test_the_target_is_one_that_the_reference_reaches():
     assert target == pytest.approx(round(target / 0.005) * 0.005) and target < 1.535
 
 
-def test_settings_that_nobody_drew_are_found():
-    honest, wrong = record("muon", 1.5), record("muon", 1.5, trial=1)
+def test_settings_that_were_not_drawn_are_reported():
+    correct, wrong = record("muon", 1.5), record("muon", 1.5, trial=1)
     wrong["config"]["optim.matrix.lr"] *= 1.5
-    assert changed_draws([honest]) == [] and "optim.matrix.lr" in changed_draws([honest, wrong])[0]
+    assert changed_draws([correct]) == [] and "optim.matrix.lr" in changed_draws([correct, wrong])[0]
 
 
 def test_the_page_holds_every_board():
     records = MUON + ADAM + tuned("muon", [1.3] * 5, steps=960) + fresh("muon", [1.2, 1.21], trial=0, steps=960)
     text = board_page("bench_cpu", records)
     assert "## 240 steps, 5 trials" in text and "## 960 steps, 5 trials" in text and "| adamw | 1.6200 |" in text
-    assert f"({len(records)} runs)" in text and "nats a step" in text and "| 16 |" in text
-    again = records + tuned("adamw", [1.5] * 5, steps=960) + fresh("adamw", [1.4, 1.41], trial=0, steps=960)
-    shares = profile_page({"bench_cpu": again, "bench_cpu_prose": MUON + ADAM})
-    assert "bench_cpu at 240 steps; bench_cpu at 960 steps;" in shares and "prose" not in shares and REFERENCE in shares
+    assert f"({len(records)} runs)" in text and "nats per step" in text and "| 16 |" in text
+    more = records + tuned("adamw", [1.5] * 5, steps=960) + fresh("adamw", [1.4, 1.41], trial=0, steps=960)
+    profile = profile_page({"bench_cpu": more, "bench_cpu_prose": MUON + ADAM})
+    assert "bench_cpu at 240 steps; bench_cpu at 960 steps;" in profile and "prose" not in profile and REFERENCE in profile
     assert profile_page({"bench_cpu": records}) == profile_page({"bench_cpu_prose": MUON + ADAM}) == ""
