@@ -57,6 +57,11 @@ def terminal_columns() -> int:
     return shutil.get_terminal_size(fallback=(PIPE_COLUMNS, 24)).columns
 
 
+def format_value(value: float | None, form: str) -> str:
+    """Return the value by a format specification, or "" for None."""
+    return "" if value is None else f"{value:{form}}"
+
+
 def print_table(table: Table) -> None:
     """Print a table as wide as `terminal_columns`."""
     Console(width=terminal_columns(), markup=False).print(table)

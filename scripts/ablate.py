@@ -3,8 +3,7 @@
     python -m scripts.ablate no_smear no_bigram
     python -m scripts.ablate --each-off tiny --seeds 5
     python -m scripts.ablate --base bytes --grid optim.matrix.lr=0.01,0.02,0.04
-    python -m scripts.ablate --base bytes --random 20 \\
-        --range optim.matrix.lr=0.003:0.1:log -- --train.steps 120
+    python -m scripts.ablate --random 20 --range optim.matrix.lr=0.003:0.1:log
 
 The rows are in configs/ablations.py. Flags after `--` apply to every run. To continue a sweep that was interrupted, give
 the same command again.
@@ -27,7 +26,7 @@ from configs.cli import parse_row
 from configs.notation import nearest
 from configs.presets import PRESETS
 from data.run.folder import write_json
-from scripts import command, print_wrapped, print_table
+from scripts import command, format_value, print_table, print_wrapped
 from scripts.lab.folders import UNITS, Metric
 from scripts.lab.statistics import Difference, holm, summarize, welch
 from scripts.lab.sweep import Outcome, Trial, run_sweep
@@ -237,12 +236,14 @@ def effects_table(rows: Sequence[Effect]) -> Table:
     table = Table("experiment", "Δ mean\nloss", "± 95 %\ninterval", "p-value\n(Welch)", "p-value\n(Holm)", "Δ time\n(s)",
                   "n", "verdict", box=box.SIMPLE, padding=0, pad_edge=False)
     table.columns[0].overflow, table.columns[-1].min_width = "fold", len("no difference seen")
+    for column in table.columns[1:-1]:
+        column.justify = "right"
     for row in rows:
         half_width = None if row.low is None else (row.high - row.low) / 2
         table.add_row(row.name, format_value(row.difference, "+.4f"), format_value(half_width, ".4f"),
                       format_value(row.p, ".2g"), format_value(row.p_holm, ".2g"),
                       format_value(row.seconds_difference, "+.1f"), str(row.n), row.verdict)
-    return align_numbers(table, 1, 7)
+    return table
 
 
 def effects_legend(rows: Sequence[Effect], metric: Metric) -> list[str]:
@@ -250,30 +251,18 @@ def effects_legend(rows: Sequence[Effect], metric: Metric) -> list[str]:
     tests = sum(row.p is not None for row in rows)
     return [f"Δ mean loss: mean final loss in {UNITS[metric]} minus the baseline's (below 0 is better), with half the width "
             "of its 95 % confidence interval. Δ time: mean training time minus the baseline's. n: runs.",
-            f"p-values: Welch's t-test, before and after Holm's correction for {tests} tests. helps, hurts: p (Holm) below "
-            f"{ALPHA:g}; perhaps: only p (Welch) below {ALPHA:g}."]
+            f"p-values: Welch's t-test, before and after Holm's correction (rows tested: {tests}). helps, hurts: p (Holm) "
+            f"below {ALPHA:g}; perhaps: only p (Welch) below {ALPHA:g}."]
 
 
 def settings_table(rows: Sequence[Effect], points: Mapping[str, Mapping[str, object]], metric: Metric) -> Table:
     """Return a table of the points of a search space, one column per setting, the lowest mean loss first."""
-    names = list(next(iter(points.values())))
-    table = Table(*names, f"mean loss\n({UNITS[metric]})", "standard\ndeviation", "n", "", box=box.SIMPLE)
+    table = Table(*next(iter(points.values())), f"mean loss\n({UNITS[metric]})", "standard\ndeviation", "n", "",
+                  box=box.SIMPLE)
     for row in sorted(rows, key=lambda row: (row.mean is None, row.mean)):  # points without a mean come last
         table.add_row(*(str(value) for value in points[row.name].values()), format_value(row.mean, ".5f"),
                       format_value(row.sd, ".5f"), str(row.n), row.verdict)
-    return align_numbers(table, 0, len(names) + 3)
-
-
-def align_numbers(table: Table, first: int, end: int) -> Table:
-    """Align the columns first to end - 1 to the right, in place, and keep their cells on one line; return the table."""
-    for column in table.columns[first:end]:
-        column.justify, column.no_wrap = "right", True
     return table
-
-
-def format_value(value: float | None, form: str) -> str:
-    """Return the value by a format specification, or "" for None."""
-    return "" if value is None else f"{value:{form}}"
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------

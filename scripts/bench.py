@@ -79,7 +79,7 @@ def median_seconds(run: Callable[[], object], repeats: int, device: torch.device
 
 
 def measure_roofline(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Return (FLOP/s, bytes per second): of a product of square matrices, 2048 or on CUDA 8192 wide, and of a 256 MB copy."""
+    """Return (FLOP/s, bytes per second) of a square matrix product, 2048 or on CUDA 8192 wide, and of a 256 MB copy."""
     size = 8192 if device.type == "cuda" else 2048
     a = torch.randn(size, size, device=device, dtype=dtype)
     out, source = torch.empty_like(a), torch.empty(2**26, device=device)
@@ -122,7 +122,8 @@ def model_parts(run: Run, model: GPT, tokens: Tensor) -> Iterator[Part]:
     yield part("MLP", matrix_elements(mlp), lambda: mlp(x))
     yield part("head and loss", model.head_weight.numel(), lambda: model.loss(x, targets))
     flops = model.flops_per_token(tokens.size(1), values.window_tokens, values.long_window_tokens) * tokens.numel()
-    yield Part("model", with_backward(lambda: model(tokens, targets)), flops, 12 * sum(p.numel() for p in model.parameters()))
+    parameters = sum(p.numel() for p in model.parameters())
+    yield Part("model", with_backward(lambda: model(tokens, targets)), flops, 12 * parameters)
 
 
 def optimizer_parts(run: Run, model: GPT, comm: Comm) -> Iterator[Part]:

@@ -26,7 +26,7 @@ from scipy import stats
 from configs.serialize import HASH_IGNORES
 from data.run.folder import write_json
 from data.run.metrics import VAL_BITS, VAL_LOSS
-from scripts import command, print_wrapped, print_table
+from scripts import command, format_value, print_table, print_wrapped
 from scripts.lab import statistics
 from scripts.lab.folders import UNITS, Metric, RunFolder, by_experiment, common_target, differences, find_runs
 from scripts.lab.statistics import SIGMA, Difference, Summary, TargetTest
@@ -45,7 +45,7 @@ class Compare:
     target: float | None = None
     """Validation loss to reach, in the unit of --metric; None: the target that all runs were given, if it is in nats."""
     nats_per_step: float | None = None
-    """Loss that one more step gains, in the unit of --metric; None: slope of the last quarter of the baseline's validations."""
+    """Loss that one more step gains, in the unit of --metric; None: slope of the baseline's last quarter of validations."""
     alpha: float = 0.05
     """Significance level: a difference is significant if its p-value is below this."""
     power: float = 0.8
@@ -278,8 +278,7 @@ def sample_cells(sample: Sample, decimals: int) -> list[str]:
     n = f"{count - sample.infinite_count} of {count}" if sample.infinite_count else str(count)
     if sample.summary is None:
         return [n]
-    return [n, f"{sample.summary.mean:.{decimals}f}",
-            "" if sample.summary.sd is None else f"{sample.summary.sd:.{decimals}f}",
+    return [n, f"{sample.summary.mean:.{decimals}f}", format_value(sample.summary.sd, f".{decimals}f"),
             format_interval(sample.summary, decimals)]
 
 
@@ -288,7 +287,7 @@ def difference_cells(difference: Difference | None, decimals: int) -> list[str]:
     if difference is None:
         return []
     return ["", f"{difference.difference:+.{decimals}f}", "", format_interval(difference, decimals),
-            "" if difference.p is None else f"{difference.p:.2g}"]
+            format_value(difference.p, ".2g")]
 
 
 def format_interval(estimate: Summary | Difference, decimals: int) -> str:
@@ -369,9 +368,9 @@ def independence_notes(group: Group) -> list[str]:
         notes.append(f"the runs of {group.label} are not one experiment: they differ in {', '.join(changed)}")
     if early := [run.name for run in group.runs if run.summary["steps"] < run.config["train.steps"]]:
         notes.append(f"ended before the last step, so the final loss is not that of the whole schedule: {', '.join(early)}")
-    for one, other in combinations(group.runs, 2):
-        if (one.setting, one.summary["seed"]) == (other.setting, other.summary["seed"]):
-            notes.append(f"{one.name} and {other.name} of {group.label} are not independent: same seed and settings")
+    for first, second in combinations(group.runs, 2):
+        if (first.setting, first.summary["seed"]) == (second.setting, second.summary["seed"]):
+            notes.append(f"{first.name} and {second.name} of {group.label} are not independent: same seed and settings")
     return notes
 
 
@@ -391,8 +390,8 @@ def sigma_notes(sample: Sample, sigma: float | None) -> list[str]:
     freedom = sample.summary.n - 1
     if stats.chi2.sf(freedom * (sd / sigma) ** 2, freedom) >= 0.01:
         return []
-    return [f"the standard deviation of {sample.label}, {sd:.2g}, is too large for a known sigma of {sigma:g}: the rule with "
-            "the known sigma is not valid here; give another --sigma"]
+    return [f"the standard deviation of {sample.label}, {sd:.2g}, is too large for a known sigma of {sigma:g}: the rule "
+            "that uses sigma is not valid here; give another --sigma"]
 
 
 # ---- The verdict ----------------------------------------------------------------------------------------------------
@@ -459,8 +458,8 @@ def target_verdict(test: TargetTest, args: Compare) -> str:
     """Return a sentence on the speedrun's two rules for a mean final loss below the target."""
     p = "p unknown" if test.t_p is None else f"p = {test.t_p:.2g}"
     t_test = passes_or_fails(test.t_p is not None and test.t_p < RECORD_P)
-    sentence = (f"Mean final loss of {test.label} below {test.target:g} {UNITS[args.metric]}: {t_test} the one-sided t-test "
-                f"({p}, needed: below {RECORD_P:g})")
+    sentence = (f"Mean final loss of {test.label} below {test.target:g} {UNITS[args.metric]}: {t_test} the one-sided "
+                f"t-test ({p}, needed: below {RECORD_P:g})")
     if test.z_margin is None:
         return f"{sentence}."
     return (f"{sentence}; {passes_or_fails(test.z_margin >= test.margin_needed)} the rule (target - mean) sqrt(n) >= "

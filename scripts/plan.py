@@ -1,8 +1,8 @@
 """Predict what a run will cost: FLOPs, memory, communication, and milliseconds per step.
 
     python -m scripts.plan speedrun --gpus 8
-    python -m scripts.plan track3 --gpus 1 --device h200 --efficiency 0.4 \\
-        -- --train.batch_tokens 262144
+    python -m scripts.plan track3 --gpus 1 --device h200 --efficiency 0.4
+    python -m scripts.plan tiny --gpus 1 -- --train.batch_tokens 262144
 
 The plan is computed from the configuration alone: no accelerator is needed and no tensor is allocated. It assumes that
 given shares of the machine's peak rates are reached; for presets with public logs it prints the share that each log

@@ -254,7 +254,8 @@ def difference_table(runs: Sequence[RunFolder]) -> dict[str, Any]:
     """Return a table of the settings, and entries of the environment, in which the runs differ; one row per run."""
     values_by_name = {name: values for name, values in differences(runs).items() if name not in SHOWN_IN_RUN_TABLE}
     # values=values binds the list at once: a plain closure would see the last one in every column.
-    columns = [Column(name, "text", lambda i, values=values: cell_value(values[i])) for name, values in values_by_name.items()]
+    columns = [Column(name, "text", lambda i, values=values: cell_value(values[i]))
+               for name, values in values_by_name.items()]
     return table([Column("run", "text", lambda i: runs[i].name), *columns], range(len(runs)))
 
 
