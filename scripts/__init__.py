@@ -13,7 +13,6 @@ from rich.table import Table
 
 from configs.cli import fail
 
-HELP_COLUMNS = 80
 PIPE_COLUMNS = 140  # where there is no terminal: wide enough that few lines are wrapped
 
 
@@ -43,7 +42,7 @@ def split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def wrap_help(docstring: str) -> str:
     """Wrap a docstring at 80 columns; indented paragraphs, which are examples, stay as they are."""
-    paragraphs = [part if part.startswith(" ") else wrap(part, HELP_COLUMNS) for part in docstring.strip().split("\n\n")]
+    paragraphs = [part if part.startswith(" ") else wrap(part, 80) for part in docstring.strip().split("\n\n")]
     return "\n\n".join(paragraphs).replace("\n\n ", "\n ")  # tyro doubles an empty line before an indented one
 
 

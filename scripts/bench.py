@@ -212,8 +212,8 @@ def table_lines(result: dict[str, Any]) -> list[str]:
     lines = [f"{result['preset']} on {result['ranks']} x {result['device']}: {result['tokens']:,} tokens in sequences of "
              f"{result['context']:,}",
              f"roofline: {result['flops_per_second'] / 1e9:,.0f} GFLOP/s, {result['bytes_per_second'] / 1e9:,.1f} GB/s", "",
-             f"{'part':>14} {'time (ms)':>10} {'at roofline (ms)':>17} {'share':>6} {'GFLOP':>9} {'MB moved':>9}"]
-    lines += [f"{part['name']:>14} {part['ms']:>10.3f} {part['bound_ms']:>17.3f} {part['reached']:>6.0%} "
+             f"{'part':>14} {'time (ms)':>10} {'at roofline (ms)':>17} {'of roofline':>11} {'GFLOP':>9} {'MB moved':>9}"]
+    lines += [f"{part['name']:>14} {part['ms']:>10.3f} {part['bound_ms']:>17.3f} {part['reached']:>11.0%} "
               f"{part['flops'] / 1e9:>9.2f} {part['traffic'] / 1e6:>9.1f}" for part in result["parts"]]
     return [*lines, *result["notes"]]
 

@@ -59,7 +59,7 @@ class Compare:
 
 
 class Group(NamedTuple):
-    """Runs whose values form one sample: the seeds of one experiment, if the user named them rightly."""
+    """Runs whose values form one sample: normally the seeds of one experiment."""
 
     label: str
     runs: Sequence[RunFolder]
@@ -113,14 +113,13 @@ class Results(NamedTuple):
 
 
 def compare_runs(args: Compare) -> Results:
-    """Measure the runs, test them and gather notes. Raises ValueError for bad arguments and runs that cannot be compared."""
+    """Measure the runs, test them and collect notes. Raises ValueError for bad arguments or runs that cannot be compared."""
     check_arguments(args)
     groups = make_groups(args)
     runs = [run for group in groups for run in group.runs]
     notes = [note for group in groups for note in independence_notes(group)] + comparability_notes(groups, args)
-    # A measure in seconds means something only on one machine.
-    machines = differing_values(runs, SAME_MACHINE)
-    target = args.target
+    # The measures; seconds only if all runs were on the same machine
+    target, machines = args.target, differing_values(runs, SAME_MACHINE)
     if target is None and args.metric == "val_loss_nats":
         target = common_target(run.summary for run in runs)
     if target is not None and machines:

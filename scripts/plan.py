@@ -86,12 +86,10 @@ def stage_row(stage: Stage, sizes: Sizes, machine: Machine, gpus: int, share: Ef
 
 def machine_row(stages: list[Stage], sizes: Sizes, machine: Machine, share: Efficiency) -> dict[int, dict[str, Any]]:
     """Return, by number of GPUs of one machine, the seconds of the whole run and whether it fits into memory."""
-    row = {}
-    for gpus in GPU_COUNTS:
-        most_bytes = max(predict(stage, sizes, machine, gpus=gpus, share=share).rank_bytes for stage in stages)
-        row[gpus] = {"seconds": seconds_of(stages, sizes, machine, gpus=gpus, share=share),
-                     "fits": most_bytes <= machine.memory_bytes}
-    return row
+    most_bytes = {gpus: max(predict(stage, sizes, machine, gpus=gpus, share=share).rank_bytes for stage in stages)
+                  for gpus in GPU_COUNTS}
+    return {gpus: {"seconds": seconds_of(stages, sizes, machine, gpus=gpus, share=share),
+                   "fits": most_bytes[gpus] <= machine.memory_bytes} for gpus in GPU_COUNTS}
 
 
 def public_logs(preset: str, stages: list[Stage]) -> list[dict[str, Any]]:
