@@ -1,12 +1,12 @@
-"""What does each technique give? Rows of an ablation table, or points of a space, over seeds, in one sweep.
+"""Measure what each technique contributes: train ablation rows or points of a search space over several seeds.
 
     python -m scripts.ablate no_smear no_bigram
     python -m scripts.ablate --each-off tiny --seeds 5
-    python -m scripts.ablate --base bytes --grid optim.matrix.lr=0.01,0.02,0.04 --seeds 2
-    python -m scripts.ablate --base bytes --random 20 --range optim.matrix.lr=0.003:0.1:log -- --train.steps 120
+    python -m scripts.ablate --base bytes --grid optim.matrix.lr=0.01,0.02,0.04
+    python -m scripts.ablate --random 20 --range optim.matrix.lr=0.003:0.1:log
 
-Rows stand in configs/ablations.py; flags after `--` go to every run. A sweep that was cut continues when the same command
-is given again.
+The rows are in configs/ablations.py. Flags after `--` apply to every run. To continue a sweep that was interrupted, give
+the same command again.
 """
 
 import itertools
@@ -26,7 +26,7 @@ from configs.cli import parse_row
 from configs.notation import nearest
 from configs.presets import PRESETS
 from data.run.folder import write_json
-from scripts import command, print_table
+from scripts import command, format_value, print_table, print_wrapped
 from scripts.lab.folders import UNITS, Metric
 from scripts.lab.statistics import Difference, holm, summarize, welch
 from scripts.lab.sweep import Trial, TrialResult, run_sweep
@@ -35,54 +35,59 @@ from scripts.lab.tuning import draw, flags_of, parse_grid, parse_range
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ablate:
-    """What to vary, over how many seeds, and where."""
+    """Settings to vary, seeds, and the folder of the runs."""
 
-    rows: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Rows of configs/ablations.py, each held against its base preset."""
+    rows: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ROW ...")] = ()
+    """Rows of configs/ablations.py; each is compared with its base preset."""
     each_off: str = ""
-    """A preset: leave out each of its techniques in turn."""
+    """Preset for a leave-one-out ablation: one experiment without each of its techniques."""
     grid: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """NAME=V,V,...: every combination of these, on --base."""
+    """NAME=VALUE,VALUE,...: train every combination of these values, starting from --base."""
     random: int = 0
-    """So many points drawn from the ranges, on --base."""
+    """Number of points to draw from the ranges, starting from --base."""
     range: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """NAME=LOW:HIGH:SCALE, SCALE linear, log or one_minus."""
+    """NAME=LOW:HIGH:SCALE, with a SCALE of linear, log or one_minus (logarithmic in 1 - value)."""
     quasi: bool = False
-    """Draw by a scrambled Halton sequence, more even than chance."""
+    """Draw by a scrambled Halton sequence, which covers the ranges more evenly than independent draws."""
     base: str = "tiny"
-    """The preset that grids and draws vary."""
+    """Preset that --grid and --random vary."""
     sweep_seed: int = 1
-    """Seed of the draws."""
+    """Random seed of the draws."""
     seeds: int = 3
-    """Runs of each experiment."""
+    """Number of runs of each experiment, with different seeds."""
     first_seed: int = 1
-    """Seeds first_seed, first_seed + 1, ..."""
+    """Seed of the first run; the next runs have first_seed + 1, first_seed + 2, ..."""
     jobs: int = 1
-    """Runs at once."""
+    """Number of runs at the same time."""
     nproc: int = 1
-    """Processes (GPUs) of a run."""
+    """Processes of one run, which is one per GPU."""
     dir: Path | None = None
-    """Where the runs go; None: runs/ablate-..., named after what is varied."""
+    """Folder of the runs; None: runs/ablate-... with a name for what is varied."""
     retry_failed: bool = False
-    """Run again what failed before."""
+    """Train runs that failed before once more."""
 
 
 class Experiment(NamedTuple):
-    """What one row of the table runs, and the experiment that it is held against (None: none)."""
+    """One row of the table: its runs, and its baseline."""
 
     name: str
     preset: str
     flags: tuple[str, ...]
     base: str | None
+    """Name of the experiment that is its baseline; None: not compared."""
     settings: dict[str, object]
+    """Point of the search space by dotted names; empty for ablation rows."""
 
 
-def experiments(args: Ablate, common: Sequence[str]) -> list[Experiment]:
-    """All experiments that the arguments name, baselines first. Raises ValueError for none, or for two kinds at once."""
+def make_experiments(args: Ablate, run_flags: Sequence[str]) -> list[Experiment]:
+    """Return the experiments that the arguments name, baselines first.
+
+    Raises ValueError if the arguments name no experiment, two kinds at once, or an unknown preset.
+    """
     kinds = {"ROW": args.rows, "--each-off": args.each_off, "--grid": args.grid, "--random": args.random}
     given = [name for name, value in kinds.items() if value]
     if len(given) != 1:
-        raise ValueError(f"say what to vary by one of {', '.join(kinds)}; got {' and '.join(given) or 'none'}")
+        raise ValueError(f"choose exactly one of {', '.join(kinds)}; got {' and '.join(given) or 'none'}")
     if args.range and not args.random:
         raise ValueError("--range needs --random N, the number of points to draw from it")
     if args.seeds < 1:
@@ -90,166 +95,194 @@ def experiments(args: Ablate, common: Sequence[str]) -> list[Experiment]:
     for preset in filter(None, [args.each_off, args.base]):
         if preset not in PRESETS:
             raise ValueError(f"unknown preset {preset!r}{nearest(preset, list(PRESETS))}")
-    return points(args, common) if args.grid or args.random else leave_outs(args, common)
+    return search_experiments(args, run_flags) if args.grid or args.random else row_experiments(args, run_flags)
 
 
-def leave_outs(args: Ablate, common: Sequence[str]) -> list[Experiment]:
-    """The rows, with their base presets before them, each base once."""
+def row_experiments(args: Ablate, run_flags: Sequence[str]) -> list[Experiment]:
+    """Return the ablation rows, preceded by their base presets, each of which is trained once."""
     if args.each_off:
-        rows = leave_one_out_rows(parse_row(args.each_off, common))
+        rows = leave_one_out_rows(parse_row(args.each_off, run_flags))
     else:
         rows = [find_row(name) for name in dict.fromkeys(args.rows)]
-    bases = [Experiment(base, base, tuple(common), None, {}) for base in dict.fromkeys(row.base for row in rows)]
-    return bases + [Experiment(row.name, row.base, (*common, *row.flags.split()), row.base, {}) for row in rows]
+    bases = [Experiment(base, base, tuple(run_flags), None, {}) for base in dict.fromkeys(row.base for row in rows)]
+    return bases + [Experiment(row.name, row.base, (*run_flags, *row.flags.split()), row.base, {}) for row in rows]
 
 
-def points(args: Ablate, common: Sequence[str]) -> list[Experiment]:
-    """The combinations of the grids, or the draws from the ranges."""
+def search_experiments(args: Ablate, run_flags: Sequence[str]) -> list[Experiment]:
+    """Return one experiment per point: the combinations of the grids, or the draws from the ranges."""
     if args.grid:
         axes = dict(parse_grid(text) for text in args.grid)
-        settings = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-        names = [point_name(one) for one in settings]
+        points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+        names = [point_name(point) for point in points]
     else:
         ranges = [parse_range(text) for text in args.range]
         if not ranges:
             raise ValueError("--random needs --range NAME=LOW:HIGH:SCALE, once for every setting to draw")
-        settings = draw(ranges, args.random, seed=args.sweep_seed, quasi=args.quasi)
+        points = draw(ranges, args.random, seed=args.sweep_seed, quasi=args.quasi)
         names = [f"draw{number:03}" for number in range(1, args.random + 1)]
-    return [Experiment(name, args.base, (*common, *flags_of(one)), None, one)
-            for name, one in zip(names, settings, strict=True)]
+    return [Experiment(name, args.base, (*run_flags, *flags_of(point)), None, point)
+            for name, point in zip(names, points, strict=True)]
 
 
 def point_name(settings: dict[str, str]) -> str:
-    """A folder's name for a point: `matrix.lr=0.02_head.lr=0.01`."""
+    """Return a name for a point that can name a folder: `matrix.lr=0.02_head.lr=0.01`."""
     text = "_".join(f"{name.partition('.')[2] or name}={value}" for name, value in settings.items())
     return re.sub(r"[^\w.=+-]+", "_", text)
 
 
-def trials(found: Sequence[Experiment], *, first_seed: int, seeds: int) -> list[Trial]:
-    """Seed by seed over all experiments, so that a slow spell of the machine hits all alike."""
-    return [Trial(f"{one.name}-seed{seed}", one.name, one.preset, one.flags, seed)
-            for seed in range(first_seed, first_seed + seeds) for one in found]
+def make_trials(experiments: Sequence[Experiment], *, first_seed: int, seeds: int) -> list[Trial]:
+    """Return the runs of all experiments, ordered by seed."""
+    # Seeds in the outer loop: if the machine is slow for an hour, all experiments are slowed alike.
+    return [Trial(f"{experiment.name}-seed{seed}", experiment.name, experiment.preset, experiment.flags, seed)
+            for seed in range(first_seed, first_seed + seeds) for experiment in experiments]
 
 
 def default_dir(args: Ablate) -> Path:
-    """runs/ablate-rows, runs/ablate-PRESET, runs/ablate-PRESET-grid or runs/ablate-PRESET-random."""
+    """Return runs/ablate-rows, runs/ablate-PRESET, runs/ablate-PRESET-grid or runs/ablate-PRESET-random."""
     if args.grid or args.random:
         return Path("runs") / f"ablate-{args.base}-{'grid' if args.grid else 'random'}"
     return Path("runs") / f"ablate-{args.each_off or 'rows'}"
 
 
-def main(args: Ablate, common: Sequence[str]) -> None:
-    """Run the sweep, print its table and write ablation.json. Raises ValueError for what cannot be run."""
-    found, dir = experiments(args, common), args.dir or default_dir(args)
-    outcomes = run_sweep(trials(found, first_seed=args.first_seed, seeds=args.seeds), dir=dir, jobs=args.jobs,
-                         nproc=args.nproc, retry_failed=args.retry_failed)
-    metric = choose_metric(outcomes)
-    settings = {one.name: one.settings for one in found if one.settings}
-    bases = {one.name: one.base for one in found if one.base or one.settings}
-    rows = effects(outcomes, bases, metric)
-    table = settings_table(rows, settings, metric) if settings else effects_table(rows, metric)
-    print_table(table)
-    base = ", ".join(dict.fromkeys(one.preset for one in found))
-    write_json(dir / "ablation.json", {"base": base, "metric": metric, "rows": [row._asdict() for row in rows]})
-    print(f"numbers: {dir / 'ablation.json'}")
-
-
-# ---- What the rows did ----------------------------------------------------------------------------------------------
+# ---- The effects ----------------------------------------------------------------------------------------------------
 
 
 ALPHA = 0.05
 
 
 class Effect(NamedTuple):
-    """A row of the table: the sample's size, mean and deviation, and its difference from the baseline."""
+    """One row of the table and of ablation.json: final losses over seeds, and their difference from the baseline's."""
 
     name: str
     base: str | None
     flags: tuple[str, ...]
     n: int
+    """Number of runs with a final loss."""
     mean: float | None
     sd: float | None
     difference: float | None
+    """Mean minus the baseline's mean; below 0: the row has the lower loss."""
     low: float | None
+    """Lower bound of the difference's 95 % confidence interval."""
     high: float | None
     p: float | None
+    """p-value of Welch's t-test."""
     p_holm: float | None
+    """The same p-value after Holm's correction for all rows that were tested."""
     seconds_difference: float | None
+    """Mean training time minus the baseline's."""
     verdict: str
 
 
 def choose_metric(outcomes: Sequence[TrialResult]) -> Metric:
-    """Bits per byte, unless a run has none: then nats per token."""
+    """Return bits per byte if all finished runs have it, else nats per token."""
     runs = [outcome.run for outcome in outcomes if outcome.run]
     known = all(run.summary.get("val_bits_per_byte") is not None for run in runs)
     return "val_bits_per_byte" if runs and known else "val_loss_nats"
 
 
-def effects(outcomes: Sequence[TrialResult], bases: Mapping[str, str | None], metric: Metric) -> list[Effect]:
-    """An effect for each experiment of `bases`, which names the experiment that it is held against, or None.
-
-    p_holm is corrected for all rows that were tested.
-    """
-    rows = [_effect(name, base, outcomes, metric) for name, base in bases.items()]
+def measure_effects(outcomes: Sequence[TrialResult], baselines: Mapping[str, str | None], metric: Metric) -> list[Effect]:
+    """Return an effect for each key of `baselines`, which maps an experiment to its baseline or None."""
+    rows = [measure_effect(name, base, outcomes, metric) for name, base in baselines.items()]
     corrected = holm([row.p for row in rows])
-    return [_judged(row._replace(p_holm=p), outcomes) for row, p in zip(rows, corrected, strict=True)]
+    return [row._replace(p_holm=p, verdict=effect_verdict(row, p, outcomes)) for row, p in zip(rows, corrected, strict=True)]
 
 
-def _effect(name: str, base: str | None, outcomes: Sequence[TrialResult], metric: Metric) -> Effect:
-    values, seconds = _sample(outcomes, name, metric), _sample(outcomes, name, "train_seconds")
-    others, other_seconds = _sample(outcomes, base, metric), _sample(outcomes, base, "train_seconds")
-    mean = summarize(values) if values else None
-    against = welch(values, others) if values and others else Difference(None, None, None, None)
-    slower = statistics.fmean(seconds) - statistics.fmean(other_seconds) if seconds and other_seconds else None
+def measure_effect(name: str, base: str | None, outcomes: Sequence[TrialResult], metric: Metric) -> Effect:
+    """Return the effect of one experiment, without Holm's correction and verdict, which need all rows."""
+    losses, base_losses = final_values(outcomes, name, metric), final_values(outcomes, base, metric)
+    summary = summarize(losses) if losses else None
+    test = welch(losses, base_losses) if losses and base_losses else Difference(None, None, None, None)
+    seconds, base_seconds = final_values(outcomes, name, "train_seconds"), final_values(outcomes, base, "train_seconds")
+    slower = statistics.fmean(seconds) - statistics.fmean(base_seconds) if seconds and base_seconds else None
     flags = next(outcome.trial.flags for outcome in outcomes if outcome.trial.experiment == name)
-    return Effect(name, base, flags, len(values), mean and mean.mean, mean and mean.sd, *against, None, slower, "")
+    return Effect(name, base, flags, len(losses), summary and summary.mean, summary and summary.sd, *test, None, slower, "")
 
 
-def _sample(outcomes: Sequence[TrialResult], experiment: str | None, key: str) -> list[float]:
-    """What the experiment's finished runs say of `key`, where they know it."""
-    runs = [one.run for one in outcomes if one.trial.experiment == experiment and one.run]
+def final_values(outcomes: Sequence[TrialResult], experiment: str | None, key: str) -> list[float]:
+    """Return the summary entry `key` of the experiment's finished runs that have it."""
+    runs = [outcome.run for outcome in outcomes if outcome.trial.experiment == experiment and outcome.run]
     return [run.summary[key] for run in runs if run.summary.get(key) is not None]
 
 
-def _judged(row: Effect, outcomes: Sequence[TrialResult]) -> Effect:
-    """With the verdict on what the row changes: `helps` where its loss is lower, by Holm's p; `perhaps` where only its own p
-    says so, as one row in twenty without effect would."""
-    errors = [one.error for one in outcomes if one.trial.experiment == row.name and one.status == "failed"]
+def effect_verdict(row: Effect, p_holm: float | None, outcomes: Sequence[TrialResult]) -> str:
+    """Return the verdict of a row: `helps` or `hurts` by the corrected p-value; errors of failed runs are added.
+
+    `perhaps` marks a difference that only the uncorrected p-value calls significant, as one row in twenty without any
+    effect would. The first words are a format: the report's page colours rows by `helps` and `hurts`.
+    """
+    errors = [outcome.error for outcome in outcomes
+              if outcome.trial.experiment == row.name and outcome.status == "failed"]
     if row.n == 0:
-        return row._replace(verdict=f"failed: {errors[0] if errors else 'no loss was measured'}")
+        return f"failed: {errors[0] if errors else 'no loss was measured'}"
     if row.base is None:
-        word = ""
-    elif row.p_holm is None:
-        word = "too few runs to tell"
+        verdict = ""
+    elif p_holm is None:
+        verdict = "too few runs to test"
+    elif row.p >= ALPHA:
+        verdict = "no difference seen"
     else:
-        word = "helps" if row.difference < 0 else "hurts"
-        word = "no difference seen" if row.p >= ALPHA else word if row.p_holm < ALPHA else f"perhaps {word}"
+        verdict = ("" if p_holm < ALPHA else "perhaps ") + ("helps" if row.difference < 0 else "hurts")
     failed = f"{len(errors)} failed: {errors[0]}" if errors else ""
-    return row._replace(verdict="; ".join(filter(None, [word, failed])))
+    return "; ".join(filter(None, [verdict, failed]))
 
 
-def effects_table(rows: Sequence[Effect], metric: Metric) -> Table:
-    """The table of differences from the baseline."""
-    found = Table("technique", f"Δ {UNITS[metric]}", "95 % interval", "p (Welch)", "p (Holm)", "Δ seconds", "n",
-                  "verdict", box=box.SIMPLE)
+# ---- The table ------------------------------------------------------------------------------------------------------
+
+
+def effects_table(rows: Sequence[Effect]) -> Table:
+    """Return a table of differences from the baseline, one row per experiment. `effects_legend` explains the columns."""
+    # Without padding, so that eight columns fit in 80.
+    table = Table("experiment", "Δ mean\nloss", "± 95 %\ninterval", "p-value\n(Welch)", "p-value\n(Holm)", "Δ time\n(s)",
+                  "n", "verdict", box=box.SIMPLE, padding=0, pad_edge=False)
+    table.columns[0].overflow, table.columns[-1].min_width = "fold", len("no difference seen")
+    for column in table.columns[1:-1]:
+        column.justify = "right"
     for row in rows:
-        interval = "" if row.low is None else f"{row.low:+.4f} to {row.high:+.4f}"
-        found.add_row(row.name, _spelled(row.difference, "+.4f"), interval, _spelled(row.p, ".2g"),
-                      _spelled(row.p_holm, ".2g"), _spelled(row.seconds_difference, "+.1f"), str(row.n), row.verdict)
-    return found
+        half_width = None if row.low is None else (row.high - row.low) / 2
+        table.add_row(row.name, format_value(row.difference, "+.4f"), format_value(half_width, ".4f"),
+                      format_value(row.p, ".2g"), format_value(row.p_holm, ".2g"),
+                      format_value(row.seconds_difference, "+.1f"), str(row.n), row.verdict)
+    return table
 
 
-def settings_table(rows: Sequence[Effect], settings: Mapping[str, Mapping[str, object]], metric: Metric) -> Table:
-    """The table of a space: a column a setting, the lowest mean loss first."""
-    found = Table(*next(iter(settings.values())), UNITS[metric], "sd", "n", "", box=box.SIMPLE)
-    for row in sorted(rows, key=lambda row: (row.mean is None, row.mean)):  # what has no mean comes last
-        found.add_row(*(str(value) for value in settings[row.name].values()), _spelled(row.mean, ".5f"),
-                      _spelled(row.sd, ".5f"), str(row.n), row.verdict)
-    return found
+def effects_legend(rows: Sequence[Effect], metric: Metric) -> list[str]:
+    """Return sentences on the columns of `effects_table`."""
+    tests = sum(row.p is not None for row in rows)
+    return [f"Δ mean loss: mean final loss in {UNITS[metric]} minus the baseline's (below 0 is better), with half the width "
+            "of its 95 % confidence interval. Δ time: mean training time minus the baseline's. n: runs.",
+            f"p-values: Welch's t-test, before and after Holm's correction (rows tested: {tests}). helps, hurts: p (Holm) "
+            f"below {ALPHA:g}; perhaps: only p (Welch) below {ALPHA:g}."]
 
 
-def _spelled(value: float | None, form: str) -> str:
-    return "" if value is None else f"{value:{form}}"
+def settings_table(rows: Sequence[Effect], points: Mapping[str, Mapping[str, object]], metric: Metric) -> Table:
+    """Return a table of the points of a search space, one column per setting, the lowest mean loss first."""
+    table = Table(*next(iter(points.values())), f"mean loss\n({UNITS[metric]})", "standard\ndeviation", "n", "",
+                  box=box.SIMPLE)
+    for row in sorted(rows, key=lambda row: (row.mean is None, row.mean)):  # points without a mean come last
+        table.add_row(*(str(value) for value in points[row.name].values()), format_value(row.mean, ".5f"),
+                      format_value(row.sd, ".5f"), str(row.n), row.verdict)
+    return table
+
+
+# ---- The command line -----------------------------------------------------------------------------------------------
+
+
+def main(args: Ablate, run_flags: Sequence[str]) -> None:
+    """Run the sweep, print its table and write ablation.json. Raises ValueError for experiments that cannot be run."""
+    experiments, dir = make_experiments(args, run_flags), args.dir or default_dir(args)
+    outcomes = run_sweep(make_trials(experiments, first_seed=args.first_seed, seeds=args.seeds), dir=dir, jobs=args.jobs,
+                         nproc=args.nproc, retry_failed=args.retry_failed)
+    metric = choose_metric(outcomes)
+    points = {experiment.name: experiment.settings for experiment in experiments if experiment.settings}
+    # The baselines of ablation rows get no row of their own; points of a search space have no baseline.
+    rows = measure_effects(outcomes, {experiment.name: experiment.base for experiment in experiments
+                                      if experiment.base or experiment.settings}, metric)
+    print_table(settings_table(rows, points, metric) if points else effects_table(rows))
+    print_wrapped([] if points else effects_legend(rows, metric))
+    presets = ", ".join(dict.fromkeys(experiment.preset for experiment in experiments))
+    write_json(dir / "ablation.json", {"base": presets, "metric": metric, "rows": [row._asdict() for row in rows]})
+    print(f"all numbers: {dir / 'ablation.json'}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""How fast the parts of a step are, each beside the roofline of the device at hand.
+"""Time the parts of a training step, and compare each with the roofline of the device.
 
     python -m scripts.bench tiny
     python -m scripts.bench track3 --tokens 8192 --device cuda --json
     torchrun --standalone --nproc_per_node=2 -m scripts.bench tiny
 
-The roofline is measured, not looked up: operations a second by one large product of matrices, bytes a second by one large
-copy. A part's bound is the greater of its operations and its least traffic over those; `reached` is that over its time.
-Started by torchrun, every rank measures at once, the update includes its communication, and communication alone is a part.
+The roofline is measured on the device: FLOP/s by a large matrix product, bytes per second by a large copy. The shortest
+possible time of a part is the longer of two: its FLOPs at that rate, and its least memory traffic at that rate. Under
+torchrun all ranks measure at once; then the update includes its communication, which is also timed alone.
 """
 
 import json
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import tyro
@@ -36,45 +36,50 @@ from scripts import command
 from scripts.lab.costs import bank_flops
 from scripts.lab.models import CACHE, portable_config, vocabulary
 
-BYTES_A_TOKEN = 2 * (2 + 8)
-"""Of an input and a target: read as uint16, written as int64."""
+WARMUP_RUNS = 2
+BYTES_PER_TOKEN = 2 * (2 + 8)  # input and target, each read as uint16 and written as int64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arguments:
-    """What to time."""
+    """Run to time, and the device."""
 
-    preset: Annotated[str, tyro.conf.Positional] = "tiny"
+    preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")] = "tiny"
+    """Preset of the run."""
     tokens: int = 4096
-    """Tokens of a pass."""
+    """Tokens of one forward and backward pass."""
     repeats: int = 10
+    """Number of timed runs of each part; the median counts."""
     device: Literal["cpu", "cuda"] = "cpu"
+    """Device to time."""
     json: bool = False
+    """Print JSON instead of a table."""
 
 
 class Part(NamedTuple):
-    """One part of a step: how to run it, its operations, and the bytes that it must at least read and write."""
+    """One part of a training step."""
 
     name: str
     run: Callable[[], object]
     flops: float
     traffic: float
+    """Bytes that it must at least read and write; for communication, bytes sent."""
 
 
 def median_seconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Of `repeats` runs after two that are not counted; waits for the device."""
-    def once() -> float:
+    """Return the median time of `repeats` runs, after WARMUP_RUNS that do not count."""
+    def seconds() -> float:
         began = time.perf_counter()
         run()
-        if device.type == "cuda":
+        if device.type == "cuda":  # kernels run asynchronously
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    return statistics.median([once() for _ in range(repeats + 2)][2:])
+    return statistics.median([seconds() for _ in range(WARMUP_RUNS + repeats)][WARMUP_RUNS:])
 
 
-def roofline(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """(operations a second, bytes a second), measured: a 2048 or 8192 wide product, a copy of 256 MB."""
+def measure_roofline(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Return (FLOP/s, bytes per second) of a square matrix product, 2048 or on CUDA 8192 wide, and of a 256 MB copy."""
     size = 8192 if device.type == "cuda" else 2048
     a = torch.randn(size, size, device=device, dtype=dtype)
     out, source = torch.empty_like(a), torch.empty(2**26, device=device)
@@ -83,52 +88,65 @@ def roofline(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     return flops, 2 * source.nbytes / median_seconds(lambda: target.copy_(source), 5, device)
 
 
+# ---- The parts ------------------------------------------------------------------------------------------------------
+
+
 def model_parts(run: Run, model: GPT, tokens: Tensor) -> Iterator[Part]:
-    """Attention, MLP, head and loss, and the whole model, each forward and backward."""
+    """Yield attention, MLP, head and loss, and the whole model, each forward and backward on tokens (B, T).
+
+    Attention and MLP are those of the first layer that has attention, with the windows of the first step.
+    """
     values, config = Schedule(run).values(0), run.model
     x = torch.randn(*tokens.shape, config.dim, device=tokens.device, dtype=model.dtype, requires_grad=True)
     windows, targets = model.windows(values.window_tokens, values.long_window_tokens), tokens.roll(-1, 1)
     layer = next(i for i, block in enumerate(model.blocks) if block.attention is not None)
-    value = torch.zeros_like(x) if model.blocks[layer].attention.mix_value is not None else None
-    mask, rows = model.masks(tokens, None, windows)[layer], tokens.numel()
-    inputs = LayerInputs(mask=mask, window=windows[layer], value_embed=value, x0=x.detach())
+    attention, mlp = model.blocks[layer].attention, model.blocks[layer].mlp
+    value_embed = torch.zeros_like(x) if attention.mix_value is not None else None
+    inputs = LayerInputs(mask=model.masks(tokens, None, windows)[layer], window=windows[layer], value_embed=value_embed,
+                         x0=x.detach())
 
-    def both(function: Callable[[], Tensor]) -> Callable[[], None]:
+    def with_backward(function: Callable[[], Tensor]) -> Callable[[], None]:
         return lambda: function().sum().backward()
 
-    def weights(module: torch.nn.Module) -> int:
+    def matrix_elements(module: torch.nn.Module) -> int:
         return sum(p.numel() for p in module.parameters() if p.ndim == 2)
 
     def part(name: str, elements: int, function: Callable[[], Tensor], more_flops: float = 0.0) -> Part:
-        return Part(name, both(function), 6 * elements * rows + more_flops, 12 * elements + 3 * x.nbytes)
+        # FLOPs per token and weight: 2 forward, 4 backward. Least traffic: float32 weights read in both passes and their
+        # gradients written, and three tensors of the size of x.
+        return Part(name, with_backward(function), 6 * elements * tokens.numel() + more_flops, 12 * elements + 3 * x.nbytes)
 
-    attention, mlp = model.blocks[layer].attention, model.blocks[layer].mlp
     span = mean_span(tokens.size(1), inputs.window or tokens.size(1))
-    yield part("attention", weights(attention), lambda: attention(x, inputs), 12 * config.dim * span * rows)
-    yield part("MLP", weights(mlp), lambda: mlp(x))
+    scores = 12 * config.dim * span * tokens.numel()  # queries times keys, weights times values: 2 products, 6 FLOPs each
+    yield part("attention", matrix_elements(attention), lambda: attention(x, inputs), scores)
+    yield part("MLP", matrix_elements(mlp), lambda: mlp(x))
     yield part("head and loss", model.head_weight.numel(), lambda: model.loss(x, targets))
-    whole = model.flops_per_token(tokens.size(1), values.window_tokens, values.long_window_tokens) * rows
-    yield Part("model", both(lambda: model(tokens, targets)), whole, 12 * sum(p.numel() for p in model.parameters()))
+    flops = model.flops_per_token(tokens.size(1), values.window_tokens, values.long_window_tokens) * tokens.numel()
+    parameters = sum(p.numel() for p in model.parameters())
+    yield Part("model", with_backward(lambda: model(tokens, targets)), flops, 12 * parameters)
 
 
 def optimizer_parts(run: Run, model: GPT, comm: Comm) -> Iterator[Part]:
-    """The update of all groups, from random gradients; on several ranks also what they say to each other in it."""
+    """Yield the update of all groups from random gradients and, on several ranks, its communication alone."""
     groups = build_groups(dict(model.named_parameters()), model.roles(), run.optim, model.axes())
     optimizer, values, ranks = ShardedOptimizer(groups, comm), Schedule(run).values(0), comm.world_size
+    flops = traffic = 0.0
     for bank in optimizer.banks:
         bank.grads.normal_()
-    owned = [(bank, ranks if bank.sharded else 1) for bank in optimizer.banks]
-    flops = sum(bank_flops(bank) * len(bank.names) * bank.spec.blocks / divided for bank, divided in owned)
-    traffic = sum((2 * bank.weights.nbytes + bank.grads.nbytes) / divided + 2 * sum(t.nbytes for t in bank.state.values())
-                  for bank, divided in owned)
+        share = 1 / ranks if bank.sharded else 1.0  # of the bank's matrices, those that this rank updates
+        flops += share * bank_flops(bank) * len(bank.names) * bank.spec.blocks
+        # Weights are read and written, gradients read, the state (this rank's alone) read and written.
+        traffic += share * (2 * bank.weights.nbytes + bank.grads.nbytes) + 2 * sum(t.nbytes for t in bank.state.values())
+    # The last step of a period updates every group, also those with update_every above 1.
     yield Part("update", lambda: optimizer.step(values, optimizer.period), flops, traffic)
     if ranks > 1:
+        # A ring sends (W - 1) / W of the gradients and as much of the weights.
         sent = 2 * (ranks - 1) / ranks * sum(bank.weights.nbytes for bank in optimizer.banks)
-        yield Part("communication", lambda: exchange(optimizer), 0.0, sent)
+        yield Part("communication", lambda: communicate(optimizer), 0.0, sent)
 
 
-def exchange(optimizer: ShardedOptimizer) -> None:
-    """Sum all gradients over ranks, gather all weights: dense, without the update between."""
+def communicate(optimizer: ShardedOptimizer) -> None:
+    """Sum all gradients over the ranks and all-gather all weights, densely and without the update between."""
     comm, works = optimizer.comm, []
     for bank in optimizer.banks:
         works.append(comm.reduce_scatter(bank.grads)[1] if bank.sharded else comm.all_reduce(bank.grads))
@@ -137,67 +155,74 @@ def exchange(optimizer: ShardedOptimizer) -> None:
 
 
 def data_parts(run: Run, source: Source | None, comm: Comm) -> Iterator[Part]:
-    """A rank's batch, made while nothing else runs; nothing without a source."""
+    """Yield the making of one rank's batch, while nothing else runs; nothing without a source."""
     if source is None:
         return
     portions = Schedule(run).portions(0)
     batches = Batches(source.train, order=run.data.order, seed=run.run.seed, document_start=source.document_start,
-                      rank=comm.rank, world_size=comm.world_size,
-                      plan=lambda step: portions, total_steps=2**62, vocab_size=source.vocab_size)
+                      rank=comm.rank, world_size=comm.world_size, plan=lambda step: portions,
+                      total_steps=2**62, vocab_size=source.vocab_size)  # so many steps that timing never reaches the last
     batches.start(0, Position())
     try:
-        yield Part("data", batches.next, 0.0, BYTES_A_TOKEN * portions[0] / comm.world_size)
+        yield Part("data", batches.next, 0.0, BYTES_PER_TOKEN * portions[0] / comm.world_size)
     finally:
         batches.close()
 
 
-def time_part(part: Part, repeats: int, device: torch.device, line: tuple[float, float]) -> dict[str, object]:
-    """A part's median time, its bound by the roofline (operations a second, bytes a second), and their ratio."""
-    ms, bound_ms = 1e3 * median_seconds(part.run, repeats, device), 1e3 * max(part.flops / line[0], part.traffic / line[1])
+# ---- The measurement ------------------------------------------------------------------------------------------------
+
+
+def time_part(part: Part, repeats: int, device: torch.device, roofline: tuple[float, float]) -> dict[str, object]:
+    """Return a part's median time, its shortest possible time by the roofline, and the quotient, as JSON values."""
+    ms = 1e3 * median_seconds(part.run, repeats, device)
+    bound_ms = 1e3 * max(part.flops / roofline[0], part.traffic / roofline[1])
     return {"name": part.name, "ms": ms, "bound_ms": bound_ms, "flops": part.flops, "traffic": part.traffic,
             "reached": bound_ms / ms}
 
 
-def bench(args: Arguments, flags: list[str]) -> dict:
-    """Time every part. Raises ValueError for a device that is not there."""
+def bench(args: Arguments, flags: list[str]) -> dict[str, Any]:
+    """Time every part; flags are those of the run. Raises ValueError for a device that is not there."""
     run, comm = parse_row(args.preset, flags), Comm(choose_device(args.device, local_rank()))
     device, notes = comm.device, []
+    # The model, on random tokens
     context = min(run.data.sequence_tokens, args.tokens)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     config = replace(portable_config(run.model), document_mask=False)
     model = GPT(config, vocab_size=vocabulary(run.data), max_tokens=context, on_cuda=device.type == "cuda",
                 dtype=dtype).to(device)
     tokens = torch.randint(vocabulary(run.data), (max(1, args.tokens // context), context), device=device)
+    # The data; a run whose data are not on this machine is timed without them
     try:
         source = open_source(run.data, cache_dir=CACHE)
     except ValueError as error:
-        source, notes = None, [f"no time of the data: {error}"]
-    line, timed = roofline(device, dtype), (model_parts(run, model, tokens), optimizer_parts(run, model, comm),
-                                            data_parts(run, source, comm))
-    parts = [time_part(part, args.repeats, device, line) for part in chain(*timed)]
+        source, notes = None, [f"note: data loading is not timed: {error}"]
+    # The generators build a part only when the part before it is timed: batches, say, are not loaded beside the model.
+    roofline = measure_roofline(device, dtype)
+    parts = chain(model_parts(run, model, tokens), optimizer_parts(run, model, comm), data_parts(run, source, comm))
+    rows = [time_part(part, args.repeats, device, roofline) for part in parts]
     comm.close()
     environment = {name: value for name, value in describe_environment().items() if name != "variables"}
     return {"preset": args.preset, "tokens": tokens.numel(), "context": context, "device": args.device,
-            "ranks": comm.world_size, "rank": comm.rank, "flops_per_second": line[0], "bytes_per_second": line[1],
-            "environment": environment, "notes": notes, "parts": parts}
+            "ranks": comm.world_size, "rank": comm.rank, "flops_per_second": roofline[0], "bytes_per_second": roofline[1],
+            "environment": environment, "notes": notes, "parts": rows}
 
 
-def table(found: dict) -> str:
-    """The parts, one a line."""
-    lines = [f"{found['preset']}, {found['tokens']:,} tokens in contexts of {found['context']:,} on {found['ranks']} x "
-             f"{found['device']}: {found['flops_per_second'] / 1e9:,.0f} GFLOP/s, "
-             f"{found['bytes_per_second'] / 1e9:,.1f} GB/s at best", "",
-             f"{'part':>14} {'ms':>9} {'bound ms':>9} {'reached':>8} {'GFLOP':>9} {'MB':>9}"]
-    lines += [f"{p['name']:>14} {p['ms']:>9.3f} {p['bound_ms']:>9.3f} {p['reached']:>8.0%} {p['flops'] / 1e9:>9.2f} "
-              f"{p['traffic'] / 1e6:>9.1f}" for p in found["parts"]]
-    return "\n".join([*lines, *found["notes"]])
+def table_lines(result: dict[str, Any]) -> list[str]:
+    """Return what was measured, and a table with one line per part."""
+    lines = [f"{result['preset']} on {result['ranks']} x {result['device']}: {result['tokens']:,} tokens in sequences of "
+             f"{result['context']:,}",
+             f"roofline: {result['flops_per_second'] / 1e9:,.0f} GFLOP/s, {result['bytes_per_second'] / 1e9:,.1f} GB/s", "",
+             f"{'part':>14} {'time (ms)':>10} {'at roofline (ms)':>17} {'of roofline':>11} {'GFLOP':>9} {'MB moved':>9}"]
+    lines += [f"{part['name']:>14} {part['ms']:>10.3f} {part['bound_ms']:>17.3f} {part['reached']:>11.0%} "
+              f"{part['flops'] / 1e9:>9.2f} {part['traffic'] / 1e6:>9.1f}" for part in result["parts"]]
+    return [*lines, *result["notes"]]
 
 
 def main(args: Arguments, flags: list[str]) -> None:
     """Time every part; rank 0 prints."""
-    found = bench(args, flags)
-    if found["rank"] == 0:
-        print(json.dumps(found, indent=2) if args.json else table(found))
+    result = bench(args, flags)
+    if result["rank"] == 0:
+        print("\n".join([json.dumps(result, indent=2)] if args.json else table_lines(result)))
 
 
 if __name__ == "__main__":

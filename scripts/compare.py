@@ -1,10 +1,12 @@
-"""Is the difference real? Runs held against each other over seeds: losses, steps and seconds to a target.
+"""Compare training runs over seeds: final loss, and steps and seconds to a target loss.
 
     python -m scripts.compare runs/muon-seed* --vs runs/adamw-seed*
     python -m scripts.compare runs/speedrun-seed* --target 3.28
     python -m scripts.compare runs
 
-Runs are folders, patterns, or folders of runs. Without --vs, every experiment stands in the table on its own.
+With --vs, Welch's t-test and a rank test compare the first runs with the baseline. Without --vs, the table has one row
+for each experiment and nothing is tested against a baseline. Runs are named by folders, by patterns, or by a folder of
+run folders.
 """
 
 import json
@@ -24,292 +26,218 @@ from scipy import stats
 from configs.serialize import HASH_IGNORES
 from data.run.folder import write_json
 from data.run.metrics import VAL_BITS, VAL_LOSS
-from scripts import command, print_table
+from scripts import command, format_value, print_table, print_wrapped
 from scripts.lab import statistics
 from scripts.lab.folders import UNITS, Metric, RunFolder, by_experiment, common_target, differences, find_runs
 from scripts.lab.statistics import SIGMA, Difference, Summary, TargetTest
 
-CURVES: dict[Metric, str] = {"val_loss_nats": VAL_LOSS, "val_bits_per_byte": VAL_BITS}
-NEVER = math.inf  # the loss of a run that broke down, the steps of one that never reached the target
-RECORD_P = 0.01  # the speedrun takes a record at a p below this
-
-# What two runs must share for their losses to be of the same text. Nats per token need the same tokens in the same
-# windows (data_hash covers the files, wherever they lie); bits per byte, under different tokenizers, the same text.
-# An embedded text is that of the Python version.
-SAME_TOKENS = ("data_hash", "data.val_bytes", "data.val_tokens", "data.val_sequence_tokens")
-SAME_TEXT = ("data.source", "data.corpus", "data.train_files", "data.val_files", "data.val_bytes", "data.val_tokens",
-             "env.python")
-SAME_MACHINE = ("device", "world_size", "env.cpu", "env.gpus", "env.torch_threads")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compare:
-    """What to compare, and by which rule."""
+    """Runs to compare, and the settings of the tests."""
 
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """The runs of side A."""
-    vs: tuple[str, ...] = ()
-    """The runs of side B, the baseline."""
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
+    """Runs to compare: folders, patterns, or folders of run folders."""
+    vs: Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN ...")] = ()
+    """Runs of the baseline."""
     metric: Metric = "val_loss_nats"
-    """val_bits_per_byte compares across tokenizers too."""
+    """Unit of the loss; val_bits_per_byte also compares runs with different tokenizers."""
     target: float | None = None
-    """Validation loss to be reached, in the metric's unit; None: the target in nats that all the runs were given."""
+    """Validation loss to reach, in the unit of --metric; None: the target that all runs were given, if it is in nats."""
     nats_per_step: float | None = None
-    """Fall of the loss, in the metric's unit, that one more step is worth; None: that of the baseline's last quarter of
-    validations, where the cooldown makes it steeper than what a longer schedule gains."""
+    """Loss that one more step gains, in the unit of --metric; None: slope of the baseline's last quarter of validations."""
     alpha: float = 0.05
-    """A difference counts from p below this."""
+    """Significance level: a difference is significant if its p-value is below this."""
     power: float = 0.8
-    """Probability with which the seeds that are asked for would show a difference of the present size."""
+    """Probability of a significant difference for which the number of seeds is computed."""
     sigma: float = SIGMA
-    """Known deviation of the final loss between seeds, in nats, for the rule (target - mean) sqrt(n) >= margin."""
+    """Known standard deviation of the final loss between seeds, in nats, for the rule (target - mean) sqrt(n) >= margin."""
     margin: float | None = None
-    """That rule's margin in nats; None: 0.004 for a sigma of 0.0013, and in proportion."""
+    """Margin of that rule, in nats; None: 0.004 for a sigma of 0.0013, and in proportion for another sigma."""
     json: Path | None = None
-    """Write all numbers to this file."""
+    """Write all numbers to this JSON file."""
 
 
-class Side(NamedTuple):
-    """Runs that stand for one thing: seeds of one experiment, if all is well."""
+class Group(NamedTuple):
+    """Runs whose values form one sample: normally the seeds of one experiment."""
 
     label: str
     runs: Sequence[RunFolder]
 
 
 class Sample(NamedTuple):
-    """One measure of one side's runs."""
+    """Values of one measure, one per run of a group."""
 
     label: str
     values: list[float]
-    """One a run, NEVER among them."""
-    never: int
-    """How many runs have no finite value."""
-    reached: Summary | None
-    """Of those that are finite; None where there are none."""
+    """Infinity: the loss of a run that diverged, or the steps of a run that did not reach the target."""
+    infinite_count: int
+    summary: Summary | None
+    """Mean, standard deviation and interval of the finite values; None if there are none."""
 
 
 class Comparison(NamedTuple):
-    """One measure of both sides: Welch's test on the finite values, and a rank test on all, NEVER being the largest."""
+    """One measure of two groups, with Welch's test on the finite values and a rank test on all values."""
 
     name: str
     a: Sample
     b: Sample
     difference: Difference | None
-    """Mean of A minus mean of B; None where a side has no finite value."""
+    """Mean of a minus mean of b; None if a group has no finite value."""
     rank_p: float
 
     @property
+    def has_infinite_values(self) -> bool:
+        """True if Welch's test leaves out runs."""
+        return self.a.infinite_count + self.b.infinite_count > 0
+
+    @property
     def p(self) -> float | None:
-        """Welch's p; where a run never got there, the rank test's, which leaves none out."""
-        if self.a.never + self.b.never:
-            return self.rank_p
-        return self.difference.p
+        """p-value of Welch's test; that of the rank test, which leaves no run out, if there are infinite values."""
+        return self.rank_p if self.has_infinite_values else self.difference.p
 
 
-class Report(NamedTuple):
-    """All that was found."""
+class Results(NamedTuple):
+    """Numbers, notes and verdict of a comparison; the content of the --json file."""
 
     samples: dict[str, list[Sample]]
-    """Measure to one sample a side."""
+    """Measure to one sample per group."""
     comparisons: list[Comparison]
-    """The final loss first; none without a second side."""
+    """One per measure, the final loss first; empty without a baseline."""
     target: float | None
     target_tests: list[TargetTest]
-    """Per side: the one-sided t-test and the rule of the known sigma against the target."""
+    """One per group: the t-test and the rule of the known sigma against the target; empty without a target."""
     loss_per_step: float | None
     notes: list[str]
     verdict: str
 
 
-def examine(args: Compare) -> Report:
-    """Everything about the runs that the arguments name. Raises ValueError for runs that cannot be compared."""
+def compare_runs(args: Compare) -> Results:
+    """Measure the runs, test them and collect notes. Raises ValueError for bad arguments or runs that cannot be compared."""
     check_arguments(args)
-    sides = make_sides(args)
-    runs = [run for side in sides for run in side.runs]
-    notes = [note for side in sides for note in cautions(side)] + judged_alike(sides, args)
-    target = args.target
+    groups = make_groups(args)
+    runs = [run for group in groups for run in group.runs]
+    notes = [note for group in groups for note in independence_notes(group)] + comparability_notes(groups, args)
+    # The measures; seconds only if all runs were on the same machine
+    target, machines = args.target, differing_values(runs, SAME_MACHINE)
     if target is None and args.metric == "val_loss_nats":
         target = common_target(run.summary for run in runs)
-    samples = {name: [sample(side, measure) for side in sides]
-               for name, measure in measures(args, target, runs, notes).items()}
-    notes += [note for pair in samples.items() for note in unreached(*pair)]
-    tests = []
+    if target is not None and machines:
+        notes.append(f"seconds are not compared, because the machines differ ({format_values(machines)})")
+    samples = {name: [make_sample(group, measure) for group in groups]
+               for name, measure in make_measures(args.metric, target, with_seconds=not machines).items()}
+    notes += [note for name, row in samples.items() for note in infinite_value_notes(name, row)]
+    # Tests against the target
+    target_tests = []
     if target is not None:
-        finals = samples["final loss"]
-        sigma = args.sigma if args.metric == "val_loss_nats" else None  # none is known in bits per byte
-        tests = [statistics.against_target(one.label, one.values, target, sigma=sigma, margin=args.margin) for one in finals]
-        notes += [note for one in finals for note in doubtful_sigma(one, sigma)]
-    sentences, comparisons, rate = [], [], None
+        sigma = args.sigma if args.metric == "val_loss_nats" else None  # SIGMA is known in nats only
+        target_tests = [statistics.against_target(sample.label, sample.values, target, sigma=sigma, margin=args.margin)
+                        for sample in samples[FINAL_LOSS]]
+        notes += [note for sample in samples[FINAL_LOSS] for note in sigma_notes(sample, sigma)]
+    # Tests against the baseline
+    verdicts, comparisons, rate = [], [], None
     if args.vs:
-        comparisons = [compare(name, *pair) for name, pair in samples.items()]
-        rate = args.nats_per_step or loss_per_step(sides[-1].runs, args.metric)
-        sentences.append(verdict(comparisons[0], args, rate))
-    sentences += [target_sentence(test, args) for test in tests]
-    return Report(samples, comparisons, target, tests, rate, notes, "\n".join(sentences))
+        comparisons = [compare_samples(name, a, b) for name, (a, b) in samples.items()]
+        rate = args.nats_per_step or loss_per_step(groups[-1].runs, args.metric)
+        verdicts.append(baseline_verdict(comparisons[0], args, rate))
+    verdicts += [target_verdict(test, args) for test in target_tests]
+    return Results(samples, comparisons, target, target_tests, rate, notes, "\n".join(verdicts))
 
 
-# ---- What may be compared -------------------------------------------------------------------------------------------
+# ---- The groups of runs ---------------------------------------------------------------------------------------------
 
 
 def check_arguments(args: Compare) -> None:
-    """Raise ValueError naming an argument out of its range."""
+    """Raise ValueError naming an argument that is missing or out of its range."""
     if not args.runs:
-        raise ValueError("name the runs to compare: folders, patterns, or folders of runs such as runs/")
+        raise ValueError("name the runs to compare: folders, patterns, or a folder of run folders such as runs/")
     for name in ("alpha", "power"):
         if not 0 < getattr(args, name) < 1:
             raise ValueError(f"--{name} must lie between 0 and 1, got {getattr(args, name)}")
     for name in ("nats_per_step", "sigma", "margin", "target"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{name} must be a number above 0, got {value}")
+            raise ValueError(f"--{name} must be a finite number above 0, got {value}")
 
 
-def make_sides(args: Compare) -> list[Side]:
-    """A and B under different labels, or without --vs a side an experiment. Raises ValueError for a run that has not ended,
-    and for one on both sides."""
+def make_groups(args: Compare) -> list[Group]:
+    """Return the compared runs and the baseline, with different labels; without --vs, one group per experiment.
+
+    Raises ValueError for a run that has not ended, and for a run that is in both groups.
+    """
     a, b = find_runs(args.runs), find_runs(args.vs)
     for run in (*a, *b):
         if run.summary is None:
-            raise ValueError(f"{run.path} has no summary.json: that run has not ended; wait for it, continue it with "
+            raise ValueError(f"{run.path} has no summary.json, so the run has not ended: wait for it, continue it with "
                              "--run.resume, or leave it out")
     if not args.vs:
-        return [Side(label, group) for label, group in by_experiment(a).items()]
-    if both := {run.path.resolve() for run in a} & {run.path.resolve() for run in b}:
-        raise ValueError(f"{min(both)} is on both sides")
-    labels = [name_of(a) or "A", name_of(b) or "B"]
+        return [Group(label, runs) for label, runs in by_experiment(a).items()]
+    if shared := {run.path.resolve() for run in a} & {run.path.resolve() for run in b}:
+        raise ValueError(f"{min(shared)} is among the compared runs and among those of --vs")
+    labels = [experiment_name(a) or "A", experiment_name(b) or "B"]
     if labels[0] == labels[1]:
         labels = [f"{labels[0]} (A)", f"{labels[1]} (B)"]
-    return [Side(labels[0], a), Side(labels[1], b)]
+    return [Group(labels[0], a), Group(labels[1], b)]
 
 
-def name_of(runs: Sequence[RunFolder]) -> str:
-    """The runs' experiment; empty where they are of several."""
+def experiment_name(runs: Sequence[RunFolder]) -> str:
+    """Return the experiment of the runs, or "" if they belong to several."""
     experiments = list(by_experiment(runs))
     return experiments[0] if len(experiments) == 1 else ""
 
 
-def fact(run: RunFolder, name: str) -> Any:
-    """A setting (dotted), an environment entry (`env.NAME`) or an entry of the summary; None where it is not known."""
-    if name == "data.val_sequence_tokens":  # None: as in training
-        return run.config.get(name) or run.config.get("data.sequence_tokens")
-    if name.startswith("env."):
-        return run.environment.get(name.removeprefix("env."))
-    return run.config.get(name) if "." in name else run.summary.get(name)
+# ---- The measures ---------------------------------------------------------------------------------------------------
 
 
-def differing(runs: Sequence[RunFolder], names: Sequence[str]) -> dict[str, list[str]]:
-    """The facts in which the runs differ: name to the different values, as JSON."""
-    found = {name: list(dict.fromkeys(json.dumps(fact(run, name)) for run in runs)) for name in names}
-    return {name: values for name, values in found.items() if len(values) > 1}
+FINAL_LOSS = "final loss"
+CURVES: dict[Metric, str] = {"val_loss_nats": VAL_LOSS, "val_bits_per_byte": VAL_BITS}
+Measure = Callable[[RunFolder], float]
 
 
-def spell(facts: dict[str, list[str]]) -> str:
-    """`name: value and value; ...`."""
-    return "; ".join(f"{name}: {' and '.join(values)}" for name, values in facts.items())
-
-
-def check_comparable(runs: Sequence[RunFolder], metric: Metric) -> None:
-    """Raise ValueError naming what differs where the runs' losses were not measured on the same text or tokens."""
-    for run in runs:
-        if run.summary["val_loss_nats"] is not None and run.summary[metric] is None:
-            raise ValueError(f"{run.path} has no {metric}: its data has no tokenizer; compare --metric val_loss_nats")
-    tokenizers = differing(runs, ("data.tokenizer", "data.bpe_vocab_tokens"))
-    by_text = metric == "val_bits_per_byte" and tokenizers
-    if others := differing(runs, SAME_TEXT if by_text else SAME_TOKENS):
-        hint = "; under different tokenizers compare --metric val_bits_per_byte" if tokenizers and not by_text else ""
-        raise ValueError(f"these runs were not judged on the same {'text' if by_text else 'tokens'}: {spell(others)}{hint}")
-
-
-def judged_alike(sides: Sequence[Side], args: Compare) -> list[str]:
-    """Refuse losses of different texts within a comparison; between lines of a mere table, and for code, a note."""
-    runs, notes = [run for side in sides for run in side.runs], []
-    for group in [runs] if args.vs else [side.runs for side in sides]:
-        check_comparable(group, args.metric)
-    try:
-        check_comparable(runs, args.metric)
-    except ValueError as error:
-        notes.append(f"the experiments are not to be held against each other: {error}")
-    if code := differing(runs, ("code_hash",)):
-        notes.append(f"the runs were made by {len(code['code_hash'])} versions of the code (code_hash)")
-    if args.vs and {run.setting for run in sides[0].runs} & {run.setting for run in sides[1].runs}:
-        notes.append(f"{sides[0].label} and {sides[1].label} hold runs of the very same setting; only their seeds or code "
-                     "can differ")
-    return notes
-
-
-def cautions(side: Side) -> list[str]:
-    """What makes the runs of a side other than independent seeds of one experiment."""
-    notes = []
-    if len({run.setting for run in side.runs}) > 1:
-        changed = [name for name in differences(side.runs) if "env." not in name and not name.startswith("log.")
-                   and name not in HASH_IGNORES | {"run.seed", "run.target_loss_nats"}]
-        notes.append(f"the runs of {side.label} are not one experiment: {', '.join(changed)} differ")
-    if early := [run.name for run in side.runs if run.summary["steps"] < run.config["train.steps"]]:
-        notes.append(f"{', '.join(early)} ended before the last step: the final losses are not those of whole schedules")
-    for one, two in combinations(side.runs, 2):
-        if (one.setting, one.summary["seed"]) == (two.setting, two.summary["seed"]):
-            notes.append(f"{one.name} and {two.name} of {side.label} have the same seed and setting: not independent")
-    return notes
-
-
-def unreached(name: str, samples: Sequence[Sample]) -> list[str]:
-    """Which samples hold runs that never got there, and what that does to their means."""
-    return [f"{name}: {one.never} of {len(one.values)} runs of {one.label} never got there; mean and Welch's p leave "
-            "them out and flatter that side, the rank test counts them as last" for one in samples if one.never]
-
-
-def doubtful_sigma(final: Sample, sigma: float | None) -> list[str]:
-    """A note where the runs scatter more than the known sigma allows (chi-squared test, p < .01)."""
-    sd = final.reached.sd if final.reached else None
-    if sigma is None or sd is None or stats.chi2.sf((final.reached.n - 1) * (sd / sigma) ** 2, final.reached.n - 1) >= 0.01:
-        return []
-    return [f"{final.label} scatters by {sd:.2g}, more than a sigma of {sigma:g} allows: the rule that rests on it does "
-            "not hold here; give --sigma"]
-
-
-# ---- By which measures ----------------------------------------------------------------------------------------------
-
-
-def measures(args: Compare, target: float | None, runs: Sequence[RunFolder],
-             notes: list[str]) -> dict[str, Callable[[RunFolder], float]]:
-    """Name to function of a run; seconds only where all the runs had the same machine, else a note says why."""
+def make_measures(metric: Metric, target: float | None, *, with_seconds: bool) -> dict[str, Measure]:
+    """Return the measures by name: the final loss and, if there is a target, the steps and seconds to reach it."""
 
     def final_loss(run: RunFolder) -> float:
-        return NEVER if run.summary[args.metric] is None else run.summary[args.metric]
+        return math.inf if run.summary[metric] is None else run.summary[metric]  # None: the run diverged
 
-    def to_target(run: RunFolder, axis: str) -> float:  # at the first validation there, as the speedrun counts
-        curve = zip(*run.series(CURVES[args.metric], axis), strict=True)
-        return next((x for x, loss in curve if loss <= target), NEVER)
+    def first_at_target(run: RunFolder, axis: str) -> float:
+        # The first validation at the target counts, as in the speedrun; nothing is interpolated between validations.
+        curve = zip(*run.series(CURVES[metric], axis), strict=True)
+        return next((x for x, loss in curve if loss <= target), math.inf)
 
-    found = {"final loss": final_loss}
-    if target is None:
-        return found
-    found[f"steps to {target:g}"] = lambda run: to_target(run, "step")
-    if machines := differing(runs, SAME_MACHINE):
-        notes.append(f"seconds are not compared: the machines differ ({spell(machines)})")
-    else:
-        found[f"seconds to {target:g}"] = lambda run: to_target(run, "train_seconds")
-    return found
+    measures = {FINAL_LOSS: final_loss}
+    if target is not None:
+        measures[f"steps to {target:g}"] = lambda run: first_at_target(run, "step")
+        if with_seconds:
+            measures[f"seconds to {target:g}"] = lambda run: first_at_target(run, "train_seconds")
+    return measures
 
 
-def sample(side: Side, measure: Callable[[RunFolder], float]) -> Sample:
-    """A measure of all runs of a side."""
-    values = [float(measure(run)) for run in side.runs]
-    finite = [value for value in values if math.isfinite(value)]
-    return Sample(side.label, values, len(values) - len(finite), statistics.summarize(finite) if finite else None)
+def make_sample(group: Group, measure: Measure) -> Sample:
+    """Return a measure of all runs of a group."""
+    values = [float(measure(run)) for run in group.runs]
+    finite = finite_values(values)
+    return Sample(group.label, values, len(values) - len(finite), statistics.summarize(finite) if finite else None)
 
 
-def compare(name: str, a: Sample, b: Sample) -> Comparison:
-    """The two samples held against each other."""
-    finite = [[value for value in one.values if math.isfinite(value)] for one in (a, b)]
-    return Comparison(name, a, b, statistics.welch(*finite) if all(finite) else None, statistics.rank_p(a.values, b.values))
+def finite_values(values: Sequence[float]) -> list[float]:
+    """Return the values without infinities."""
+    return [value for value in values if math.isfinite(value)]
+
+
+def compare_samples(name: str, a: Sample, b: Sample) -> Comparison:
+    """Test two samples of one measure against each other."""
+    finite_a, finite_b = finite_values(a.values), finite_values(b.values)
+    difference = statistics.welch(finite_a, finite_b) if finite_a and finite_b else None
+    return Comparison(name, a, b, difference, statistics.rank_p(a.values, b.values))
 
 
 def loss_per_step(runs: Sequence[RunFolder], metric: Metric) -> float | None:
-    """How much the loss falls a step near the end: least squares over the last quarter of each run's validations (at
-    least 2), averaged over the runs. None where no run has 2 validations.
+    """Return the fall of the loss per step near the end of training, in the metric's unit; None without two validations.
 
-    Within one schedule this is the fall of the cooldown, steeper than what a longer schedule would gain.
+    It is the slope by least squares over the last quarter of each run's validations, averaged over the runs. There the
+    cooldown of the learning rate makes the loss fall faster than a longer schedule would, so the steps that a difference
+    is worth come out too few.
     """
     slopes = []
     for run in runs:
@@ -320,132 +248,247 @@ def loss_per_step(runs: Sequence[RunFolder], metric: Metric) -> float | None:
     return -float(np.mean(slopes)) if slopes else None
 
 
-# ---- The verdict ----------------------------------------------------------------------------------------------------
-
-
-def verdict(loss: Comparison, args: Compare, rate: float | None) -> str:
-    """Whether A's final loss differs from B's, by how much, what that is in steps, and how many seeds would tell."""
-    if loss.difference is None:
-        return (f"No means to compare: all runs of {(loss.b if loss.a.reached else loss.a).label} broke down; by ranks "
-                f"p = {loss.rank_p:.2g}.")
-    if loss.p is None:
-        return f"{_size(loss, args)}; of chance nothing can be said with one run on a side: run more seeds."
-    p = f"p = {loss.p:.2g}" + (" by ranks" if loss.a.never + loss.b.never else "")
-    if loss.p < args.alpha:
-        return f"{_size(loss, args)}, {p}{_in_steps(loss, args, rate)}. More seeds needed: none."
-    return f"No difference shown: {_size(loss, args)}, {p}. {more_seeds(loss, args)}"
-
-
-def _size(loss: Comparison, args: Compare) -> str:
-    """`A is better by 0.0123 nats (95 % interval 0.010 to 0.015)`, the interval turned to the same sign."""
-    gain, low, high, _ = loss.difference
-    sign = -1 if gain <= 0 else 1
-    better = loss.a if gain <= 0 else loss.b
-    within = "" if low is None else " (95 % interval {:.4f} to {:.4f})".format(*sorted((sign * low, sign * high)))
-    whose = " among the runs that did not break down" if loss.a.never + loss.b.never else ""
-    return f"{better.label} is better by {abs(gain):.4f} {UNITS[args.metric]}{within}{whose}"
-
-
-def _in_steps(loss: Comparison, args: Compare, rate: float | None) -> str:
-    """What the difference is worth in steps of the baseline, and by which rate."""
-    if rate is None or rate <= 0:
-        return f"; its worth in steps is unknown, as the loss of {loss.b.label} does not fall at the end"
-    whence = "--nats_per_step" if args.nats_per_step else f"the last quarter of {loss.b.label}'s validations"
-    steps = abs(loss.difference.difference) / rate
-    return f", worth {steps:.0f} steps at {rate:.3g} {UNITS[args.metric]} a step ({whence})"
-
-
-def more_seeds(loss: Comparison, args: Compare) -> str:
-    """How many seeds a side would show a difference of the present size, if it is real."""
-    a, b = loss.a.reached, loss.b.reached
-    if loss.difference.difference == 0:
-        return "No finite number of seeds would show one: the difference is 0."
-    if a.sd is None or b.sd is None:
-        return "How many seeds would show one is unknown with one finite run on a side."
-    sd = math.sqrt((a.sd**2 + b.sd**2) / 2)
-    needed = statistics.seeds_needed(loss.difference.difference, sd, alpha=args.alpha, power=args.power)
-    if needed is None:
-        return "No number of seeds within reason would show a difference of this size."
-    more = [f"{max(0, needed - len(one.values))} more of {one.label}" for one in (loss.a, loss.b)]
-    return (f"If it is real, {needed} seeds a side would show it (p < {args.alpha:g} with probability "
-            f"{args.power:g}): {' and '.join(more)}.")
-
-
-def target_sentence(test: TargetTest, args: Compare) -> str:
-    """What the speedrun's two rules say of one side's mean against the target."""
-    p = "p unknown" if test.t_p is None else f"p = {test.t_p:.2g}"
-    surely = _passes(test.t_p is not None and test.t_p < RECORD_P)
-    t_test = f"{test.label} below {test.target:g}: {surely} the t-test ({p}, {RECORD_P:g} needed)"
-    if test.z_margin is None:
-        return f"{t_test}."
-    return (f"{t_test} and {_passes(test.z_margin >= test.margin_needed)} the rule (target - mean) sqrt(n) >= "
-            f"{test.margin_needed:.5f} at a known sigma of {args.sigma:g} (it is {test.z_margin:.5f}).")
-
-
-def _passes(passed: bool) -> str:
-    return "passes" if passed else "fails"
-
-
 # ---- The table ------------------------------------------------------------------------------------------------------
 
 
-def table(report: Report) -> Table:
-    """For each measure a row a side, and the difference."""
-    found = Table("measure", "runs", "n", "mean", "sd", "95 % interval", "p (Welch)", "p (ranks)", box=box.SIMPLE)
-    for column in found.columns[2:]:
-        column.justify = "right"
-    compared = {one.name: one for one in report.comparisons}
-    for name, samples in report.samples.items():
-        for one in samples:
-            found.add_row(name, one.label, *sample_cells(one))
-        if name in compared:
-            found.add_row(name, "difference", *difference_cells(compared[name]), style="bold")
-        found.add_section()
-    return found
+def results_table(results: Results, metric: Metric) -> Table:
+    """Return, for each measure, one row per group, the difference of the means and the rank test; 80 columns wide."""
+    table = Table("", "n", "mean", "standard\ndeviation", "95 % confidence\ninterval", "p-value", box=box.SIMPLE,
+                  collapse_padding=True, pad_edge=False)
+    table.columns[0].overflow = "fold"
+    for column in table.columns[1:]:  # only the labels are wrapped where the terminal is narrow
+        column.justify, column.no_wrap = "right", True
+    comparisons = {comparison.name: comparison for comparison in results.comparisons}
+    for name, samples in results.samples.items():
+        decimals = 5 if name == FINAL_LOSS else 2
+        table.add_row(f"{name} ({UNITS[metric]})" if name == FINAL_LOSS else name, style="bold")
+        for sample in samples:
+            table.add_row(sample.label, *sample_cells(sample, decimals))
+        if name in comparisons:
+            table.add_row("difference (Welch)", *difference_cells(comparisons[name].difference, decimals))
+            table.add_row("rank test", "", "", "", "", f"{comparisons[name].rank_p:.2g}")
+        table.add_section()
+    return table
 
 
-def sample_cells(one: Sample) -> list[str]:
-    """n, mean, sd and interval of a sample; n is "reached of all" where some never got there."""
-    n = f"{len(one.values) - one.never} of {len(one.values)}" if one.never else str(len(one.values))
-    if one.reached is None:
-        return [n, "never"]
-    return [n, digits(one.reached.mean), digits(one.reached.sd), interval(one.reached)]
+def sample_cells(sample: Sample, decimals: int) -> list[str]:
+    """Return n, mean, standard deviation and interval; n reads "3 of 4" if one of four values is infinite."""
+    count = len(sample.values)
+    n = f"{count - sample.infinite_count} of {count}" if sample.infinite_count else str(count)
+    if sample.summary is None:
+        return [n]
+    return [n, f"{sample.summary.mean:.{decimals}f}", format_value(sample.summary.sd, f".{decimals}f"),
+            format_interval(sample.summary, decimals)]
 
 
-def difference_cells(one: Comparison) -> list[str]:
-    """A difference, in the same columns, and both tests' p."""
-    if one.difference is None:
-        return ["", "", "", "", "", f"{one.rank_p:.2g}"]
-    p = "" if one.difference.p is None else f"{one.difference.p:.2g}"
-    return ["", digits(one.difference.difference), "", interval(one.difference), p, f"{one.rank_p:.2g}"]
+def difference_cells(difference: Difference | None, decimals: int) -> list[str]:
+    """Return the cells of a difference in the same columns, and the p-value of Welch's test."""
+    if difference is None:
+        return []
+    return ["", f"{difference.difference:+.{decimals}f}", "", format_interval(difference, decimals),
+            format_value(difference.p, ".2g")]
 
 
-def digits(value: float | None) -> str:
-    """Losses to five decimals, larger numbers to one."""
-    return "" if value is None else f"{value:.5f}" if abs(value) < 20 else f"{value:.1f}"
+def format_interval(estimate: Summary | Difference, decimals: int) -> str:
+    """Return "LOW to HIGH", or "" if one value allows no interval."""
+    return "" if estimate.low is None else f"{estimate.low:.{decimals}f} to {estimate.high:.{decimals}f}"
 
 
-def interval(of: Summary | Difference) -> str:
-    """`low to high`; nothing where it is not known."""
-    return "" if of.low is None else f"{digits(of.low)} to {digits(of.high)}"
+# ---- The notes ------------------------------------------------------------------------------------------------------
 
 
-def named(value: Any) -> Any:
-    """The value with every tuple's fields by their names, as JSON objects."""
+# Settings and files that two runs must share for their losses to be comparable. Nats per token need the same tokens in
+# the same windows; data_hash covers the data files wherever they lie. Bits per byte need the same text only, whatever the
+# tokenizer. The Python version is among them because the embedded corpus is Python's own source code.
+SAME_TOKENS = ("data_hash", "data.val_bytes", "data.val_tokens", "data.val_sequence_tokens")
+SAME_TEXT = ("data.source", "data.corpus", "data.train_files", "data.val_files", "data.val_bytes", "data.val_tokens",
+             "env.python")
+SAME_MACHINE = ("device", "world_size", "env.cpu", "env.gpus", "env.torch_threads")
+
+
+def look_up(run: RunFolder, name: str) -> Any:
+    """Return a setting (dotted name), an environment entry (`env.NAME`) or a summary entry; None if it is not known."""
+    if name == "data.val_sequence_tokens":  # None means the length of training
+        return run.config.get(name) or run.config.get("data.sequence_tokens")
+    if name.startswith("env."):
+        return run.environment.get(name.removeprefix("env."))
+    return run.config.get(name) if "." in name else run.summary.get(name)
+
+
+def differing_values(runs: Sequence[RunFolder], names: Sequence[str]) -> dict[str, list[str]]:
+    """Return the names (see `look_up`) in which the runs differ, each with its distinct values as JSON."""
+    distinct = {name: list(dict.fromkeys(json.dumps(look_up(run, name)) for run in runs)) for name in names}
+    return {name: values for name, values in distinct.items() if len(values) > 1}
+
+
+def format_values(values_by_name: dict[str, list[str]]) -> str:
+    """Return "NAME: VALUE and VALUE; ..."."""
+    return "; ".join(f"{name}: {' and '.join(values)}" for name, values in values_by_name.items())
+
+
+def check_comparable(runs: Sequence[RunFolder], metric: Metric) -> None:
+    """Raise ValueError naming the settings that differ if the runs' losses are not of the same text or tokens."""
+    for run in runs:
+        if run.summary["val_loss_nats"] is not None and run.summary[metric] is None:
+            raise ValueError(f"{run.path} has no {metric}: its data has no tokenizer; compare --metric val_loss_nats")
+    tokenizers = differing_values(runs, ("data.tokenizer", "data.bpe_vocab_tokens"))
+    by_text = metric == "val_bits_per_byte" and tokenizers  # under one tokenizer, the same text is the same tokens
+    if values := differing_values(runs, SAME_TEXT if by_text else SAME_TOKENS):
+        hint = "; for different tokenizers compare --metric val_bits_per_byte" if tokenizers and not by_text else ""
+        raise ValueError(f"these runs were not validated on the same {'text' if by_text else 'tokens'}: "
+                         f"{format_values(values)}{hint}")
+
+
+def comparability_notes(groups: Sequence[Group], args: Compare) -> list[str]:
+    """Return notes on differences of data and code between the groups.
+
+    Raises ValueError for losses of different texts inside one group, or between the groups if --vs compares them.
+    """
+    runs, notes = [run for group in groups for run in group.runs], []
+    for compared in [runs] if args.vs else [group.runs for group in groups]:
+        check_comparable(compared, args.metric)
+    try:
+        check_comparable(runs, args.metric)
+    except ValueError as error:
+        notes.append(f"do not compare the experiments with each other: {error}")
+    if code := differing_values(runs, ("code_hash",)):
+        notes.append(f"the runs used {len(code['code_hash'])} versions of the code (code_hash)")
+    if args.vs and {run.setting for run in groups[0].runs} & {run.setting for run in groups[1].runs}:
+        notes.append(f"{groups[0].label} and {groups[1].label} share runs of equal settings; only seeds or code can differ")
+    return notes
+
+
+def independence_notes(group: Group) -> list[str]:
+    """Return notes on runs that are not independent, complete seeds of one experiment."""
+    notes = []
+    if len({run.setting for run in group.runs}) > 1:
+        changed = [name for name in differences(group.runs) if "env." not in name and not name.startswith("log.")
+                   and name not in HASH_IGNORES | {"run.seed", "run.target_loss_nats"}]
+        notes.append(f"the runs of {group.label} are not one experiment: they differ in {', '.join(changed)}")
+    if early := [run.name for run in group.runs if run.summary["steps"] < run.config["train.steps"]]:
+        notes.append(f"ended before the last step, so the final loss is not that of the whole schedule: {', '.join(early)}")
+    for first, second in combinations(group.runs, 2):
+        if (first.setting, first.summary["seed"]) == (second.setting, second.summary["seed"]):
+            notes.append(f"{first.name} and {second.name} of {group.label} are not independent: same seed and settings")
+    return notes
+
+
+def infinite_value_notes(name: str, samples: Sequence[Sample]) -> list[str]:
+    """Return a note for each sample with infinite values: Welch's test leaves them out, the rank test does not."""
+    failure = "diverged" if name == FINAL_LOSS else "did not reach the target"
+    return [f"{name}: {sample.infinite_count} of {len(sample.values)} runs of {sample.label} {failure}; the mean and "
+            "Welch's test leave them out, which favours this group; the rank test ranks them last"
+            for sample in samples if sample.infinite_count]
+
+
+def sigma_notes(sample: Sample, sigma: float | None) -> list[str]:
+    """Return a note if the sample's standard deviation is too large for the known sigma (chi-squared test, p < 0.01)."""
+    sd = sample.summary.sd if sample.summary else None
+    if sigma is None or sd is None:
+        return []
+    freedom = sample.summary.n - 1
+    if stats.chi2.sf(freedom * (sd / sigma) ** 2, freedom) >= 0.01:
+        return []
+    return [f"the standard deviation of {sample.label}, {sd:.2g}, is too large for a known sigma of {sigma:g}: the rule "
+            "that uses sigma is not valid here; give another --sigma"]
+
+
+# ---- The verdict ----------------------------------------------------------------------------------------------------
+
+
+RECORD_P = 0.01  # a record of the speedrun needs a p-value below this
+
+
+def baseline_verdict(loss: Comparison, args: Compare, rate: float | None) -> str:
+    """Return sentences on the difference of the final losses: size, significance, worth in steps, seeds needed.
+
+    rate: loss per step, see `loss_per_step`.
+    """
+    if loss.difference is None:
+        diverged = loss.b if loss.a.summary else loss.a
+        return f"The means cannot be compared: all runs of {diverged.label} diverged (rank test p = {loss.rank_p:.2g})."
+    if loss.p is None:
+        return f"{difference_clause(loss, args)}. One run in a group allows no test: run more seeds."
+    p = f"{'rank test' if loss.has_infinite_values else 'Welch'} p = {loss.p:.2g}"
+    if loss.p < args.alpha:
+        return (f"Significant difference ({p} < {args.alpha:g}): {difference_clause(loss, args)}. "
+                f"{steps_sentence(loss, args, rate)} No more seeds are needed.")
+    return f"No significant difference ({p}): {difference_clause(loss, args)}. {seeds_sentence(loss, args)}"
+
+
+def difference_clause(loss: Comparison, args: Compare) -> str:
+    """Return "A is lower than B by 0.0123 nats (95 % confidence interval 0.0100 to 0.0146)", the lower mean first."""
+    difference, low, high, _ = loss.difference
+    lower, higher, sign = (loss.a, loss.b, -1) if difference <= 0 else (loss.b, loss.a, 1)
+    interval = ""
+    if low is not None:  # with the sign turned, the bounds change places
+        interval = " (95 % confidence interval {:.4f} to {:.4f})".format(*sorted((sign * low, sign * high)))
+    finite = " among the runs that did not diverge" if loss.has_infinite_values else ""
+    return (f"the mean final loss of {lower.label} is lower than that of {higher.label} by {abs(difference):.4f} "
+            f"{UNITS[args.metric]}{interval}{finite}")
+
+
+def steps_sentence(loss: Comparison, args: Compare, rate: float | None) -> str:
+    """Say how many steps of the baseline would lower the loss as much, and by which loss per step."""
+    if rate is None or rate <= 0:
+        return f"Its worth in steps is unknown, because the loss of {loss.b.label} does not fall at the end."
+    source = "--nats_per_step" if args.nats_per_step else f"the last quarter of {loss.b.label}'s validations"
+    steps = abs(loss.difference.difference) / rate
+    return f"It is worth {steps:.0f} steps at {rate:.3g} {UNITS[args.metric]} per step ({source})."
+
+
+def seeds_sentence(loss: Comparison, args: Compare) -> str:
+    """Say how many seeds would make a true difference of the observed size significant."""
+    a, b = loss.a.summary, loss.b.summary
+    if loss.difference.difference == 0:
+        return "The observed difference is 0, so no number of seeds can be computed."
+    if a.sd is None or b.sd is None:
+        return "The number of seeds needed is unknown, because a group has only one finite value."
+    sd = math.sqrt((a.sd**2 + b.sd**2) / 2)
+    needed = statistics.seeds_needed(loss.difference.difference, sd, alpha=args.alpha, power=args.power)
+    if needed is None:
+        return "The observed difference is too small for any practical number of seeds."
+    more = [f"{max(0, needed - len(sample.values))} more of {sample.label}" for sample in (loss.a, loss.b)]
+    return (f"If the true difference is this large, {needed} seeds per group show it (p < {args.alpha:g}) with probability "
+            f"{args.power:g}: run {' and '.join(more)}.")
+
+
+def target_verdict(test: TargetTest, args: Compare) -> str:
+    """Return a sentence on the speedrun's two rules for a mean final loss below the target."""
+    p = "p unknown" if test.t_p is None else f"p = {test.t_p:.2g}"
+    t_test = passes_or_fails(test.t_p is not None and test.t_p < RECORD_P)
+    sentence = (f"Mean final loss of {test.label} below {test.target:g} {UNITS[args.metric]}: {t_test} the one-sided "
+                f"t-test ({p}, needed: below {RECORD_P:g})")
+    if test.z_margin is None:
+        return f"{sentence}."
+    return (f"{sentence}; {passes_or_fails(test.z_margin >= test.margin_needed)} the rule (target - mean) sqrt(n) >= "
+            f"{test.margin_needed:.5f} for a known sigma of {args.sigma:g} (left side: {test.z_margin:.5f}).")
+
+
+def passes_or_fails(passed: bool) -> str:
+    """Return the verb of a test's outcome."""
+    return "passes" if passed else "fails"
+
+
+# ---- The command line -----------------------------------------------------------------------------------------------
+
+
+def as_json_value(value: Any) -> Any:
+    """Return the value with every named tuple as a dict, which JSON would write as a list otherwise."""
     if hasattr(value, "_asdict"):
-        return named(value._asdict())
+        return as_json_value(value._asdict())
     if isinstance(value, dict):
-        return {key: named(part) for key, part in value.items()}
-    return [named(part) for part in value] if isinstance(value, list) else value
+        return {key: as_json_value(part) for key, part in value.items()}
+    return [as_json_value(part) for part in value] if isinstance(value, list) else value
 
 
 def main(args: Compare) -> None:
-    """Print the table, the notes and the verdict; write the numbers if asked."""
-    report = examine(args)
+    """Print the table, the notes and the verdict; write the numbers to --json."""
+    results = compare_runs(args)
     if args.json:
-        write_json(args.json, named(report))
-    print_table(table(report))
-    print("\n".join([*(f"note: {note}" for note in report.notes), *filter(None, [report.verdict])]))
+        write_json(args.json, as_json_value(results))
+    print_table(results_table(results, args.metric))
+    print_wrapped([*(f"note: {note}" for note in results.notes), *results.verdict.splitlines()])
 
 
 if __name__ == "__main__":

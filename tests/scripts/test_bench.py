@@ -1,4 +1,4 @@
-"""The parts' operations, and that each is timed."""
+"""scripts.bench: every part is timed, and its FLOPs are right."""
 
 import json
 import subprocess
@@ -10,47 +10,49 @@ import torch
 from configs.presets import PRESETS
 from model import GPT
 from optim.comm import Comm
-from scripts.bench import Arguments, bench, model_parts, optimizer_parts, table
+from scripts.bench import Arguments, bench, model_parts, optimizer_parts, table_lines
 from scripts.lab.costs import measure_sizes
 
 
 def test_every_part_is_timed_beside_its_bound():
-    found = bench(Arguments(preset="bytes", tokens=128, repeats=1), [])
-    assert [part["name"] for part in found["parts"]] == ["attention", "MLP", "head and loss", "model", "update", "data"]
-    assert all(part["ms"] > 0 and part["bound_ms"] > 0 for part in found["parts"])
-    assert "head and loss" in table(found) and "bytes, 128 tokens in contexts of 64 on 1 x cpu" in table(found)
+    result = bench(Arguments(preset="bytes", tokens=128, repeats=1), [])
+    assert [part["name"] for part in result["parts"]] == ["attention", "MLP", "head and loss", "model", "update", "data"]
+    assert all(part["ms"] > 0 and part["bound_ms"] > 0 for part in result["parts"])
+    lines = table_lines(result)
+    assert lines[0] == "bytes on 1 x cpu: 128 tokens in sequences of 64" and max(map(len, lines)) <= 80
+    assert any("head and loss" in line for line in lines)
 
 
-def test_data_that_is_not_there_is_noted(tmp_path, monkeypatch):
-    monkeypatch.setattr("scripts.bench.roofline", lambda device, dtype: (1e9, 1e9))
-    found = bench(Arguments(preset="bytes", tokens=64, repeats=1), [
+def test_missing_data_are_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr("scripts.bench.measure_roofline", lambda device, dtype: (1e9, 1e9))
+    result = bench(Arguments(preset="bytes", tokens=64, repeats=1), [
         "--data.source", "text", "--data.train_files", str(tmp_path / "none.txt")])
-    assert [part["name"] for part in found["parts"]][-1] == "update"
-    assert "no time of the data" in table(found) and "none.txt" in table(found)
+    assert [part["name"] for part in result["parts"]][-1] == "update"
+    assert "data loading is not timed" in table_lines(result)[-1] and "none.txt" in table_lines(result)[-1]
 
 
-def test_several_ranks_time_what_they_say_to_each_other():
+def test_several_ranks_time_their_communication():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "scripts.bench",
                "bytes", "--tokens", "64", "--repeats", "1", "--json"]
-    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout)
-    parts = {part["name"]: part for part in found["parts"]}
+    result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout)
+    parts = {part["name"]: part for part in result["parts"]}
     parameters = sum(p.numel() for p in GPT(PRESETS["bytes"]().model, vocab_size=257, max_tokens=64).parameters())
-    assert found["ranks"] == 2 and parts["communication"]["ms"] > 0
-    assert parts["communication"]["traffic"] == 4 * parameters  # half of the gradients and of the weights; no padding here
+    assert result["ranks"] == 2 and parts["communication"]["ms"] > 0
+    assert parts["communication"]["traffic"] == 4 * parameters  # half of the gradients and of the weights, no padding
 
 
-def test_operations_are_those_of_the_weights():
+def test_flops_of_the_parts():
     run = PRESETS["bytes"]()
     model = GPT(run.model, vocab_size=257, max_tokens=64)
     tokens = torch.randint(257, (2, 64))
     flops = {part.name: part.flops for part in (*model_parts(run, model, tokens), *optimizer_parts(run, model, Comm()))}
     assert flops["MLP"] == 6 * 128 * 2 * 128 * 512
-    assert flops["attention"] == 6 * 128 * 4 * 128**2 + 12 * 128 * 32.5 * 128  # on average 32.5 of 64 tokens are seen
+    assert flops["attention"] == 6 * 128 * 4 * 128**2 + 12 * 128 * 32.5 * 128  # a token attends to 32.5 of 64 on average
     assert flops["update"] == measure_sizes(run)[0].newton_schulz_flops
     assert flops["model"] == 128 * model.flops_per_token(64)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
-def test_a_device_that_is_not_there_is_refused():
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is available")
+def test_an_unavailable_device_is_refused():
     with pytest.raises(ValueError, match="cuda"):
         bench(Arguments(device="cuda"), [])

@@ -14,22 +14,22 @@ from optim.newton_schulz import TABLES
 from scripts.design_newton_schulz import (
     Optimal,
     Radii,
-    as_inline,
-    band,
     compose,
+    format_table,
+    largest_gammas,
     main,
     minimax_quintic,
     optimal_sequence,
+    output_range,
     radii_quintic,
     radii_sequence,
-    steepest_gamma,
 )
 
 INNER, OUTER = st.floats(0.02, 0.9), st.floats(0.02, 0.6)
 
 
 def with_gamma(x: np.ndarray, inner: float, outer: float, gamma: float) -> np.ndarray:
-    """The family as it is defined."""
+    """Return the quintics of the family by their definition."""
     return x + gamma * x * (x**2 - (1 - inner) ** 2) * (x**2 - (1 + outer) ** 2)
 
 
@@ -53,7 +53,7 @@ def test_iterates_never_leave_the_outer_radius(inner, outer):
 def test_no_steeper_quintic_would_do(inner, outer):
     """A slope parameter one per cent greater lets the peak cross 1 + outer, or the trough 0."""
     x = np.linspace(0, 1 + outer, 20_001)
-    y = with_gamma(x, inner, outer, 1.01 * min(steepest_gamma(inner, outer)))
+    y = with_gamma(x, inner, outer, 1.01 * min(largest_gammas(inner, outer)))
     assert y.min() < 0 or y.max() > 1 + outer
 
 
@@ -65,12 +65,12 @@ def test_the_closed_form_is_what_bisection_finds(inner, outer):
         gamma = (low + high) / 2
         y = with_gamma(x, inner, outer, gamma)
         low, high = (gamma, high) if y.min() >= 0 and y.max() <= 1 + outer else (low, gamma)
-    assert min(steepest_gamma(inner, outer)) == pytest.approx(low, rel=1e-5)
+    assert min(largest_gammas(inner, outer)) == pytest.approx(low, rel=1e-5)
 
 
 def test_the_named_table_is_designed():
-    found = radii_sequence((0.2925, 0.2907, 0.2832, 0.2503, 0.0977), 0.2, 5, safety=1.02)
-    np.testing.assert_allclose(found, TABLES["radii"].triples, atol=6e-7)
+    triples = radii_sequence((0.2925, 0.2907, 0.2832, 0.2503, 0.0977), 0.2, 5, safety=1.02)
+    np.testing.assert_allclose(triples, TABLES["radii"].triples, atol=6e-7)
 
 
 def test_safety_makes_room_beyond_the_outer_radius():
@@ -123,15 +123,15 @@ def test_on_a_point_it_is_the_taylor_polynomial_of_the_sign():
 
 def test_the_published_tuples():
     """The speedrun's five: lower bound 1e-3, cushion .02, safety 1.02. The paper's first: cushion .02407, safety 1.01."""
-    found = optimal_sequence(1e-3, 5, cushion=0.02, safety=1.02)
-    np.testing.assert_allclose(found, TABLES["polar_express"].triples, atol=1e-6)
+    triples = optimal_sequence(1e-3, 5, cushion=0.02, safety=1.02)
+    np.testing.assert_allclose(triples, TABLES["polar_express"].triples, atol=1e-6)
     paper = np.array(optimal_sequence(1e-3, 8, cushion=0.02407327424182761, safety=1.01)) * 1.01 ** np.array([1, 3, 5])
     np.testing.assert_allclose(paper[0], (8.28721201814563, -23.595886519098837, 17.300387312530933), rtol=1e-9)
 
 
 def test_the_composition_ends_in_its_promised_band():
     triples = optimal_sequence(1e-3, 5)
-    low, high = band(triples, 1e-3)
+    low, high = output_range(triples, 1e-3)
     assert low == pytest.approx(0.88655, abs=1e-5) and high == pytest.approx(2 - low, abs=1e-4)
 
 
@@ -150,8 +150,8 @@ def test_impossible_intervals_are_refused(lower, upper):
 
 def test_inline_notation():
     plain = "2.000000,-1.500000,0.500000"
-    assert as_inline([(2, -1.5, 0.5)]) == plain
-    assert as_inline([(2, -1.5, 0.5), (1, 0, 0)], 1.02) == f"safety=1.02;{plain};1.000000,0.000000,0.000000"
+    assert format_table([(2, -1.5, 0.5)]) == plain
+    assert format_table([(2, -1.5, 0.5), (1, 0, 0)], 1.02) == f"safety=1.02;{plain};1.000000,0.000000,0.000000"
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
@@ -162,13 +162,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_optimal_prints_the_speedrun_table(capsys):
     main(Optimal(cushion=0.02))
-    said = capsys.readouterr().out
-    safety, triples = parse_table(said.split('"')[1])
-    assert safety == 1.02 and said.splitlines()[0].endswith("--optim.matrix.ns_steps 5")
+    printed = capsys.readouterr().out
+    safety, triples = parse_table(printed.split('"')[1])
+    assert safety == 1.02 and printed.splitlines()[0].endswith("--optim.matrix.ns_steps 5")
     np.testing.assert_allclose(triples, TABLES["polar_express"].triples, atol=1e-6)
-    mine, known = (next(line.split()[-3:] for line in said.splitlines() if name in line)
+    designed, named = (next(line.split()[-3:] for line in printed.splitlines() if name in line)
                    for name in ("this table", "polar_express"))
-    assert mine == known == ["0.847", "1.141", "970"]
+    assert designed == named == ["0.847", "1.141", "970"]
 
 
 def test_radii_repeat_the_last(capsys):

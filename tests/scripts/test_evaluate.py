@@ -13,7 +13,7 @@ from configs.cli import parse
 from data.run.checkpoint import load_checkpoint
 from optim.schedule import Schedule
 from scripts.evaluate import Arguments as Evaluation
-from scripts.evaluate import Question, contexts, hellaswag, main, nats_of_ending, questions
+from scripts.evaluate import Question, ending_cross_entropy, evaluate_hellaswag, main, parse_contexts, read_questions
 from scripts.export import export
 from scripts.lab.models import evaluation_weights, load_exported, load_trained
 from scripts.sample import Sample, sample
@@ -22,7 +22,7 @@ TEXT = "steepest descent under a norm. the norm is chosen by the role of the ten
 
 
 def short_run(folder: Path, *more: str) -> Path:
-    """Thirty steps with windows that grow, on a text of one sentence."""
+    """Train thirty steps, with windows that grow, on a text of one repeated line; return the run's folder."""
     (folder / "my.txt").write_text(TEXT * 300)
     flags = ["--data.source", "text", "--data.tokenizer", "bytes", "--data.train_files", str(folder / "my.txt"),
              "--data.sequence_tokens", "32", "--model.dim", "32", "--model.head_dim", "16", "--model.bigram_buckets", "64",
@@ -38,29 +38,29 @@ def run(tmp_path_factory):
     return short_run(tmp_path_factory.mktemp("evaluate"))
 
 
-def evaluated(run: Path, capsys, *, context: str = "1x", **options: object) -> dict:
+def evaluate(run: Path, capsys, *, context: str = "1x", **options: object) -> dict:
     main(Evaluation(folder=run, context=context, json=True, **options))
     return json.loads(capsys.readouterr().out)
 
 
 def test_at_the_training_context_it_is_the_loss_of_the_summary(run, capsys):
     summary = json.loads((run / "summary.json").read_text())
-    row = evaluated(run, capsys)["contexts"][0]
+    row = evaluate(run, capsys)["contexts"][0]
     assert row["context_tokens"] == 32
     assert row["val_loss_nats"] == pytest.approx(summary["val_loss_nats"], abs=1e-6)
     assert row["val_bits_per_byte"] == pytest.approx(summary["val_bits_per_byte"], abs=1e-6)
 
 
 def test_several_contexts(run, capsys):
-    rows = evaluated(run, capsys, context="1x,2x,100")["contexts"]
+    rows = evaluate(run, capsys, context="1x,2x,100")["contexts"]
     assert [row["context_tokens"] for row in rows] == [32, 64, 100]
     assert len({row["val_loss_nats"] for row in rows}) == 3
 
 
 @pytest.mark.parametrize("text", ["2y", "x", "0x", "", "1x,,2x"])
-def test_words_that_are_no_context_are_quoted(text):
-    with pytest.raises(ValueError, match=r"--context takes words like 2x or 512"):
-        contexts(text, 32)
+def test_invalid_contexts_are_quoted(text):
+    with pytest.raises(ValueError, match=r"--context takes lengths like 2x or 512"):
+        parse_contexts(text, 32)
 
 
 def test_endings_are_scored_by_the_mean_of_their_tokens(run):
@@ -69,25 +69,25 @@ def test_endings_are_scored_by_the_mean_of_their_tokens(run):
     logits = trained.model(torch.tensor([tokens[:-1]]))[0].log_softmax(-1)
     expected = -sum(logits[i - 1, tokens[i]] for i in range(len(tokens) - 5, len(tokens))) / 5
     with torch.no_grad():
-        torch.testing.assert_close(nats_of_ending(trained, "steepest des", "cent"), expected)
+        torch.testing.assert_close(ending_cross_entropy(trained, "steepest des", "cent"), expected)
 
 
 def test_hellaswag_counts_right_endings(run, tmp_path):
     file = tmp_path / "questions.jsonl"
     good = {"ctx": "steepest descent", "endings": ["qqq zzz", "under a norm.", "#!?", "XYZXYZ"], "label": 1}
     file.write_text("\n".join(json.dumps(row) for row in (good, good | {"label": 0})) + "\n")
-    assert list(questions(file))[1] == Question(good["ctx"], good["endings"], 0)
-    assert hellaswag(load_trained(run), file) == {"hellaswag_accuracy": 0.5, "hellaswag_questions": 2}
+    assert list(read_questions(file))[1] == Question(good["ctx"], good["endings"], 0)
+    assert evaluate_hellaswag(load_trained(run), file) == {"hellaswag_accuracy": 0.5, "hellaswag_questions": 2}
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "does not exist"), ('{"ctx": 1}\n', "line 1"),
                                                   ("no json\n", "line 1"), ("", "holds no question")])
-def test_files_that_are_no_hellaswag(run, tmp_path, content, message):
+def test_files_without_questions_are_refused(run, tmp_path, content, message):
     file = tmp_path / "file.jsonl"
     if content is not None:
         file.write_text(content)
     with pytest.raises(ValueError, match=message):
-        hellaswag(load_trained(run), file)
+        evaluate_hellaswag(load_trained(run), file)
 
 
 def test_an_exported_model_is_built_again_from_its_file_alone(run, tmp_path):
@@ -99,8 +99,8 @@ def test_an_exported_model_is_built_again_from_its_file_alone(run, tmp_path):
     again, tokens = load_exported(target), torch.arange(32).view(1, 32)
     assert again.run == trained.run
     assert torch.equal(again.model(tokens), trained.model(tokens))
-    asked = {"prompt": "steepest", "tokens": 20}
-    assert sample(Sample(folder=target, **asked)) == sample(Sample(folder=run, **asked))
+    options = {"prompt": "steepest", "tokens": 20}
+    assert sample(Sample(folder=target, **options)) == sample(Sample(folder=run, **options))
 
 
 @pytest.mark.parametrize("content", [b"", b"no tensors", save({"weight": torch.ones(2)})], ids=["empty", "text", "others"])
@@ -125,7 +125,7 @@ def test_the_weights_are_those_that_the_summary_judged(tmp_path, capsys, blend):
     run = short_run(tmp_path, "--train.weight_average", "0.9", "--train.weight_average_blend", str(blend))
     capsys.readouterr()
     judged = json.loads((run / "summary.json").read_text())["val_loss_nats"]
-    assert evaluated(run, capsys)["contexts"][0]["val_loss_nats"] == pytest.approx(judged, abs=1e-6)
+    assert evaluate(run, capsys)["contexts"][0]["val_loss_nats"] == pytest.approx(judged, abs=1e-6)
     tensors, _ = load_checkpoint(run / "checkpoint.safetensors")
     assert not torch.equal(load_trained(run).model.embed, tensors["weights/embed"])
 
@@ -133,8 +133,8 @@ def test_the_weights_are_those_that_the_summary_judged(tmp_path, capsys, blend):
 def test_weights_that_looked_ahead_are_taken_where_they_are():
     tensors = {"weights/a": torch.full((2,), 5.0), "ahead_base/a": torch.full((2,), 3.0), "average/a": torch.ones(2),
                "weights/b": torch.full((1,), 7.0)}
-    found = evaluation_weights(tensors, blend=0.25)
-    assert found["a"].tolist() == [2.5, 2.5] and found["b"].tolist() == [7.0]
+    weights = evaluation_weights(tensors, blend=0.25)
+    assert weights["a"].tolist() == [2.5, 2.5] and weights["b"].tolist() == [7.0]
 
 
 def test_targets_that_are_no_safetensors_are_refused(run, tmp_path):

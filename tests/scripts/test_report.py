@@ -1,4 +1,4 @@
-"""The report's page, as a file: what it holds, and what it says to mistakes. A browser looks at it elsewhere."""
+"""The report's page as a file, and errors; test_report_in_chromium.py opens the page in a browser."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from scripts.report import (
     Report,
     ablation_files,
     difference_table,
-    embedded,
+    json_for_script,
     page_data,
     read_ablation,
     report,
@@ -32,8 +32,8 @@ def runs(laboratory):
 
 
 def column(table, label):
-    place = [one["label"] for one in table["columns"]].index(label)
-    return [row[place] for row in table["rows"]]
+    index = [column["label"] for column in table["columns"]].index(label)
+    return [row[index] for row in table["rows"]]
 
 
 def test_one_file_holds_everything(laboratory, tmp_path):
@@ -49,36 +49,36 @@ def test_one_file_holds_everything(laboratory, tmp_path):
 
 def test_data_cannot_end_its_element():
     hostile = {"name": "</script><script>alert(1)</script>", "text": "<!--data-->"}
-    assert "<" not in embedded(hostile) and json.loads(embedded(hostile)) == hostile
+    assert "<" not in json_for_script(hostile) and json.loads(json_for_script(hostile)) == hostile
 
 
 def test_tables_add_up(runs):
     by_run, by_name = table(RUN_COLUMNS, runs), table(EXPERIMENT_COLUMNS, list(by_experiment(runs).items()))
     assert len(by_run["rows"]) == 13 and column(by_run, "run")[0] == "lr0.01-seed1"
     assert column(by_run, "tokens/s")[0] == pytest.approx(768 * 240 / 61, rel=1e-5)
-    assert "time to target" not in [one["label"] for one in by_run["columns"]]  # known of no run
+    assert "time to target" not in [column["label"] for column in by_run["columns"]]  # no run has it
     assert column(by_name, "mean loss (nats)") == pytest.approx([2.12, 2.04, 2.02, 2.08, 2.3])
-    assert column(by_name, "sd") == [pytest.approx(0.01)] * 4 + [None]
+    assert column(by_name, "standard deviation (nats)") == [pytest.approx(0.01)] * 4 + [None]
 
 
-def test_only_differences_are_told(runs):
+def test_only_settings_that_differ_are_shown(runs):
     table = difference_table(runs)
-    assert {one["label"] for one in table["columns"]} == {"run", "optim.matrix.lr", "model.smear"}
+    assert {column["label"] for column in table["columns"]} == {"run", "optim.matrix.lr", "model.smear"}
     assert column(table, "model.smear") == ["True"] * 12 + ["False"]
 
 
-def test_ablations_beside_the_runs_are_found(runs, laboratory):
+def test_ablations_beside_the_runs_are_read(runs, laboratory):
     assert ablation_files(runs) == [laboratory / "ablation.json"]
-    found = read_ablation(laboratory / "ablation.json")
-    assert found["unit"] == "nats" and [row["name"] for row in found["rows"]] == ["no_smear", "no_softcap"]
+    ablation = read_ablation(laboratory / "ablation.json")
+    assert ablation["unit"] == "nats" and [row["name"] for row in ablation["rows"]] == ["no_smear", "no_softcap"]
 
 
-def test_unfinished_runs_are_shown_as_such(fabricate, tmp_path):
+def test_unfinished_runs_have_a_state(fabricate, tmp_path):
     fabricate(tmp_path / "a", finished=False, records=20, steps=100)
     data = page_data(find_runs([str(tmp_path)]), [])
     assert column(data["tables"]["run-table"], "state") == ["at step 100"]
     assert data["experiments"][0]["loss"] is None and data["axes"] == ["step", "tokens", "train_seconds", "flops"]
-    embedded(data)
+    json_for_script(data)
 
 
 @pytest.mark.parametrize(("given", "message"), [
@@ -91,12 +91,13 @@ def test_unfinished_runs_are_shown_as_such(fabricate, tmp_path):
     ({"output": "{lab}/report.png"}, "--png {lab}/report.png"),
 ])
 def test_mistakes_are_named_and_nothing_is_written(laboratory, given, message):
-    def at(text):
+    def fill_in(text):
         return text.format(lab=laboratory)
 
-    args = Report(runs=tuple(map(at, given.get("runs", ["{lab}"]))), output=Path(at(given.get("output", "{lab}/r.html"))),
-                  ablation=tuple(Path(at(path)) for path in given.get("ablation", ())))
-    with pytest.raises(ValueError, match=at(message)):
+    args = Report(runs=tuple(map(fill_in, given.get("runs", ["{lab}"]))),
+                  output=Path(fill_in(given.get("output", "{lab}/r.html"))),
+                  ablation=tuple(Path(fill_in(path)) for path in given.get("ablation", ())))
+    with pytest.raises(ValueError, match=fill_in(message)):
         report(args)
     assert not [path.name for path in laboratory.iterdir() if path.suffix in (".html", ".partial", ".png")]
 
@@ -107,7 +108,7 @@ def test_a_mistake_is_one_line_and_status_2(laboratory):
     assert done.returncode == 2 and done.stderr.startswith("error: no run at") and done.stderr.count("\n") == 1
 
 
-def test_pictures_need_a_browser_and_say_so(laboratory, tmp_path, monkeypatch):
+def test_pictures_need_a_browser(laboratory, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="needs Chromium or Chrome"):
         report(Report(runs=(str(laboratory),), output=tmp_path / "a.html", png=tmp_path))

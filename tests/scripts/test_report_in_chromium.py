@@ -31,11 +31,11 @@ def page_file(laboratory, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def show(chromium):
-    """A function that opens a page, and holds it to silence and to staying off the network until the module's end."""
-    complaints, opened = [], []
+def open_page(chromium):
+    """Return a function that opens a page; at the module's end, fail if a page logged anything or used the network."""
+    complaints, pages = [], []
 
-    def open_page(path, width=1440, **options):
+    def open_in_browser(path, width=1440, **options):
         def note_request(request):
             if request.url != path.as_uri() and not request.url.startswith(("data:", "blob:")):
                 complaints.append(request.url)
@@ -45,19 +45,19 @@ def show(chromium):
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", note_request)
         page.goto(path.as_uri())
-        opened.append(page)
+        pages.append(page)
         return page
 
-    yield open_page
-    for page in opened:
+    yield open_in_browser
+    for page in pages:
         page.close()
     assert not complaints
 
 
 @pytest.fixture(scope="module")
-def page(show, page_file):
-    """One page for tests that touch different parts of it."""
-    return show(page_file)
+def page(open_page, page_file):
+    """Return one page for tests that use different parts of it."""
+    return open_page(page_file)
 
 
 def test_every_section_draws_its_figures(page):
@@ -84,11 +84,11 @@ def test_the_axis_switch_changes_x(page):
     assert page.evaluate(f"{TRACES}[0].y.at(-1)") == pytest.approx(2.11 / 0.693147, rel=1e-4)
 
 
-def test_what_an_axis_does_not_know_is_left_out_and_said(show, fabricate, tmp_path):
+def test_lines_without_flops_are_left_out_with_a_note(open_page, fabricate, tmp_path):
     fabricate(tmp_path / "known")
     fabricate(tmp_path / "strange", parameters=1)
     report(Report(runs=(str(tmp_path),), output=tmp_path / "r.html"))
-    page = show(tmp_path / "r.html")
+    page = open_page(tmp_path / "r.html")
     assert page.evaluate(f"{TRACES}.length") == 2 and page.locator("#loss-note").text_content() == ""
     page.get_by_label("FLOPs").check()
     assert page.evaluate(f"{TRACES}.map((trace) => trace.name)") == ["known"]
@@ -110,19 +110,19 @@ def test_log_axes_and_smoothing(page):
 
 def test_the_legend_hides_an_experiment_by_keyboard(page):
     button = page.locator("#legend button", has_text="no_smear")
-    shown = f"{TRACES}.filter((trace) => trace.visible).map((trace) => trace.name)"
-    assert "no_smear-seed1" in page.evaluate(shown)
+    visible_names = f"{TRACES}.filter((trace) => trace.visible).map((trace) => trace.name)"
+    assert "no_smear-seed1" in page.evaluate(visible_names)
     button.focus()
     page.keyboard.press("Enter")
     assert button.get_attribute("aria-pressed") == "false"
-    assert "no_smear-seed1" not in page.evaluate(shown) and len(page.evaluate(shown)) == 20
+    assert "no_smear-seed1" not in page.evaluate(visible_names) and len(page.evaluate(visible_names)) == 20
     page.get_by_role("button", name="none", exact=True).click()
-    assert page.evaluate(shown) == []
+    assert page.evaluate(visible_names) == []
     page.get_by_role("button", name="all", exact=True).click()
-    assert len(page.evaluate(shown)) == 21
+    assert len(page.evaluate(visible_names)) == 21
 
 
-def test_a_press_on_a_head_sorts(page):
+def test_a_click_on_a_column_head_sorts(page):
     head = page.locator("#run-table th", has_text="validation loss")
     first = page.locator("#run-table tbody tr:first-child td:first-child")
     head.locator("button").click()
@@ -136,36 +136,36 @@ def test_differences_are_marked(page):
     assert marked.all_text_contents() == ["False"]
 
 
-def test_figures_follow_the_theme(show, page_file):
-    page = show(page_file, width=390, color_scheme="dark")
+def test_figures_follow_the_theme(open_page, page_file):
+    page = open_page(page_file, width=390, color_scheme="dark")
     look = "[document.documentElement.dataset.theme, document.getElementById('validation-plot').layout.font.color]"
-    seen = [page.evaluate(look)]
+    looks = [page.evaluate(look)]
     for _ in range(2):
         page.locator("#theme").click()
-        seen.append(page.evaluate(look))
-    assert [theme for theme, _ in seen] == ["dark", "light", "dark"]
-    assert seen[0] == seen[2] != seen[1]
+        looks.append(page.evaluate(look))
+    assert [theme for theme, _ in looks] == ["dark", "light", "dark"]
+    assert looks[0] == looks[2] != looks[1]
     page.locator("#theme").click()  # auto again: it follows the system
     page.emulate_media(color_scheme="light")
-    assert any(page.wait_for_timeout(20) or page.evaluate(look) == seen[1] for _ in range(100))
+    assert any(page.wait_for_timeout(20) or page.evaluate(look) == looks[1] for _ in range(100))
 
 
-def test_on_a_phone_tables_scroll_in_their_box_and_the_page_does_not(show, page_file):
-    page = show(page_file, width=390)
+def test_on_a_phone_tables_scroll_in_their_box_and_the_page_does_not(open_page, page_file):
+    page = open_page(page_file, width=390)
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     assert page.locator("#run-table").evaluate("(box) => box.scrollWidth > box.clientWidth && box.clientWidth <= 390")
     page.set_viewport_size({"width": 1440, "height": 900})
     assert page.evaluate("document.documentElement.scrollWidth") == 1440
 
 
-def test_two_hundred_runs_open_quickly(show, fabricate, tmp_path):
+def test_two_hundred_runs_open_quickly(open_page, fabricate, tmp_path):
     for number in range(RUNS):
         fabricate(tmp_path / f"draw{number:03}", seed=number, experiment=f"draw{number:03}",
                   settings={"optim.matrix.lr": 0.01 + number / 1000}, loss=2 + number / 1000)
     path = tmp_path / "report.html"
     report(Report(runs=(str(tmp_path),), output=path))
     assert path.stat().st_size < MEGABYTES * 1e6
-    page = show(path)
+    page = open_page(path)
     seconds = page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd") / 1000
     assert 0 < seconds < SECONDS
     assert page.evaluate(f"{TRACES}.length") == RUNS
