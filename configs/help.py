@@ -25,12 +25,12 @@ SECTIONS = ("model", "data", "optim", "schedule", "train", "log", "run")
 COMMON_FLAGS = {
     "train.steps": "optimizer steps",
     "train.batch_tokens": "tokens of one step, over all GPUs",
-    "train.micro_tokens": "tokens of one forward; lower it if memory ends",
-    "data.source": "corpus, shards (.bin files) or text (your files)",
+    "train.micro_tokens": "tokens of one forward pass; less, less memory",
+    "data.source": "corpus, shards (.bin) or text (your files)",
     "model.layers": "number of blocks",
-    "optim.matrix.rule": "optimizer of the hidden matrices; see rules below",
+    "optim.matrix.rule": "update rule of the hidden matrices",
     "optim.matrix.lr": "its learning rate",
-    "run.name": "folder under runs/",
+    "run.name": "folder under runs/; '': the preset's name",
     "run.seed": "seed of initial weights and data order",
     "run.resume": "continue runs/NAME from its checkpoint",
     "run.dry_run": "print the plan and stop",
@@ -57,19 +57,19 @@ def print_help(preset: str, topic: str) -> None:
 
 
 def first_screen(run: Run, columns: int) -> list[str]:
-    """The lines of `--help`: what this is, the presets, the flags that people use most, and where the others are."""
+    """Return the lines of `--help`: what this is, the presets, the flags that people use most, and where the others are."""
     presets = [shorten(f"  {name:19}{without_sources(preset_title(name))}", columns) for name in PRESETS]
     values = {name: value_text(value) for name, value, _, _ in all_flags(run)}
-    flags = [shorten(f"  --{name:20} {text} ({values[name]})", columns) for name, text in COMMON_FLAGS.items()]
+    flags = [shorten(f"  --{name:20} {values[name]:8} {text}", columns) for name, text in COMMON_FLAGS.items()]
     return ["usage: python train_gpt.py [PRESET] [--section.field VALUE ...]",
             "Trains a GPT with Muon and Adam. No preset means tiny: a minute on a laptop.",
-            "Presets:", *presets, "", f"Flags used most (value in {run.preset}):", *flags,
+            "Presets:", *presets, "", f"Flags used most, with the values of {run.preset}:", *flags,
             f"More: --help {'|'.join(SECTIONS)}|RULE|all",
             *textwrap.wrap(f"Rules: {', '.join(RULES)}", columns, subsequent_indent="  ")]
 
 
 def topic_lines(run: Run, topic: str, columns: int) -> list[str]:
-    """The lines of `--help TOPIC`. Raises ValueError naming the nearest topic."""
+    """Return the lines of `--help TOPIC`. Raises ValueError naming the nearest topic."""
     if topic == "all":
         return [line for name in (*SECTIONS, *RULES) for line in (*topic_lines(run, name, columns), "")]
     if topic in RULES:
@@ -83,7 +83,7 @@ def topic_lines(run: Run, topic: str, columns: int) -> list[str]:
 
 
 def section_lines(title: str, prefix: str, config: Any, columns: int, names: Sequence[str] | None = None) -> list[str]:
-    """A title, then each flag of a config dataclass (`names` alone, if given) and below it its help text."""
+    """Return a title, then each flag of a config dataclass (`names` alone, if given) and below it its help text."""
     lines = textwrap.wrap(title, columns)
     for name, value, kind, text in flags_of(prefix, config):
         if names is None or name.removeprefix(f"{prefix}.").partition(".")[0] in names:
@@ -93,7 +93,7 @@ def section_lines(title: str, prefix: str, config: Any, columns: int, names: Seq
 
 
 def optim_lines(run: Run, columns: int) -> list[str]:
-    """The rule of each role in the preset, all rules, and the flags that every rule has."""
+    """Return the rule of each role in the preset, all rules, and the flags that every rule has."""
     intro = ("optim: every parameter has a role, and every role an update rule. --optim.ROLE.rule NAME chooses the rule, "
              "--optim.ROLE.FIELD VALUE sets one of its fields, --help RULE lists them.")
     lines = [*textwrap.wrap(intro, columns), "", f"Roles, with the rules of {run.preset}:"]
@@ -109,7 +109,7 @@ def optim_lines(run: Run, columns: int) -> list[str]:
 
 
 def rule_lines(run: Run, rule: str, columns: int) -> list[str]:
-    """The fields that a rule has beside those of every rule; the values are the preset's where matrix uses that rule."""
+    """Return the fields that only this rule has; values are the preset's if its matrices use the rule."""
     config = run.optim.matrix if run.optim.matrix.rule == rule else RULES[rule]()
     own = [f.name for f in fields(config) if f.name not in {f.name for f in fields(RuleConfig)}]
     lines = section_lines(f"{rule}: {class_title(type(config))}", "optim.ROLE", config, columns, ["lr", *own])
@@ -120,13 +120,13 @@ def rule_lines(run: Run, rule: str, columns: int) -> list[str]:
 
 
 def all_flags(run: Run) -> Iterator[tuple[str, Any, Any, str]]:
-    """The flags of every section; see `flags_of`."""
+    """Yield the flags of every section; see `flags_of`."""
     for section in SECTIONS:
         yield from flags_of(section, getattr(run, section))
 
 
 def flags_of(prefix: str, config: Any) -> Iterator[tuple[str, Any, Any, str]]:
-    """(dotted name, value, type, help text) of each field of a config dataclass, nested ones included."""
+    """Yield (dotted name, value, type, help text) of each field of a config dataclass, nested ones included."""
     if isinstance(config, RuleConfig):
         yield f"{prefix}.rule", config.rule, Literal[tuple(RULES)], "Update rule of the role's parameters; --help optim."
     for f in fields(config):
@@ -141,7 +141,7 @@ def flags_of(prefix: str, config: Any) -> Iterator[tuple[str, Any, Any, str]]:
 
 @cache
 def field_texts(config: type) -> dict[str, str]:
-    """The string below each field of a dataclass and of the classes it extends, on one line: its help text."""
+    """Return the string below each field of a dataclass and of the classes it extends, on one line: its help text."""
     texts: dict[str, str] = {}
     for cls in reversed([cls for cls in config.__mro__ if is_dataclass(cls)]):
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
@@ -152,12 +152,12 @@ def field_texts(config: type) -> dict[str, str]:
 
 
 def class_title(config: type) -> str:
-    """The first paragraph of a dataclass's docstring, on one line."""
+    """Return the first paragraph of a dataclass's docstring, on one line."""
     return " ".join(config.__doc__.split("\n\n")[0].split())
 
 
 def flag_title(name: str, value: Any, kind: Any) -> str:
-    """A flag as it is typed, and its value: `--train.steps INT = 520`; a switch shows both of its forms."""
+    """Return a flag as it is typed, and its value: `--train.steps INT = 520`; a switch shows both of its forms."""
     if kind is bool:
         section, _, field = name.rpartition(".")
         return f"--{name} | --{section}.no_{field} = {value_text(value)}"
@@ -165,7 +165,7 @@ def flag_title(name: str, value: Any, kind: Any) -> str:
 
 
 def value_text(value: Any) -> str:
-    """A value as it is typed on the command line; switches are on or off."""
+    """Return a value as it is typed on the command line; switches are on or off."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):
@@ -174,7 +174,7 @@ def value_text(value: Any) -> str:
 
 
 def kind_name(kind: Any) -> str:
-    """A field's type as help shows it: INT, FLOAT, STR, its choices joined by |, or a name and ... for several values."""
+    """Return a field's type as help shows it: INT, FLOAT, STR, choices joined by |, or INT ... for several values."""
     choices = [choice for choice in get_args(kind) if choice not in (NoneType, ...)]
     if get_origin(kind) is Literal:
         return " | ".join(map(str, choices))
@@ -184,10 +184,10 @@ def kind_name(kind: Any) -> str:
 
 
 def without_sources(text: str) -> str:
-    """The text without what stands in brackets: one line of a list has no room for sources."""
+    """Return the text without what stands in brackets: one line of a list has no room for sources."""
     return re.sub(r" \([^()]*\)", "", text)
 
 
 def shorten(line: str, columns: int) -> str:
-    """The line, cut with dots to the width of the screen."""
+    """Return the line, cut with dots to the width of the screen."""
     return line if len(line) <= columns else line[:columns - 3] + "..."

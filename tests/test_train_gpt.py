@@ -90,7 +90,7 @@ def test_a_run_writes_all_its_files_metrics_and_summary(text, capsys):
     angles = [r["optim/matrix/angle"] for r in records if "optim/matrix/angle" in r]
     assert len(angles) == 3 and all(0 < angle < 1.6 for angle in angles)
     out = capsys.readouterr().out
-    assert "steepest" in out and "bits/byte" in out and "sample" in out
+    assert "steepest" in out and "bits/byte" in out and "the model continues:" in out
     code = (folder / "code.txt").read_text()
     assert "class ShardedOptimizer" in code and "class GPT" in code
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
@@ -164,9 +165,10 @@ class Log:
         assert summary.keys() == set(SUMMARY_KEYS)
         write_json(self.folder / "summary.json", {key: summary[key] for key in SUMMARY_KEYS})
         # The terminal.
-        rows = summary_rows(summary)
         if sample:
-            rows += [("prompt", repr(sample[0])), ("sample", repr(sample[1]))]
+            self.info("\n".join(("", "prompt from the validation text:", indented(sample[0]), "",
+                                 "the model continues:", indented(sample[1]), "")))
+        rows = summary_rows(summary)
         rows.append(("files", " ".join([f"{self.folder}:", *sorted(path.name for path in self.folder.iterdir())])))
         self.info(format_rows(rows))
         # wandb.
@@ -181,9 +183,14 @@ def format_loss(nats: float, bits: float | None) -> str:
     return f"loss {nats:.4f} nats/token" + ("" if bits is None else f", {bits:.4f} bits/byte")
 
 
+def indented(text: str) -> str:
+    """Return a text for print, indented; control characters become ?, as a model of bytes may write any."""
+    return textwrap.indent("".join(c if c.isprintable() or c in "\n\t" else "?" for c in text), "    ", lambda _: True)
+
+
 def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the (label, text) rows that are printed at the end of a run, from the values of summary.json."""
-    target = "none" if summary["target_loss_nats"] is None else "{target_loss_nats:g} nats/token, not reached"
+    target = "{target_loss_nats:g} nats/token, not reached"
     if summary["target_step"] is not None:
         target = "{target_loss_nats:g} nats/token, reached at step {target_step} after {target_seconds:.1f} s of training"
     memory = "unknown" if summary["peak_memory_bytes"] is None else f"{summary['peak_memory_bytes'] / 2**20:,.0f} MiB"
@@ -195,6 +202,8 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         "model": "{parameters:,} parameters, seed {seed}",
         "machine": "{world_size} x {device}, peak memory of rank 0 " + memory,
         "hashes": "config {config_hash}, code {code_hash}, data {data_hash}"}
+    if summary["target_loss_nats"] is None:
+        del rows["target loss"]
     return [(label, text.format_map(summary)) for label, text in rows.items()]
 
 

@@ -90,8 +90,9 @@ def test_missing_metrics_are_named(tmp_path):
 def test_a_summary_has_exactly_its_keys(tmp_path, capsys):
     log = open_log(tmp_path, step=3)
     log.progress.val_loss_nats, log.progress.best_val_loss_nats = math.inf, 2.0
-    log.finish(sample=("once", " upon"), wall_seconds=2.0, parameters=5, data_hash="d")
+    log.finish(sample=("once\x1b", " upon\n a"), wall_seconds=2.0, parameters=5, data_hash="d")
     written, printed = json.loads((tmp_path / "summary.json").read_text()), capsys.readouterr().out
     assert tuple(written) == SUMMARY_KEYS and written["steps"] == 3 and written["val_loss_nats"] is None
-    assert printed.startswith("validation   loss inf nats/token; lowest loss 2.0000\n") and "sample       ' upon'" in printed
+    sample = "prompt from the validation text:\n    once?\n\nthe model continues:\n     upon\n     a\n"
+    assert sample in printed and "validation  loss inf nats/token; lowest loss 2.0000\n" in printed
     assert all(len(line) <= 80 or str(tmp_path) in line for line in printed.splitlines())
