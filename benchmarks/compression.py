@@ -13,6 +13,7 @@ and compression.md. Needs `pip install pyppmd zstandard`, which the project itse
 
 import json
 import lzma
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -87,8 +88,9 @@ Bits per byte of the validation text v, where C(x) is the compressed size of x i
 
 `python -m benchmarks.compression` makes this page. The texts are those of the preset `tiny`: t has {train_bytes:,} bytes and
 v {validation_bytes:,} bytes of the standard library of Python {python} (data hash {data_hash}). Sizes do not vary between
-runs; seconds are mean ± standard deviation of n = {repeats}, one thread on {cores} cores of {cpu}.
-PPMd H is 7-Zip's variant, I is its successor, which has at most order 16.
+runs. Seconds are mean ± standard deviation of n = {repeats}, on one thread of a machine with {cores} cores ({cpu}), whose
+load average from other work was {load_average:.1f}. Variant H of PPMd is that of 7z archives; variant I, of zip archives,
+has at most order 16.
 
 """
 
@@ -97,13 +99,13 @@ def main(repeats: int = 3) -> None:
     """Measure all compressors and write both files. `repeats` is the number of timings of each, at least 2."""
     source = open_source(tiny().data, cache_dir=HERE.parent / ".cache")
     train, validation = decode_texts(source)
-    rows = {}
+    rows, load_average = {}, os.getloadavg()[0]
     for name, compress in compressors().items():
         rows[name] = measure(compress, train, validation, repeats=repeats)
         print(f"{name:>26}: {rows[name]['bits_per_byte_after_train']:.4f} bits per byte after the training text", flush=True)
     write_result("compression", "compression", data_hash=source.data_hash, train_bytes=len(train),
-                 validation_bytes=len(validation), repeats=repeats, versions={name: version(name) for name in PACKAGES},
-                 compressors=rows)
+                 validation_bytes=len(validation), repeats=repeats, load_average=load_average,
+                 versions={name: version(name) for name in PACKAGES}, compressors=rows)
     write_text(HERE / "compression.md", page(json.loads((HERE / "compression.json").read_text())))
 
 
