@@ -88,9 +88,10 @@ Bits per byte of the validation text v, where C(x) is the compressed size of x i
 
 `python -m benchmarks.compression` makes this page. The texts are those of the preset `tiny`: t has {train_bytes:,} bytes and
 v {validation_bytes:,} bytes of the standard library of Python {python} (data hash {data_hash}). Sizes do not vary between
-runs. Seconds are mean ± standard deviation of n = {repeats}, on one thread of a machine with {cores} cores ({cpu}), whose
-load average from other work was {load_average:.1f}. Variant H of PPMd is that of 7z archives; variant I, of zip archives,
-has at most order 16.
+runs. Seconds are mean ± standard deviation of n = {repeats}, on one thread of a machine with {cores} cores ({cpu}). Its load
+average before was {load_average:.1f}: beside other work (more than about 0.5) the seconds are approximate.
+
+PPMd H is the variant of 7z archives. PPMd I, the variant of zip archives, has at most order 16.
 
 """
 

@@ -225,7 +225,7 @@ def _cells(row: dict, timing: dict | None, adamw_seconds: float | None) -> tuple
 def _machine(timings: dict) -> str:
     machine = timings["environment"]
     loads = [timing["load_average"] for timing in timings["optimizers"].values() if timing["load_average"] is not None]
-    load = f"; load average {min(loads):.1f} to {max(loads):.1f}, which includes other work" if loads else ""
+    load = f"; load average {min(loads):.1f} to {max(loads):.1f}, other work included" if loads else ""
     return f"{machine['cpu']}, {machine['torch_threads']} thread(s), PyTorch {machine['torch']}{load}"
 
 
