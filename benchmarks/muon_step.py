@@ -1,9 +1,9 @@
-"""One optimizer step on track 3's 72 matrices on a CPU: ours beside torch.optim.Muon, in one process, in turns.
+"""Seconds of one Muon step on track 3's 72 matrices on a CPU: our optimizer and torch.optim.Muon, in one process, in turns.
 
     python -m benchmarks.muon_step [--repeats 3]
 
-Three contestants, all with Jordan's quintic and 5 steps: ours; torch.optim.Muon as shipped (bfloat16); and the same
-with its bfloat16 casts removed (float32, like ours on CPUs). Writes muon_step.json.
+All use Jordan's quintic with 5 steps: ours in float32; torch.optim.Muon as shipped, in bfloat16; and torch.optim.Muon with
+its casts to bfloat16 removed, in float32 like ours. Writes muon_step.json.
 """
 
 import statistics
@@ -25,6 +25,7 @@ from optim.groups import build_groups
 from optim.schedule import Schedule
 from optim.sharded import ShardedOptimizer
 
+# The hidden matrices of GPT-2 small: q, k, v and the projection of attention, then the two of the MLP, in 12 layers.
 SHAPES = [(768, 768)] * 48 + [(3072, 768)] * 12 + [(768, 3072)] * 12
 
 
@@ -33,37 +34,38 @@ class Timing:
     """Arguments of the benchmark."""
 
     repeats: int = 3
-    """Steps of each contestant, after one that is not counted."""
+    """Timed steps of each optimizer, after one step of warm-up."""
 
 
-def matrices() -> dict[str, Tensor]:
-    """Fresh weights with gradients."""
+def make_weights() -> dict[str, torch.nn.Parameter]:
+    """Return Gaussian weights by name, with gradients. The seed is fixed: every optimizer gets the same numbers."""
     torch.manual_seed(0)
-    found = {f"w{i}": torch.nn.Parameter(torch.randn(shape) * 0.02) for i, shape in enumerate(SHAPES)}
-    for weight in found.values():
+    weights = {f"w{i}": torch.nn.Parameter(torch.randn(shape) * 0.02) for i, shape in enumerate(SHAPES)}
+    for weight in weights.values():
         weight.grad = torch.randn_like(weight)
-    return found
+    return weights
 
 
-def optimizer_of(params: dict[str, torch.nn.Parameter], config: RuleConfig) -> ShardedOptimizer:
-    """Our optimizer of these matrices, all in one group, on one rank."""
+def build_optimizer(params: dict[str, torch.nn.Parameter], config: RuleConfig) -> ShardedOptimizer:
+    """Build our optimizer for these parameters, all in the role `matrix`, on one rank."""
     return ShardedOptimizer(build_groups(params, dict.fromkeys(params, "matrix"), Optim(matrix=config)), Comm())
 
 
-def ours() -> Callable[[], None]:
-    """The step of our sharded optimizer."""
+def our_step() -> Callable[[], None]:
+    """Return a function that makes one step of our sharded optimizer."""
     config = Muon(unit="at_least_one", ns="quintic", lr=0.025, weight_decay=0.05)
-    params = matrices()
-    optimizer = optimizer_of(params, config)
+    params = make_weights()
+    optimizer = build_optimizer(params, config)
+    # The constructor makes every gradient a view into a bank of zeros, so they are drawn again here.
     for weight in params.values():
         weight.grad.normal_()
     values = Schedule(Run()).values(0)
     return lambda: optimizer.step(values, 1)
 
 
-def theirs(*, float32: bool) -> Callable[[], None]:
-    """The step of torch.optim.Muon, as shipped or with its casts to bfloat16 removed."""
-    optimizer = torch.optim.Muon(list(matrices().values()), lr=0.025, weight_decay=0.05)
+def torch_step(*, float32: bool) -> Callable[[], None]:
+    """Return a function that makes one step of torch.optim.Muon, as shipped or with its casts to bfloat16 removed."""
+    optimizer = torch.optim.Muon(list(make_weights().values()), lr=0.025, weight_decay=0.05)
 
     def step() -> None:
         with patch.object(Tensor, "bfloat16", Tensor.clone) if float32 else nullcontext():
@@ -73,22 +75,22 @@ def theirs(*, float32: bool) -> Callable[[], None]:
 
 
 def main(args: Timing) -> None:
-    """Time the contestants in turns."""
-    contestants = {"ours": ours(), "torch.optim.Muon": theirs(float32=False),
-                   "torch.optim.Muon, float32": theirs(float32=True)}
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    """Time the optimizers in turns, write muon_step.json and print a line for each."""
+    steps = {"ours": our_step(), "torch.optim.Muon": torch_step(float32=False),
+             "torch.optim.Muon, float32": torch_step(float32=True)}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(args.repeats + 1):
-        for name, step in contestants.items():
+        for name, step in steps.items():
             began = time.perf_counter()
             step()
             if repeat:
                 seconds[name].append(time.perf_counter() - began)
-    median = {name: statistics.median(found) for name, found in seconds.items()}
-    ratios = {name: found / median["ours"] for name, found in median.items()}
-    write_result("muon_step", "muon_step", matrices=len(SHAPES), seconds=seconds, median_seconds=median,
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    ratios = {name: median / medians["ours"] for name, median in medians.items()}
+    write_result("muon_step", "muon_step", matrices=len(SHAPES), seconds=seconds, median_seconds=medians,
                  ratio_to_ours=ratios)
-    for name in contestants:
-        print(f"{name:>28}: median {median[name]:7.2f} s, min {min(seconds[name]):7.2f} s, {ratios[name]:5.2f} x ours")
+    for name in steps:
+        print(f"{name:>28}: median {medians[name]:7.2f} s, min {min(seconds[name]):7.2f} s, {ratios[name]:5.2f} x ours")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Every optimizer in one table: its norm, what it remembers, what a step costs, and how near it is to public code.
+"""Table of all optimizers: norm, memory, FLOPs and time of a step, and the difference from a public implementation.
 
     python -m benchmarks.optimizers [--no-timings] [--only SOAP ...]
 
-Writes optimizers.json and optimizers.md. Times are of a step on track 3's 72 matrices, after one that is not counted, and
-relative to AdamW's; those not measured stay as the file has them. The oracles' packages are pytorch_optimizer and
-prodigyopt.
+Writes optimizers.json and optimizers.md. Times that are not measured again stay as they are in optimizers.json. The public
+implementations are in PyTorch and in the packages pytorch_optimizer and prodigyopt.
 """
 
 import json
@@ -18,9 +17,9 @@ import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
 import configs.optim as rules
-from benchmarks import HERE, machine
-from benchmarks.muon_step import SHAPES, optimizer_of
-from benchmarks.oracles import ORACLES, parity
+from benchmarks import HERE, describe_machine
+from benchmarks.muon_step import SHAPES, build_optimizer
+from benchmarks.oracles import ORACLES, relative_difference
 from configs.cli import fail
 from configs.notation import nearest
 from data.run.folder import write_json, write_text
@@ -29,41 +28,42 @@ from optim.rule import Hyper
 from optim.schedule import Values
 from scripts.lab.records import markdown
 
-# ---- Counts, on PyTorch's meta device -------------------------------------------------------------------------------
+# ---- Memory and FLOPs, counted on PyTorch's meta device --------------------------------------------------------------
 
 
 MATRIX = (768, 3072)
 
 
 def floats_per_parameter(config: rules.RuleConfig, shape: tuple[int, int] = MATRIX) -> float:
-    """Numbers that the rule remembers of a matrix, over its own."""
+    """Return the size of the rule's state for one matrix of `shape`, in numbers per parameter."""
     W = torch.empty(1, *shape, device="meta")
     return sum(tensor.numel() for tensor in build_rule(config).init_state(W).values()) / W.numel()
 
 
 def eigh_flops(shape: tuple[int, ...], *_: object, **__: object) -> int:
-    """9 k^3: all eigenvalues and vectors of a symmetric matrix (Golub & Van Loan, Matrix Computations, 8.3)."""
-    return 9 * shape[-1] ** 3 * _stacked(shape)
+    """9 k^3: all eigenvalues and eigenvectors of a symmetric k x k matrix (Golub & Van Loan, Matrix Computations, 8.3)."""
+    return 9 * shape[-1] ** 3 * _num_matrices(shape)
 
 
 def qr_flops(shape: tuple[int, ...], *_: object, **__: object) -> int:
-    """4 (m n^2 - n^3 / 3), m >= n: Householder's R and explicit thin Q (Golub & Van Loan, 5.2)."""
+    """4 (m n^2 - n^3 / 3), m >= n: R by Householder reflections and the explicit thin Q (Golub & Van Loan, 5.2)."""
     n, m = sorted(shape[-2:])
-    return 4 * (m * n * n - n**3 // 3) * _stacked(shape)
+    return 4 * (m * n * n - n**3 // 3) * _num_matrices(shape)
 
 
 def svd_flops(shape: tuple[int, ...], *_: object, **__: object) -> int:
     """6 m n^2 + 20 n^3, m >= n: thin U, S and V (Golub & Van Loan, 8.6, R-SVD)."""
     n, m = sorted(shape[-2:])
-    return (6 * m * n * n + 20 * n**3) * _stacked(shape)
+    return (6 * m * n * n + 20 * n**3) * _num_matrices(shape)
 
 
 def product_flops(_: tuple[int, ...], A: tuple[int, ...], B: tuple[int, ...], **__: object) -> int:
-    """2 m k n: C += A B in place, which the counter does not know."""
-    return 2 * A[-2] * A[-1] * B[-1] * _stacked(A)
+    """2 m k n: C += A B in place, an operation that PyTorch's counter does not know."""
+    return 2 * A[-2] * A[-1] * B[-1] * _num_matrices(A)
 
 
-def _stacked(shape: tuple[int, ...]) -> int:
+def _num_matrices(shape: tuple[int, ...]) -> int:
+    """Return the number of matrices in a stack (..., m, n)."""
     return torch.Size(shape[:-2]).numel()
 
 
@@ -73,14 +73,15 @@ PRODUCTS = {torch.ops.aten.baddbmm_: product_flops}
 
 
 def flops(config: rules.RuleConfig, shape: tuple[int, int] = MATRIX) -> int:
-    """Operations of matrix products and decompositions in the second step on one matrix; elementwise work is not counted."""
+    """Return the FLOPs of one step on a matrix of `shape`: matrix products and decompositions, no elementwise work."""
     rule = build_rule(config)
     W, grad = (torch.zeros(1, *shape, device="meta") for _ in range(2))
     state = rule.init_state(W)
     shared = {key: tensor.to("meta") for key, tensor in rule.init_shared().items()}
-    numbers = Hyper(*(torch.tensor(float(x)) for x in (0.1, 0, 0.9, 2)), shared)
+    # Step 2, the last of these numbers: SOAP's first step only initialises its bases.
+    hyper = Hyper(*(torch.tensor(float(x)) for x in (0.1, 0, 0.9, 2)), shared)
     with FlopCounterMode(display=False, custom_mapping=DECOMPOSITIONS | PRODUCTS) as counter:
-        rule.direction(W, grad, state, numbers)
+        rule.direction(W, grad, state, hyper)
     return counter.get_total_flops()
 
 
@@ -88,17 +89,20 @@ def flops(config: rules.RuleConfig, shape: tuple[int, int] = MATRIX) -> int:
 
 
 RESULT = HERE / "optimizers.json"
-LIMIT_SECONDS = 60.0
+LIMIT_SECONDS = 60.0  # a longer step is estimated from one matrix of each shape
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row: an optimizer by its usual name."""
+    """A row of the table."""
 
     name: str
+    """The optimizer's usual name; A#B has A's direction and B's length."""
     group: rules.RuleConfig
     norm: str
+    """The norm in words."""
     learns: str = ""
+    """What the rule estimates from past gradients; empty for a fixed norm."""
 
 
 @dataclass
@@ -106,9 +110,9 @@ class Arguments:
     """Arguments of the benchmark."""
 
     timings: bool = True
-    """Measure the steps' times, which takes a quarter of an hour on two cores; else keep those in the file."""
+    """Measure the times of the steps: a quarter of an hour on two cores. Without, the times in optimizers.json stay."""
     only: tuple[str, ...] = ()
-    """Measure these optimizers' times alone, by their names in the table."""
+    """Measure only the times of these optimizers, by their names in the table."""
 
 
 JORDAN = dict(unit="at_least_one")
@@ -137,7 +141,7 @@ ENTRIES = [
     Entry("Shampoo, one-sided", rules.Shampoo(sides="smaller"), "spectral", "the smaller Gram matrix"),
     Entry("SOAP", rules.SOAP(), "spectral", "both eigenbases, and a scale per entry there"),
     Entry("SOAP-Muon", rules.SOAPMuon(**JORDAN), "spectral, Jordan's unit", "as SOAP"),
-    Entry("Manifold Muon", rules.Stiefel(dual_steps=6), "spectral, tangent", "none: the constraint does it"),
+    Entry("Manifold Muon", rules.Stiefel(dual_steps=6), "spectral, tangent", "the dual variable of the constraint"),
     Entry("PSGD", rules.PSGD(beta1=0.95), "spectral", "a whitening factor on each side"),
     Entry("Muon#AdamW", rules.Muon(**JORDAN, graft=rules.Adam()), "spectral, AdamW's length", "a scale per entry"),
     Entry("Shampoo#AdamW, one-sided", rules.Shampoo(sides="smaller", graft=rules.Adam()), "spectral, AdamW's length",
@@ -146,124 +150,135 @@ ENTRIES = [
 
 
 def averaging(config: rules.RuleConfig) -> str:
-    """What the rule steps along."""
+    """Return the average of gradients that the rule turns into a step, in words."""
     if isinstance(config, rules.Averaged):
         ahead = ", Nesterov" if config.nesterov and config.averaging != "none" else ""
         return config.averaging.replace("_", " ") + ahead
     if config.rule in ("dion", "dion2"):
-        return "what was not stepped along yet"
+        return "error feedback"  # the momentum keeps the part of the gradients that no step has used
     return "ema" if hasattr(config, "beta1") else "none"
 
 
 # ---- Times ---------------------------------------------------------------------------------------
 
 
-def seconds(group: rules.RuleConfig) -> tuple[float, bool]:
-    """Of one step on all matrices; or, where that would take longer than the limit, estimated from one matrix of each
-    shape: then True comes with it."""
-    guess = sum(SHAPES.count(shape) * step_seconds(group, [shape]) for shape in dict.fromkeys(SHAPES))
-    return (guess, True) if guess > LIMIT_SECONDS else (step_seconds(group, SHAPES), False)
+def seconds_of_all(group: rules.RuleConfig) -> tuple[float, bool]:
+    """Return (seconds of one step on all matrices, True if estimated).
+
+    The estimate adds up one matrix of each shape times their number; it is returned if it exceeds the limit.
+    """
+    estimate = sum(SHAPES.count(shape) * step_seconds(group, [shape]) for shape in dict.fromkeys(SHAPES))
+    return (estimate, True) if estimate > LIMIT_SECONDS else (step_seconds(group, SHAPES), False)
 
 
 def step_seconds(group: rules.RuleConfig, shapes: list[tuple[int, int]]) -> float:
-    """Median time of the steps after the first, on fresh matrices: up to five, until two seconds are full."""
+    """Return the median seconds of one to five steps after a first one, on new matrices; none begins after two seconds."""
     torch.manual_seed(0)
     params = {f"w{i}": torch.nn.Parameter(torch.randn(shape) * 0.02) for i, shape in enumerate(shapes)}
-    optimizer = optimizer_of(params, group)
-    found: list[float] = []
-    while len(found) < 2 or (len(found) < 6 and sum(found[1:]) < 2):
+    optimizer = build_optimizer(params, group)
+    times: list[float] = []
+    while len(times) < 2 or (len(times) < 6 and sum(times[1:]) < 2):
         for param in params.values():
             param.grad.normal_()
         began = time.perf_counter()
-        optimizer.step(Values(1, 1, None, 1, 1, None), len(found) + 1)
-        found.append(time.perf_counter() - began)
-    return statistics.median(found[1:])
+        optimizer.step(Values(1, 1, None, 1, 1, None), len(times) + 1)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])  # the first step allocates, and builds roots and bases
 
 
 # ---- The table -----------------------------------------------------------------------------------
 
 
-def row(entry: Entry) -> dict[str, object]:
-    """Everything of an optimizer but its time."""
+def describe(entry: Entry) -> dict[str, object]:
+    """Return an optimizer's row without its time."""
     oracle = ORACLES.get(entry.name)
     return {"name": entry.name, "rule": entry.group.rule, "norm": entry.norm, "learns": entry.learns,
             "averaging": averaging(entry.group), "floats_per_parameter": floats_per_parameter(entry.group),
             "flops": flops(entry.group), "oracle": oracle.name if oracle else None,
-            "difference": parity(entry.group, oracle) if oracle else None}
+            "difference": relative_difference(entry.group, oracle) if oracle else None}
 
 
-def timed(entry: Entry) -> dict[str, object]:
-    """Its time, and the machine's load when it was taken."""
-    found, estimated = seconds(entry.group)
-    print(f"{entry.name:>28}: {found:8.2f} s{' (estimated)' if estimated else ''}", flush=True)
-    return {"seconds": found, "estimated": estimated, "load_average": os.getloadavg()[0]}
+def measure_time(entry: Entry) -> dict[str, object]:
+    """Return the seconds of an optimizer's step and the load average of the machine, and print the seconds."""
+    seconds, estimated = seconds_of_all(entry.group)
+    print(f"{entry.name:>28}: {seconds:8.2f} s{' (estimated)' if estimated else ''}", flush=True)
+    return {"seconds": seconds, "estimated": estimated, "load_average": os.getloadavg()[0]}
 
 
 def page(result: dict) -> str:
-    """optimizers.md."""
-    times = result["timings"]
-    unit = times["optimizers"].get("AdamW", {}).get("seconds")
-    rows = [_cells(row, times["optimizers"].get(row["name"]), unit) for row in result["optimizers"]]
-    head = ("optimizer", "norm", "learned", "average", "state", "GFLOP", "time", "oracle", "difference")
-    return PREFACE.format(machine=_machine(times)) + "\n".join(markdown(head, rows)) + "\n"
+    """Return the text of optimizers.md."""
+    timings = result["timings"]
+    adamw_seconds = timings["optimizers"].get("AdamW", {}).get("seconds")
+    rows = [_cells(row, timings["optimizers"].get(row["name"]), adamw_seconds) for row in result["optimizers"]]
+    head = ("optimizer", "norm", "estimated", "average", "state", "GFLOP", "time", "public code", "difference")
+    return PREFACE.format(machine=_machine(timings)) + "\n".join(markdown(head, rows)) + "\n"
 
 
-def _cells(row: dict, timing: dict | None, unit: float | None) -> tuple[str, ...]:
-    ratio = timing["seconds"] / unit if timing else 0
+def _cells(row: dict, timing: dict | None, adamw_seconds: float | None) -> tuple[str, ...]:
+    ratio = timing["seconds"] / adamw_seconds if timing else 0
     relative = f"{'~ ' if timing['estimated'] else ''}{ratio:.{0 if ratio >= 10 else 1}f}" if timing else ""
     difference = "" if row["difference"] is None else f"{row['difference']:.0e}"
-    return (row["name"], row["norm"], row["learns"] or "given", row["averaging"], f"{row['floats_per_parameter']:.3g}",
+    return (row["name"], row["norm"], row["learns"] or "-", row["averaging"], f"{row['floats_per_parameter']:.3g}",
             f"{row['flops'] / 1e9:.3g}", relative, row["oracle"] or "", difference)
 
 
-def _machine(times: dict) -> str:
-    place = times["environment"]
-    loads = [timing["load_average"] for timing in times["optimizers"].values() if timing["load_average"] is not None]
-    load = f"; load average {min(loads):.1f} to {max(loads):.1f} (beyond the threads: other work)" if loads else ""
-    return f"{place['cpu']}, {place['torch_threads']} threads, PyTorch {place['torch']}{load}"
+def _machine(timings: dict) -> str:
+    machine = timings["environment"]
+    loads = [timing["load_average"] for timing in timings["optimizers"].values() if timing["load_average"] is not None]
+    load = f"; load average {min(loads):.1f} to {max(loads):.1f}, other work included" if loads else ""
+    return f"{machine['cpu']}, {machine['torch_threads']} thread(s), PyTorch {machine['torch']}{load}"
 
 
 PREFACE = f"""# Every optimizer in one table
 
-Made by `python -m benchmarks.optimizers`, from the code. The page that derives them is `optim/README.md`; oracles that
-only a repository holds are in `optimizer_parity.md`.
+`python -m benchmarks.optimizers` makes this page; with `--no-timings` the times stay as they are. `optim/README.md` derives
+the optimizers; `optimizer_parity.md` compares with code that is only in a repository.
 
-- **norm**: the one whose steepest descent it is without averages; **learned**: what it reads off past gradients.
-- **state**: numbers remembered per parameter of a {MATRIX[0]} x {MATRIX[1]} matrix. AdamW has 2.
-- **GFLOP**: of one step on that matrix, matrix products and decompositions alone (eigh 9 k^3, QR 4 (m n^2 - n^3 / 3), SVD
-  6 m n^2 + 20 n^3), with roots and bases refreshed in every step; `every_steps` k divides those by k.
-- **time**: of a step on track 3's 72 matrices, over AdamW's; "~": over {LIMIT_SECONDS:.0f} s, and so estimated from one
-  matrix of each shape. AdamW's is PyTorch's fused kernel, one pass over memory.
-- Measured on {{machine}}.
-- **oracle**, **difference**: a public implementation, and the largest distance from it after 20 steps on matrices of
-  24 x 40, 40 x 24 and 32 x 32, as a share of the distance moved; SOAP's on 32 x 32 alone, as the first gradient's singular
-  Gram matrix has no eigenbasis of its own that two programs could agree on. A#B is A's direction at B's length.
+| column | meaning |
+|---|---|
+| norm | the norm under which the rule, without averages, is steepest descent |
+| estimated | what the rule estimates from past gradients; "-": nothing, the norm is fixed |
+| average | the average of gradients that the rule turns into a step; Nesterov looks one step ahead |
+| state | numbers in the state per parameter of a {MATRIX[0]} x {MATRIX[1]} matrix; AdamW has 2 |
+| GFLOP | matrix products and decompositions of one step on that matrix |
+| time | seconds of a step on track 3's 72 matrices / those of AdamW; "~": over {LIMIT_SECONDS:.0f} s, estimated |
+| public code | a public implementation of the same rule |
+| difference | distance of the final weights, ours to the public ones, / distance that the public ones moved |
+
+- **GFLOP**: eigh counts 9 k^3, QR 4 (m n^2 - n^3 / 3), SVD 6 m n^2 + 20 n^3. Roots and bases are refreshed in every step;
+  `every_steps` k divides their part by k.
+- **Time**: median of one to five steps after a first one. An estimate adds up one matrix of each shape. AdamW is PyTorch's
+  fused kernel, one pass over memory.
+- **Machine**: {{machine}}.
+- **Difference**: the largest of three matrices, 24 x 40, 40 x 24 and 32 x 32, after 20 steps. SOAP is compared on 32 x 32
+  only: the Gram matrix of the first gradient of the other two is singular, so that its eigenbasis is not unique.
+- A#B has A's direction and B's length.
 
 """
 
 
-def save(rows: list[dict], times: dict[str, object]) -> None:
-    """Both files; times in the order of the table, those of optimizers that are no more left out."""
-    known = times["optimizers"]
+def save(rows: list[dict], timings: dict[str, object]) -> None:
+    """Write optimizers.json and optimizers.md, times in the order of `rows`. Times of removed optimizers are dropped."""
+    known = timings["optimizers"]
+    ordered = {row["name"]: known[row["name"]] for row in rows if row["name"] in known}
     write_json(RESULT, {"command": "python -m benchmarks.optimizers", "matrix": list(MATRIX), "optimizers": rows,
-                        "timings": times | {"optimizers": {row["name"]: known[row["name"]] for row in rows
-                                                           if row["name"] in known}}})
+                        "timings": timings | {"optimizers": ordered}})
     write_text(RESULT.with_suffix(".md"), page(json.loads(RESULT.read_text())))
 
 
 def main(args: Arguments) -> None:
-    """Measure, and write both files after every optimizer."""
+    """Count and compare all optimizers, then time them. The files are written after every optimizer."""
     names = [entry.name for entry in ENTRIES]
     for name in set(args.only) - set(names):
         fail(f"no optimizer {name!r}{nearest(name, names)}")
-    times = json.loads(RESULT.read_text())["timings"]
-    rows = [row(entry) for entry in ENTRIES]
-    save(rows, times)
+    timings = json.loads(RESULT.read_text())["timings"]
+    rows = [describe(entry) for entry in ENTRIES]
+    save(rows, timings)
     for entry in ENTRIES:
         if args.timings and (not args.only or entry.name in args.only):
-            times |= {"environment": machine(), "matrices": len(SHAPES), "limit_seconds": LIMIT_SECONDS}
-            times["optimizers"][entry.name] = timed(entry)
-            save(rows, times)
+            timings |= {"environment": describe_machine(), "matrices": len(SHAPES), "limit_seconds": LIMIT_SECONDS}
+            timings["optimizers"][entry.name] = measure_time(entry)
+            save(rows, timings)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Winning tickets: how much of a search space is good? One seeded random sweep for every optimizer, on a very short run.
+"""Share of random hyperparameters that train well: one random search per optimizer, on a very short run.
 
     python -m benchmarks.winning_tickets --draws 24
 
-After Nestler 2022: each optimizer gets the same number of draws of learning rate, average and weight decay, its lr over two
-decades; a ticket wins where its loss is within 2 % of the best that anyone found. All runs are made in one process; those
-that are there already are not made again. Writes winning_tickets.json and, with Chromium, winning_tickets.png.
+After Nestler 2022. Each optimizer gets the same number of random draws of learning rate (two decades), momentum and weight
+decay. A draw wins if its loss is within 2 % of the best loss of all optimizers. Runs that exist are not repeated. Writes
+winning_tickets.json and, if Chromium is installed, winning_tickets.png.
 """
 
 import math
@@ -21,7 +21,7 @@ WITHIN = 1.02
 DECAY = "optim.matrix.weight_decay=0.001:1:log"
 BETA = "optim.matrix.beta1=0.5:0.98:one_minus"
 MOMENTUM = "optim.matrix.momentum=0.5:0.98:one_minus"
-# Two decades of lr around what each needs elsewhere.
+# Name > (flags, search space). Each range of lr is two decades around the values that the optimizer needs elsewhere.
 METHODS = {
     "AdamW": ("--optim.matrix.rule adam", ("optim.matrix.lr=0.0003:0.03:log", BETA, DECAY)),
     "SM3": ("--optim.matrix.rule sm3", ("optim.matrix.lr=0.001:0.1:log", MOMENTUM, DECAY)),
@@ -37,53 +37,55 @@ METHODS = {
 
 @dataclass
 class Arguments:
-    """Arguments of the sweep."""
+    """Arguments of the search."""
 
     draws: int = 24
+    """Random draws of each optimizer."""
     seed: int = 1
+    """Seed of the draws and of every run."""
     dir: Path = Path("runs") / "winning_tickets"
+    """Folder of the runs."""
 
 
-def tickets(args: Arguments) -> list[dict]:
-    """All draws of all methods, in turn over the methods, and the losses that they ended with; infinite where one broke
-    down."""
-    drawn = {name: draw([parse_range(text) for text in space], args.draws, seed=args.seed, quasi=False)
+def run_draws(args: Arguments) -> list[dict]:
+    """Run all draws, in turns over the optimizers; return each one's flags and final loss, infinite if it diverged."""
+    draws = {name: draw([parse_range(text) for text in space], args.draws, seed=args.seed, quasi=False)
              for name, (_, space) in METHODS.items()}
-    found = []
+    results = []
     for number in range(args.draws):
-        for name, (flags, _) in METHODS.items():
-            own = (*flags.split(), *flags_of(drawn[name][number]), *SHORT)
+        for name, (method_flags, _) in METHODS.items():
+            flags = (*method_flags.split(), *flags_of(draws[name][number]), *SHORT)
             folder = args.dir / f"{name.replace('#', '-on-')}-draw{number:02}"
-            summary = train_once(folder, "bench_cpu", own, seed=args.seed)
+            summary = train_once(folder, "bench_cpu", flags, seed=args.seed)
             loss = summary["val_loss_nats"] if summary else math.inf
-            found.append({"method": name, "flags": " ".join(own), "val_loss_nats": loss})
-    return found
+            results.append({"method": name, "flags": " ".join(flags), "val_loss_nats": loss})
+    return results
 
 
-def share_within(values: list[float], best: float) -> float:
-    """Share of draws within 2 % of the best loss."""
-    return sum(value <= best * WITHIN for value in values) / len(values)
+def share_within(losses: list[float], best: float) -> float:
+    """Return the share of draws whose loss is within 2 % of the best."""
+    return sum(loss <= best * WITHIN for loss in losses) / len(losses)
 
 
-def plot(found: dict[str, list[float]], best: float) -> None:
-    """Every draw's loss, best first, one line a method; the dashed line is within 2 % of the best."""
+def plot(losses: dict[str, list[float]], best: float) -> None:
+    """Draw each optimizer's losses from best to worst; the dashed line is 2 % above the best of all."""
     lines = {f"{name}: {share_within(values, best):.0%} win": (list(range(1, len(values) + 1)), values)
-             for name, values in found.items()}
+             for name, values in losses.items()}
     draw_lines("winning_tickets", lines, xaxis=dict(title="draws, best first"), level=best * WITHIN,
                yaxis=dict(title="validation loss (nats per token)", range=[best - 0.05, best + 1.5]))
 
 
 def main(args: Arguments) -> None:
-    """Run the sweep, write down every draw, and draw the picture."""
-    drawn = tickets(args)
-    found = {name: sorted(one["val_loss_nats"] for one in drawn if one["method"] == name) for name in METHODS}
-    best = min(map(min, found.values()))
-    shares = {name: share_within(values, best) for name, values in found.items()}
+    """Run the search, write every draw, print a line for each optimizer, and draw the picture."""
+    results = run_draws(args)
+    losses = {name: sorted(row["val_loss_nats"] for row in results if row["method"] == name) for name in METHODS}
+    best = min(map(min, losses.values()))
+    shares = {name: share_within(values, best) for name, values in losses.items()}
     write_result("winning_tickets", f"winning_tickets --draws {args.draws} --seed {args.seed}", best_val_loss_nats=best,
-                 share_within_2_percent=shares, draws=drawn)
-    for name, values in sorted(found.items(), key=lambda item: -shares[item[0]]):
+                 share_within_2_percent=shares, draws=results)
+    for name, values in sorted(losses.items(), key=lambda item: -shares[item[0]]):
         print(f"{name:14} best {values[0]:.4f}  median {values[len(values) // 2]:.4f}  within 2 %: {shares[name]:.0%}")
-    plot(found, best)
+    plot(losses, best)
 
 
 if __name__ == "__main__":
