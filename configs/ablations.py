@@ -53,6 +53,8 @@ ROWS = (
     Row("no_bigram", "tiny", "--model.bigram_buckets 0"),
     Row("no_key_offset", "tiny", "--model.no_key_offset"),
     Row("short_context", "tiny", "--data.sequence_tokens 256"),
+    Row("adam_matrices", "tiny", "--optim.matrix.rule adam --optim.matrix.lr 0.003"),
+    Row("more_ngrams", "tiny", "--model.ngram_orders 3"),
     Row("gelu", "tiny", "--model.activation gelu"),
     Row("random_init_projections", "tiny", "--model.no_zero_init_projections"),
     Row("equilibrate", "bytes", "--optim.matrix.equilibrate"),
