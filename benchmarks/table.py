@@ -24,17 +24,19 @@ def mean_and_sd(runs: list[dict], key: str, digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-def nanogpt_rows(result: dict) -> list[Row]:
-    """Return the rows on nanoGPT: the final losses of `tiny` and nanoGPT, and how soon our presets reach nanoGPT's."""
+def nanogpt_rows(result: dict, compression: dict) -> list[Row]:
+    """Return the rows on the newcomer's minute: `tiny` beside nanoGPT and compressors; how soon we reach nanoGPT's loss."""
     nanogpt, tiny, small = (result["runs"][name] for name in ("nanoGPT", "tiny", "bytes"))
     # Steps times their median: the wall time would include nanoGPT's imports, evaluations and checkpoints.
     seconds = statistics.mean(run["steps"] * run["median_step_ms"] / 1000 for run in nanogpt)
     speedup = seconds / statistics.mean(run["target_seconds"] for run in tiny)
     target = result["target_bits_per_byte"]
+    xz, ppmd = (compression["compressors"][name]["bits_per_byte_after_train"] for name in ("xz -9e", "PPMd H, order 64"))
     return [
-        ("`tiny`: bits per byte when its minute ends", f"**{mean_and_sd(tiny, 'bits_per_byte', 3)}** in "
+        ("`tiny`: bits per byte after its minute", f"**{mean_and_sd(tiny, 'bits_per_byte', 3)}** in "
          f"{statistics.mean(run['train_seconds'] for run in tiny):.0f} s of training",
-         f"nanoGPT on bytes {mean_and_sd(nanogpt, 'bits_per_byte', 3)} in {seconds:.0f} s; xz -9 1.594", f"n = {len(tiny)}"),
+         f"nanoGPT on bytes {mean_and_sd(nanogpt, 'bits_per_byte', 3)} in {seconds:.0f} s; after the same training text "
+         f"xz {xz:.3f}, PPMd {ppmd:.3f}", f"n = {len(tiny)}"),
         (f"`tiny`: training seconds to nanoGPT's {target:.4f}", f"**{mean_and_sd(tiny, 'target_seconds', 2)}**",
          f"{seconds:.0f} ({speedup:.0f} x sooner)", f"n = {len(tiny)}"),
         ("`bytes`: steps to the same, at nanoGPT's size", f"**{mean_and_sd(small, 'target_step', 0)}** of 240", "2000",
@@ -61,30 +63,43 @@ def muon_row(preset: str, result: dict) -> Row:
 def step_row(result: dict) -> Row:
     """Return the row on the time of a Muon step: ours and PyTorch's."""
     ratio, our_seconds = result["ratio_to_ours"], result["median_seconds"]["ours"]
-    return ("one Muon step on `track3`'s 72 matrices", f"**{our_seconds:.1f} s**", "torch.optim.Muon "
+    return ("one Muon step on `track3`'s 72 matrices", f"{our_seconds:.1f} s", "torch.optim.Muon "
             f"{ratio['torch.optim.Muon']:.1f} x that; in float32 {ratio['torch.optim.Muon, float32']:.2f} x",
             f"n = {len(result['seconds']['ours'])}")
 
 
-def table() -> str:
-    """Return the README's first table, in Markdown."""
-    rows = [*nanogpt_rows(load("beside_nanogpt")), step_row(load("muon_step"))]
-    rows += [muon_row("bytes", load("muon_vs_adamw_bytes"))]
-    return "\n".join(markdown(("what", "ours", "beside it", "measured"), rows))
-
-
-def leaderboard(preset: str = "bench_cpu", *, budget: int = 5) -> str:
-    """Return the leaderboard of a preset in Markdown: runs of its own length, each entry tuned with `budget` trials."""
+def leaderboard_row(preset: str, *, budget: int = 5) -> Row:
+    """Return the row on the leaderboard of a preset: its first place and Muon, each tuned with `budget` trials."""
     board = leaderboard_rows(read_records(RECORDS / f"{preset}.jsonl"), steps=base_steps(preset), budget=budget)
-    rows = []
-    for place in board:
-        sd = "" if place.loss.sd is None else f" ± {place.loss.sd:.3f}"
-        difference = "" if place.versus is None else f"{place.versus.difference:+.3f}"
-        p = "" if place.p_holm is None else f"{place.p_holm:.1g}"
-        rows.append((place.entry, f"{place.loss.mean:.3f}{sd}", place.loss.n, difference, p))
-    head = ("optimizer of the matrices", "loss after 240 steps (nats)", "n", "minus Muon", "p (Holm)")
-    return "\n".join(markdown(head, rows))
+    best, muon = board[0], next(row for row in board if row.entry == "muon")
+    return (f"`{preset}`: the best of {len(board)} tuned optimizers, nats after {base_steps(preset)} steps",
+            f"{best.entry} **{best.loss.mean:.3f} ± {best.loss.sd:.3f}**",
+            f"Muon {muon.loss.mean:.3f} ± {muon.loss.sd:.3f} (Holm p = {best.p_holm:.1g})",
+            f"n = {best.loss.n}, {muon.loss.n}")
+
+
+def ngpt_row(result: dict, *, context: int = 1024, steps: int = 1000) -> Row:
+    """Return the row on nGPT: steps of its paper's baseline, and of our GPT with Muon, over nGPT's steps to equal loss."""
+    speedup = {row["against"]: row["speedup"] for row in result["factors"]
+               if row["context"] == context and row["steps"] == steps}
+    return (f"nGPT: steps of a GPT over nGPT's steps to equal loss, context {context}, {steps} steps",
+            f"**{speedup['GPT, AdamW']:.2f} x** over the paper's baseline",
+            f"{speedup['GPT, Muon']:.2f} x over our GPT with Muon", "n = 3")
+
+
+def table() -> str:
+    """Return the README's table of results, in Markdown."""
+    rows = [*nanogpt_rows(load("beside_nanogpt"), load("compression")), muon_row("bytes", load("muon_vs_adamw_bytes")),
+            leaderboard_row("bench_cpu"), ngpt_row(load("ngpt_speedup")), step_row(load("muon_step"))]
+    return "\n".join(markdown(("measured on two CPU cores", "result", "beside it", "seeds"), rows))
+
+
+def flags_table() -> str:
+    """Return the README's table of flags and what each changes in `tiny`, in Markdown."""
+    rows = [(f"`{' '.join(row['flags'])}`", f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})", row["n"])
+            for row in load("ablate_tiny")["rows"] if row["difference"] is not None]
+    return "\n".join(markdown(("flag", "bits per byte, with 95 % interval", "seeds"), rows))
 
 
 if __name__ == "__main__":
-    print(table(), leaderboard(), sep="\n\n")
+    print(table(), flags_table(), sep="\n\n")
