@@ -2,8 +2,8 @@
 
     python -m benchmarks.first_run
 
-Trains `tiny` in a pseudo-terminal of 80 columns. Writes its output as first_run.svg, and its validation losses against training
-seconds as first_run.png (needs Chromium), with those of compressors after the same training text (compression.json).
+Trains `tiny` in a pseudo-terminal of 80 columns. Writes its output as first_run.svg, and its validation losses against
+training seconds as first_run.png (needs Chromium), beside those of compressors after the same text (compression.json).
 """
 
 import io
@@ -58,7 +58,8 @@ def draw_terminal(text: str, path: Path) -> None:
 def main() -> None:
     """Train `tiny` and draw both pictures."""
     with tempfile.TemporaryDirectory() as folder:
-        output = record_terminal([sys.executable, str(HERE.parent / "train_gpt.py"), "--log.wandb", "disabled"], Path(folder))
+        command = [sys.executable, str(HERE.parent / "train_gpt.py"), "--log.wandb", "disabled"]
+        output = record_terminal(command, Path(folder))
         records = read_metrics(Path(folder) / "runs" / "tiny" / "metrics.jsonl")
     draw_terminal(PROMPT + visible_text(output), HERE / "first_run.svg")
     scores = [(record["train_seconds"], record[VAL_BITS]) for record in records if VAL_BITS in record]
