@@ -1,10 +1,10 @@
 """The GPT: token ids in, logits or the summed cross-entropy in nats out.
 
 Act one is the model that the presets `tiny`, `bytes`, `track3` and nGPT train; read it from top to bottom. Act two, below
-GPT, holds the techniques of the speedrun's record. Each is switched on by one field of configs/model.py and called from
-act one by one line. With every field off, the model is the pre-norm decoder of GPT-2 (Radford et al. 2019) with RMS norms.
-This file does not know ranks, optimizers or schedules. Each parameter carries a role, by which optim/groups.py chooses its
-update rule.
+GPT, holds the other techniques of the speedrun's record. Each is switched on by a field of configs/model.py, which rejects
+combinations that cannot work, and is called from act one by a line or two. With every field off, the model is the pre-norm
+decoder of GPT-2 (Radford et al. 2019) with RMS norms. This file does not know ranks, optimizers or schedules. Each parameter
+carries a role, by which optim/groups.py chooses its update rule.
 
 Shapes: B sequences, T tokens, C model dimension, H heads, D head dimension, V padded vocabulary, N = B T tokens.
 """
@@ -32,7 +32,8 @@ from kernels.norms import rms_norm, unit
 
 
 def parameter(value: Tensor, role: str, *, axis: int = -1) -> nn.Parameter:
-    """Return a parameter with its role, which decides its optimizer, and the axis (-1 or -2) that is the model dimension."""
+    """Return a parameter with its role, which decides its optimizer, and the axis (-1 or -2) that is the model dimension in
+    matrices and embeddings."""
     param = nn.Parameter(value)
     param.role, param.axis = role, axis
     return param
@@ -40,19 +41,20 @@ def parameter(value: Tensor, role: str, *, axis: int = -1) -> nn.Parameter:
 
 class Linear(nn.Module):
     """Linear map y = W x (+ b), W (out, in). W starts with variance init_gain / in; with `zero` at 0, if the config allows,
-    so that every block starts as the identity."""
+    so that every block starts as the identity and logits at 0."""
 
     def __init__(self, fan_in: int, fan_out: int, *, config: Model, zero: bool = False, role: str = "matrix",
                  axis: int = -1) -> None:
         super().__init__()
         std = 0.0 if zero and config.zero_init_projections else (config.init_gain / fan_in) ** 0.5
         dtype = getattr(torch, config.matrix_dtype if role == "matrix" else "float32")
+        # Drawn even if std is 0, so that other weights do not depend on `zero_init_projections`.
         self.weight = parameter((torch.randn(fan_out, fan_in) * std).to(dtype), role, axis=axis)
         self.bias = parameter(torch.zeros(fan_out), "bias") if config.biases else None
         self.product = F.linear  # use_fast_products replaces it where the device has a faster kernel
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out). Weights are cast at use: they are stored in another dtype than the activations."""
+        """(..., in) -> (..., out). Weights are cast at use: they may be stored in another dtype than the activations."""
         return self.product(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
@@ -78,9 +80,9 @@ SMEAR_DIMS = 12  # number of leading dimensions that the smear gate reads (speed
 class NgramEmbedding(nn.Module):
     """Embedding of the n-gram that ends at each token, looked up by a hash of its n tokens.
 
-    Tokens with fewer than n - 1 predecessors in their document share the last row. With `bigram_signs`, the vector is
-    multiplied by a row of a fixed random table of +-1, chosen by a second hash: two n-grams that collide in the first hash
-    then still differ in their signs (speedrun, 2026).
+    Tokens with fewer than n - 1 predecessors in their row (with `document_mask`, in their document) share the last row of
+    the table. With `bigram_signs`, the vector is multiplied by a row of a fixed random table of +-1, chosen by a second
+    hash: two n-grams that collide in the first hash then usually still differ in their signs (speedrun, 2026).
     """
 
     def __init__(self, config: Model, order: int = 2) -> None:
@@ -173,7 +175,7 @@ class Rotary(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, x_BTHD: Tensor, window: int | None = None) -> Tensor:
-        """Rotate queries or keys, (B, T, H, D) -> the same. In float32: bfloat16 cannot tell position 257 from 256."""
+        """Rotate queries or keys, (B, T, H, D) -> the same. Angles are float32: bfloat16 has no 257 between 256 and 258."""
         x, tokens = x_BTHD.float(), x_BTHD.size(1)
         if self.first_window:  # YaRN: angles depend on the current window, so they cannot be a table
             cos_TD, sin_TD = rotation(self.positions_T[:tokens], yarn_frequencies(self.frequency, self.first_window, window))
@@ -239,6 +241,7 @@ class Attention(nn.Module):
         self.dynamic = DynamicHeads(config) if layer in config.dynamic_heads else None
         self.exclusive = ExclusiveHeads(config) if config.xsa and not self.paired else None
         self.gates = HeadGates(config) if config.head_gates else None
+        # One factor before q, k, v and one after `out` (speedrun, 2025). With QK norm the first acts on v alone.
         self.gains = parameter(torch.ones(2), "scalar") if config.projection_gains else None
 
     def forward(self, x_BTC: Tensor, inputs: LayerInputs) -> Tensor:
@@ -280,7 +283,7 @@ class Attention(nn.Module):
 
 
 def relu2(x: Tensor) -> Tensor:
-    """max(x, 0)^2. As a product because the backward of .square() takes twice as long on CPUs."""
+    """max(x, 0)^2, as a product: the backward of .square() is slower on CPUs (up to 1.5 times, torch 2.13, float32)."""
     return F.relu(x) * x
 
 
@@ -332,10 +335,8 @@ class Scale(nn.Module):
 
 
 class ScaledLinear(Linear):
-    """Linear map with learned factors, y = constant * s * (W x), s (out,): s_u, s_v, s_z of the paper, equations 3, 20, 21.
-
-    Computed as (constant * s * W) x, because W has fewer entries than the outputs of a batch.
-    """
+    """Linear map with learned factors s (out,) and a fixed one, y = constant * s * (W x): s_u, s_v, s_z of the paper,
+    equations 3, 20, 21. Computed as (constant * s * W) x, because W has fewer entries than the outputs of a batch."""
 
     def __init__(self, fan_in: int, fan_out: int, *, config: Model, role: str = "matrix", constant: float = 1.0,
                  scale: Scale | None = None) -> None:
@@ -361,7 +362,8 @@ class SphereStep(nn.Module):
 
 
 class SphereQK(nn.Module):
-    """Unit queries and keys with shared learned factors, s_qk n(q) and s_qk n(k), before rotary (equations 15 and 16)."""
+    """Unit queries and keys times learned factors s_qk (H, D), the same for both (equations 15 and 16). Applied before the
+    rotary embedding, in the public code after it: `Attention.forward` says why."""
 
     def __init__(self, config: Model) -> None:
         super().__init__()
@@ -427,7 +429,8 @@ class GPT(nn.Module):
                  prefix_of: list[int] | None = None, on_cuda: bool = False,
                  dtype: torch.dtype = torch.float32) -> None:
         """Draw the weights. `max_tokens`: longest context; `document_start`: id of the token that opens a document;
-        `prefix_of`: id of each token's longest proper prefix or -1; `dtype`: of the activations. Raises ValueError."""
+        `prefix_of`: id of each token's longest proper prefix or -1; `on_cuda`: choose kernels for a GPU; `dtype`: of the
+        activations. Raises ValueError for a technique that these do not allow."""
         super().__init__()
         if config.document_mask and document_start is None:
             raise ValueError("document_mask needs a source with document starts; use --model.no_document_mask")
@@ -522,7 +525,8 @@ class GPT(nn.Module):
         return self.logits(x_BTC) if targets_BT is None else self.loss(x_BTC, targets_BT, aux_weights)
 
     def windows(self, window: int | None, long_window: int | None) -> list[int | None]:
-        """Return each layer's sliding window in tokens, None: no window. Arguments that are None: as configured."""
+        """Return each layer's sliding window in tokens, None: no window. Arguments that are None: as configured.
+        `full_attention_layers` have the long window, so that they see all where that is None."""
         window, long_window = window or self.config.window_tokens, long_window or self.config.long_window_tokens
         return [long_window if window is not None and has_long_window(self.config, i) else window
                 for i in range(self.config.layers)]
@@ -558,7 +562,7 @@ class GPT(nn.Module):
         return F.linear(x, self.embed.to(x.dtype)) if self.head is None else self.head(x)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Softcapped logits, (..., C) -> (..., V). In float32: between 8 and 16 bfloat16 has only multiples of 1/16."""
+        """Softcapped logits, (..., C) -> (..., V), float32, so that softcap and loss add no rounding of their own."""
         return softcap(self.raw_logits(x).float(), self.config.softcap, self.config.softcap_value)
 
     def loss(self, x_BTC: Tensor, targets_BT: Tensor, aux_weights: "AuxLossWeights | None" = None) -> Tensor:
@@ -566,7 +570,7 @@ class GPT(nn.Module):
         config, targets_N = self.config, targets_BT.flatten()
         if aux_weights is not None and config.sampled_softmax:
             return sampled_cross_entropy(x_BTC.flatten(0, 1), self.head_weight, targets_N, config)
-        # The fused kernel never stores the logits, but auxiliary losses need them.
+        # The fused kernel stores no softcapped and no float32 logits, which the auxiliary losses need.
         has_aux = aux_weights is not None and (config.mtp_weights or config.prefix_loss)
         if self.paths.loss == "triton" and not has_aux:
             z_NV = self.raw_logits(x_BTC.flatten(0, 1))
@@ -615,7 +619,7 @@ class GPT(nn.Module):
 
     def flops_per_token(self, sequence_tokens: int, window: int | None = None, long_window: int | None = None) -> float:
         """Return the floating-point operations of one token's forward and backward: 6 per matrix weight and 12 C per
-        attended position, averaged over the causal mask and the windows (the document mask is not counted)."""
+        position within the causal mask and window. Document mask, paired and dynamic heads, sampled softmax do not count."""
         matrices = sum(p.numel() for name, p in self.named_parameters() if self._roles[name] in ("matrix", "head", "gate"))
         matrices += self.embed.numel() if self.head is None else 0
         windows = self.windows(window, long_window)
@@ -657,18 +661,19 @@ def yarn_frequencies(frequency: Tensor, first_window: int, window: int | None) -
 
 
 def yarn_softmax_factor(first_window: int, window: int) -> float:
-    """Return YaRN's factor of the softmax scale for a window w that has grown from w0: 1 + .2 log(w / w0)."""
+    """Return the speedrun's factor of the softmax scale for a window w that has grown from w0: 1 + .2 log(w / w0). YaRN's
+    own is (1 + .1 log(w / w0))^2."""
     return 1 + 0.2 * math.log(window / first_window)
 
 
 # ---- Attention heads: `head_gates`, `xsa`, `value_gates`, `paired_heads`, `dynamic_heads` --------------------------------
 
 GATE_DIMS = 12  # number of leading dimensions of the layer's input that head gates read (speedrun, Aug 2025)
-VALUE_GATE_DIMS = 6  # the same of value gates, from the input and from the value embedding (speedrun, Jan 2026)
+VALUE_GATE_DIMS = 6  # value gates read so many of the input and as many of the value embedding (speedrun, Jan 2026)
 
 
 class HeadGates(nn.Module):
-    """Gate on the output of each attention head: y_h <- 2 sigmoid(w_h . x) y_h, at the start 1 (speedrun, Aug 2025)."""
+    """Gate on the output of each attention head: y_h <- 2 sigmoid(w_h . x) y_h, which starts at y_h (speedrun, Aug 2025)."""
 
     def __init__(self, config: Model) -> None:
         super().__init__()
@@ -712,7 +717,7 @@ class ValueGates(nn.Module):
 
 def pair_heads(x_BTHD: Tensor) -> Tensor:
     """Interleave heads h and h + H/2 token by token into one head of twice the length, (B, T, H, D) -> (B, 2T, H/2, D): each
-    query then sees the keys of both heads (speedrun, Dec 2025)."""
+    query then sees the keys of both heads, and a window of w tokens spans w / 2 (speedrun, Dec 2025)."""
     B, T, H, D = x_BTHD.shape
     return x_BTHD.reshape(B, 2 * T, H // 2, D)
 
@@ -776,7 +781,7 @@ def local_mask(tokens: int, window: int, starts_BT: Tensor | None, device: torch
 
 # ---- Hashed embeddings: `bigram_signs`, `inject` -------------------------------------------------------------------------
 
-INJECT_START = 0.05  # first weight of n-gram embeddings in each layer (speedrun, 2026)
+INJECT_START = 0.05  # initial weight of the n-gram embeddings wherever they are added (speedrun, 2026)
 
 
 def random_signs(rows: int, dim: int, *, seed: int) -> Tensor:
@@ -822,7 +827,7 @@ class ResidualGrowth(nn.Module):
 class Streams(nn.Module):
     """Connections between blocks other than the residual stream.
 
-    `history` is a list of (B, T, C): entry 0 is the stream before the first block, entry i + 1 the stream after block i.
+    `history` is a list of (B, T, C): entry 0 is the stream before the first block, entry i + 1 that after block i (and mix).
     """
 
     def __init__(self, config: Model) -> None:
@@ -855,8 +860,8 @@ class Streams(nn.Module):
 
 
 class StaticMixture(nn.Module):
-    """Learned sum of all streams so far, sum_j a_j x_j; it starts as the last stream alone (DenseFormer, Pagliardini et al.
-    2024, arXiv 2402.02622, equation 2)."""
+    """Learned sum of all streams so far, sum_j a_j x_j; it starts as the last stream alone. After DenseFormer (Pagliardini
+    et al. 2024, arXiv 2402.02622, equation 2), which sums streams before their mixtures: the same sums can be formed."""
 
     def __init__(self, config: Model, streams: int) -> None:
         super().__init__()
@@ -889,7 +894,7 @@ class DynamicMixture(StaticMixture):
 
 
 class AuxLossWeights(NamedTuple):
-    """Weights of the auxiliary losses in one step, as 0-D tensors: a changed Python number would recompile the model."""
+    """Reach and weight of the auxiliary losses in one step, as 0-D tensors: changed Python numbers would recompile."""
 
     mtp: Tensor
     """Number of further tokens that are predicted; 1.5: the next but one, and the one after at half its weight."""
@@ -933,7 +938,8 @@ def sampled_cross_entropy(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, co
 
 
 def use_fast_products(model: GPT) -> None:
-    """Replace matrix products by the kernels that `model.paths` chose, in place; parameters stay as they are."""
+    """Replace matrix products by the kernels that `model.paths` chose, in place; parameters stay as they are.
+    choose_paths never returns both kernels for one product, and the config rejects fp8 with a tied head or the sphere."""
     config = model.config
     for mlp in (block.mlp for block in model.blocks):
         if model.paths.relu2 == "triton":

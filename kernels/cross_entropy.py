@@ -4,9 +4,10 @@ With raw logits z, softcapped logits y = softcap(z) and target t, the loss of a 
 gradient dL/dz_j = (softmax(y)_j - [j = t]) dy_j/dz_j. The kernel reads a row of z twice. The first pass needs no row maximum
 in advance: it sums exp(y - running maximum) block by block and rescales the sum when the maximum grows (Milakov & Gimelshein
 2018, arXiv 1805.02867). The second pass writes the gradient, which needs the finished logsumexp; the row is still in the
-cache then. So neither y nor softmax(y) is stored, and no float32 copy of the logits is made.
+cache then. So neither y nor softmax(y) nor a float32 copy of z is stored; the gradient is, in the dtype of z.
 
-Both compute in float32: bfloat16 has 8 bits of mantissa, so that logits between 8 and 16 would be multiples of 1/16.
+Both compute in float32. Raw logits keep the rounding of their dtype: bfloat16 has 8 significant bits, and only multiples of
+1/16 between 8 and 16.
 
 Shapes: N tokens, V vocabulary size (padded).
 """
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 ASYMMETRIC = (23.0, 5.0, 7.5)  # height, shift and width of the speedrun's sigmoid, 2025
-BLOCK = 4096  # columns of a row that the kernel reads at a time
+BLOCK = 4096  # columns of a row that the kernel reads at a time; a power of two, not tuned yet
 
 
 def softcap(z: Tensor, kind: str, c: float) -> Tensor:
@@ -40,7 +41,10 @@ def softcap(z: Tensor, kind: str, c: float) -> Tensor:
 
 
 def softcap_cross_entropy(z_NV: Tensor, targets_N: Tensor, kind: str, c: float) -> Tensor:
-    """Return the summed cross-entropy in nats of raw logits, 0-D: the plain twin, in float32 or the logits' higher dtype."""
+    """Return the summed cross-entropy in nats of raw logits, 0-D, in float32 or their own dtype if that is higher.
+
+    The plain twin of `fused_cross_entropy(...).sum()`; of negative targets it takes only -100.
+    """
     exact = torch.promote_types(z_NV.dtype, torch.float32)
     return F.cross_entropy(softcap(z_NV.to(exact), kind, c), targets_N, reduction="sum")
 
@@ -50,6 +54,7 @@ def fused_cross_entropy(z_NV: Tensor, targets_N: Tensor, kind: str, c: float) ->
 
     A negative target is ignored: its loss and gradient are 0.
     """
+    # Asked here: within `forward` gradients are always off, and ctx.needs_input_grad is true even under no_grad.
     return FusedCrossEntropy.apply(z_NV, targets_N, kind, c, torch.is_grad_enabled() and z_NV.requires_grad)
 
 
@@ -70,6 +75,7 @@ class FusedCrossEntropy(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, upstream_N: Tensor) -> tuple[Tensor | None, ...]:
         """Return the stored gradient, each row times its upstream gradient: (N,) -> (N, V)."""
         grad_NV, = ctx.saved_tensors
+        # Compiled, this is one pass; in eager mode the product is a float32 temporary (N, V).
         return (grad_NV * upstream_N[:, None]).to(grad_NV.dtype), None, None, None, None
 
 

@@ -4,7 +4,7 @@ One step of a weight matrix W of shape (m, n) = (outputs, inputs), with gradient
 
     M <- mu M + (1 - mu) G              momentum buffer
     A  = mu M + (1 - mu) G              Nesterov look-ahead
-    O  = U V^T,  where A = U S V^T      orthogonalise: all singular values become 1
+    O  ~ U V^T,  where A = U S V^T      orthogonalise (Newton-Schulz): all singular values become about 1
     W <- W - lr (m/n)^.5 O              scale by the unit: (m/n)^.5 by default, max(1, m/n)^.5 in the post (`at_least_one`)
 
 Among all matrices of spectral norm 1, U V^T has the largest inner product with A: Muon is steepest descent under the
@@ -34,7 +34,7 @@ class Muon(Rule):
 
     @property
     def norm(self) -> Norm:
-        """Spectral norm in the configured unit."""
+        """Spectral norm in the configured unit: metrics measure weights in it, and its scope is that of the sharding."""
         return Spectral(self.config.unit, self.config.ns, self.config.ns_steps)
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
@@ -46,9 +46,12 @@ class Muon(Rule):
         return self.dual(average_gradient(grad, state, self.config, hyper.momentum))
 
     def dual(self, average: Tensor) -> Tensor:
-        """Return scale * U V^T of `average` = U S V^T, (K, m, n), a new tensor; the scale is `unit_length`."""
+        """Return scale * U V^T of `average` = U S V^T, (K, m, n), a new tensor; the scale is `unit_length`.
+
+        With `equilibrate`, U V^T is that of the average with its rows scaled to one length: another matrix.
+        """
         if self.config.equilibrate:
-            # Rows of equal length span the same space, and their singular values lie closer together.
+            # Rows of one length are usually better conditioned: fewer Newton-Schulz steps reach small singular values.
             average = Row().dual(average)
         scale = unit_length(self.config.unit, *average.shape[-2:])
         return orthogonalize(average, self.table, steps=self.config.ns_steps).mul_(scale)
@@ -58,7 +61,7 @@ class Muon(Rule):
 
 
 def init_average(param: Tensor, config: configs.Averaged) -> dict[str, Tensor]:
-    """Return zero momentum buffers, the slowest first: `momentum`, `momentum_1`, ...; none for averaging "none"."""
+    """Return zero momentum buffers in the dtype of `param`, the slowest first: `momentum`, `momentum_1`, ..., or none."""
     count = 0 if config.averaging == "none" else config.averages
     return {f"momentum_{k}" if k else "momentum": zeros_like_bank(param) for k in range(count)}
 
@@ -72,12 +75,12 @@ def average_gradient(grad: Tensor, state: dict[str, Tensor], config: configs.Ave
         heavy_ball    m <- mu m + g,             return mu m + g
         none                                     return g
 
-    and without it m or g. At constant mu the first two differ by a factor, which orthogonalisation removes.
+    Without nesterov it returns m or g. At constant mu the first two differ by a factor, which orthogonalisation removes.
     """
     if config.averaging == "none":
         return grad
     if config.averages > 1:
-        return mean_of_averages(grad, state, config, mu)
+        return mean_of_averages(grad, state, config, mu)  # the config allows several averages for ema only
     mu = mu.to(grad.dtype)  # before 1 - mu: in bfloat16 too, the two weights of an average add up to 1
     weighted_grad = grad * (1 - mu) if config.averaging == "ema" else grad
     momentum = state["momentum"].mul_(mu).add_(weighted_grad)

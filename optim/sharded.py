@@ -20,7 +20,7 @@ from optim.rule import Hyper, Rule, Step
 from optim.schedule import Values
 from optim.state import OptimizerState
 
-NEVER = 2.0**30  # stands for the step of a bad gradient while there was none
+NEVER = 2.0**30  # value of `_bad_step` while no gradient was bad; exact in float32
 CHECKED_AT_ONCE = ("cpu", "mps")  # devices where the check of gradients is cheap; on CUDA it would wait for the GPU
 
 
@@ -42,6 +42,8 @@ class ShardedOptimizer:
         for hook in self.hooks:
             for bank in self.banks:
                 hook.init(bank)
+        # `shared`: numbers that all banks of a role have in common, for rules that need sums over the role. RoleSums updates
+        # them in `before`, first of all hooks. It needs gradients early, so it receives them itself.
         if any(self.shared.values()):
             self.hooks.insert(0, RoleSums(comm, self._receive))
         # For each bank the step of its first bad gradient, and the entry of its shard that was bad. On the device, so that a
@@ -57,8 +59,9 @@ class ShardedOptimizer:
     def step(self, values: Values, count: int) -> None:
         """Update all weights from the gradients' sum over ranks; `count` is 1 at the first step. Overwrites gradients.
 
-        Groups with `update_every` k are updated at every k-th step, by the mean of k steps' gradients.
-        A gradient that is not finite changes no weight. NonFiniteError is raised here, on CUDA by the next `check_finite`.
+        Groups with `update_every` k are updated at every k-th step, by the mean of k steps' gradients. A gradient that is
+        not finite raises NonFiniteError before any weight changes; on CUDA it counts as 0 (momentum and decay still act),
+        and the next `check_finite` raises.
         """
         # Launch all reductions first: they run in the background, the later ones while the first banks are updated.
         due = [bank for bank in self.banks if count % bank.update_every == 0]
@@ -81,6 +84,7 @@ class ShardedOptimizer:
             if bank in due:
                 self._receive(bank, count)
                 self._update_shard(bank, hypers[bank.group.role])
+            # Hooks see every bank at every step, and before the gather, because they may change this rank's shard.
             for hook in self.hooks:
                 hook.after_update(bank, count)
             if bank in due and bank.sharded:
@@ -94,7 +98,7 @@ class ShardedOptimizer:
         bank.received = False
         if not bank.sharded:
             bank.reduced_grad, bank.work = bank.grads, self.comm.all_reduce(bank.grads)
-        elif bank.group.config.extra.sparse_rows:
+        elif bank.group.config.extra.sparse_rows:  # few rows are not zero (n-gram tables): send only those
             bank.reduced_grad, bank.work = self.comm.reduce_scatter_rows(bank.grads)
         else:
             bank.reduced_grad, bank.work = self.comm.reduce_scatter(bank.grads)
@@ -141,7 +145,7 @@ class ShardedOptimizer:
         # Only ranks whose shard was bad know the entry. The maximum over ranks makes all of them name the same parameter.
         entry = bank.shard.start + int(self._bad_entry[index]) if is_here else -1
         name = bank.name_at(int(self.comm.max(entry)[0]))
-        raise NonFiniteError(f"the gradient of {name} is not finite at step {step:.0f}; it changed no weight. "
+        raise NonFiniteError(f"the gradient of {name} is not finite at step {step:.0f}; it was not used. "
                              f"A smaller optim.{bank.group.role}.lr may help")
 
     def _update_shard(self, bank: Bank, hyper: Hyper) -> None:
@@ -172,7 +176,8 @@ class ShardedOptimizer:
     def evaluation_weights(self) -> Iterator[None]:
         """Give the model its evaluation weights within the context: without look-ahead, and averaged, if hooks do so.
 
-        A collective. Hooks enter in reverse order: look-ahead first gives x, then the average is blended with it.
+        A collective. Hooks enter in reverse order: look-ahead first gives the weights that are not ahead, then averaging
+        blends its average with those. On exit the training weights are back.
         """
         with ExitStack() as stack:
             for hook in reversed(self.hooks):

@@ -56,17 +56,18 @@ def update_eigenbases(grad: Tensor, state: dict[str, Tensor], hyper: Hyper, conf
             state[f"basis_{side}"].copy_(eigenbasis(state[f"gram_{side}"]))
     elif (count - 1) % config.every_steps == 0:
         for side, dim in (("left", -2), ("right", -1)):
-            # The iteration sorts the axes of the basis, so v must follow; it is not rotated, a second moment cannot be.
+            # The iteration rewrites the basis and returns the order of its axes, by which v is permuted. v is not rotated:
+            # squares cannot be.
             order = iterate_eigenbasis(state[f"gram_{side}"], state[f"basis_{side}"]).unsqueeze(-1 if dim == -2 else -2)
             square.copy_(square.gather(dim, order.expand_as(square)))
 
 
 class SOAP(Rule):
-    """SOAP (Vyas et al. 2024, algorithm 3). The first gradient sets the bases and moves nothing, as in the public code."""
+    """SOAP (Vyas et al. 2024, algorithm 3). The first gradient sets the bases, with direction 0, as in the public code."""
 
     config: configs.SOAP
     norm = Spectral()
-    compiles: ClassVar[bool] = False
+    compiles: ClassVar[bool] = False  # eigh, and work that depends on the count, are not one graph
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
         """Return a zero mean, and `init_bases`."""
@@ -74,17 +75,17 @@ class SOAP(Rule):
 
     def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
         """Return D, float32 (K, m, n), in the axes of W."""
-        steps = hyper.count - 1
+        steps = hyper.count - 1  # updates of this group before this one, not training steps
         step = torch.zeros_like(grad, dtype=torch.float32)
-        # Not at the first gradient: in the bases of its own Gram matrices it is diagonal, and Adam would take the sign of
-        # the rounding errors off the diagonal.
+        # Not at the first gradient: the bases are still the identity. In bases taken from this gradient itself it would be
+        # diagonal, and Adam would divide the rounding errors off the diagonal by themselves.
         if int(steps):
             mean = state["mean"]
             mean.lerp_(grad.to(mean.dtype), 1 - self.config.beta1)
             update_second_moment(state["square"], to_eigenbases(grad, state), self.config.beta2)
             root = (state["square"] / (1 - self.config.beta2**steps)).sqrt_().add_(self.config.eps)
-            step = from_eigenbases(to_eigenbases(mean, state) / root.clamp_min_(1e-30), state)
+            step = from_eigenbases(to_eigenbases(mean, state) / root.clamp_min_(1e-30), state)  # eps may be 0
             step = step / (1 - self.config.beta1**steps)
-        # After the step, as in the public code: every gradient is divided in bases that come from those before it.
+        # After the step, as in the public code: each gradient is scaled in bases that come from earlier gradients only.
         update_eigenbases(grad, state, hyper, self.config)
         return step

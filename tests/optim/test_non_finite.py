@@ -24,7 +24,7 @@ def test_one_bad_number_is_enough(bad):
     params = parameters(SHAPES)
     optimizer = one_role(Adam(), params)
     params["other"].grad[3, 5] = bad
-    with pytest.raises(NonFiniteError, match="gradient of other is not finite at step 3; it changed no weight"):
+    with pytest.raises(NonFiniteError, match="gradient of other is not finite at step 3; it was not used"):
         optimizer.step(FULL, 3)
 
 
