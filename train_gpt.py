@@ -3,7 +3,7 @@
     python train_gpt.py [PRESET] [--dotted.field VALUE ...]
     torchrun --standalone --nproc_per_node=8 train_gpt.py PRESET ...
 
-Timed: data loading, steps, logging. Not timed: imports, compilation and warm-up, validation, checkpoints, sampling.
+Timed: data loading, steps, logging. Not timed: imports, warm-up with compilation, validation, checkpoints, sampling.
 """
 
 import sys
@@ -50,12 +50,12 @@ from optim.sharded import NonFiniteError, ShardedOptimizer
 CACHE = Path(__file__).resolve().parent / ".cache"
 CHECKPOINT = "checkpoint.safetensors"
 RNG = "rng/torch"
-LAYER_TOKENS = 4096  # at most so many for the metrics of layers: uncompiled attention may store T x T scores
-GPU_SIGNAL_POLL_STEPS = 16  # asking all ranks for a signal waits for the GPU; on CPUs it is done after every step
+LAYER_TOKENS = 4096  # longest input of the layer metrics: uncompiled attention may store T x T scores
+GPU_SIGNAL_POLL_STEPS = 16  # GPUs: ask all ranks for a signal only so often, because that waits; CPUs: after every step
 
 
 class DivergedError(RuntimeError):
-    """The loss or a gradient is not finite."""
+    """The loss or a gradient is not finite: a NonFiniteError with advice to the user."""
 
 
 def main(run: Run, start_seconds: float | None = None) -> None:
@@ -70,7 +70,7 @@ def main(run: Run, start_seconds: float | None = None) -> None:
             print(format_schedule(trainer.schedule.values, run.train.steps), flush=True)
     if run.run.dry_run:
         return
-    # Open the run folder. Rank 0 alone chooses it: runs without a name are numbered, and two ranks would take two numbers.
+    # Open the run folder. Rank 0 alone chooses it, because runs without a name take the next number.
     identity, folder = run.run, None
     if rank == 0:
         folder = open_run_folder(identity.dir, identity.name, fallback_name=run.preset, resume=identity.resume)
@@ -78,14 +78,14 @@ def main(run: Run, start_seconds: float | None = None) -> None:
     resumed = identity.resume and (folder / CHECKPOINT).exists()
     if resumed:
         trainer.load(folder / CHECKPOINT)
-    # The log comes after loading: it cuts metrics.jsonl back to the checkpoint's step.
+    # The log comes after loading, which replaces trainer.progress; it cuts metrics.jsonl back to the checkpoint's step.
     log = Log(run, folder, trainer.progress, device=trainer.device, rank=rank, world_size=world_size)
     if identity.resume:
         log.info(f"resuming {folder} at step {trainer.progress.step}" if resumed
                  else f"no checkpoint in {folder}: starting at step 0")
     if trainer.compiled and run.train.warmup_steps:
         trainer.warm_up()
-    # Train; end with a summary, or with the command that continues the run.
+    # Train; end with a summary, or say how to continue.
     try:
         finished = train(trainer, log)
     except NonFiniteError as error:
@@ -97,13 +97,14 @@ def main(run: Run, start_seconds: float | None = None) -> None:
         log.finish(sample=trainer.sample(), wall_seconds=time.time() - start_seconds, parameters=trainer.parameters,
                    data_hash=trainer.source.data_hash)
     else:
-        log.info(f"interrupted at step {trainer.progress.step}; saved. Continue with --run.name {folder.name} --run.resume")
+        log.info(f"interrupted at step {trainer.progress.step}; saved. To continue, repeat the command with "
+                 f"--run.name {folder.name} --run.resume")
     trainer.comm.close()
 
 
 def train(trainer: "Trainer", log: Log) -> bool:
-    """Run the timed loop and save a checkpoint; return True if all steps are done, False if a signal interrupted it. Raises
-    NonFiniteError if the loss or a gradient is NaN or infinite; the last checkpoint then stays as it is."""
+    """Run the timed loop and save checkpoints; return True if the run is finished, False if a signal interrupted it. Raises
+    NonFiniteError, and leaves the last checkpoint as it is. Steps count from 1 here, from 0 in the schedule and the data."""
     run, progress = trainer.run, trainer.progress
     poll_steps = GPU_SIGNAL_POLL_STEPS if trainer.device.type == "cuda" else 1
     interruption, interrupted = Interruption(), False
@@ -121,18 +122,18 @@ def train(trainer: "Trainer", log: Log) -> bool:
             progress.train_seconds = clock.seconds
             log.training(loss, flops_per_token=trainer.model.flops_per_token(values.sequence_tokens, **values.windows))
             check_finite(loss, step)
-        # Measure layers and validate, with the clock stopped.
-        if measures_layers:
-            with clock.paused():
-                log.write(trainer.layer_metrics())
+        # Validate and measure layers, with the clock stopped; check first, because eigenvalues of a NaN raise another error.
         if validates:
             with clock.paused():
                 score = trainer.validate()
+                check_finite(score.nats_per_token, step)
                 progress.record_score(score, run.run.target_loss_nats)
                 log.validation(score, trainer.measures.by_role(trainer.last_values()) if run.log.diagnostics else {})
-                check_finite(score.nats_per_token, step)
-        # Save a checkpoint, also after a signal: on all ranks or none, because saving is a collective. Gradients are checked
-        # first, so that a checkpoint never holds the weights after a bad step.
+        if measures_layers:
+            with clock.paused():
+                trainer.optimizer.check_finite()
+                log.write(trainer.layer_metrics())
+        # Save, also after a signal: on all ranks or none, because it is a collective; never the weights after a bad step.
         saves = progress.is_finished(run) or is_due(step, run.run.checkpoint_every_steps)
         polls = is_due(step, poll_steps)
         if polls or saves:
@@ -153,7 +154,8 @@ def is_due(step: int, every_steps: int) -> bool:
 
 
 def is_validation_step(train: Train, step: int) -> bool:
-    """True if the weights are validated after step number `step`; always after the last one."""
+    """True if the weights are validated after step number `step`: always after the last one, and more often in the last
+    tenth of the run, so that the step that reaches the target is known more exactly."""
     is_late = train.final_val_every_steps and step >= 0.9 * train.steps
     return step == train.steps or is_due(step, train.final_val_every_steps if is_late else train.val_every_steps)
 
@@ -180,7 +182,7 @@ class Trainer:
         self.source = open_source(run.data, cache_dir=CACHE)
         if local_rank() == 0:
             self.comm.barrier()
-        # Model: long enough for the longest sequence of the schedule. Seeded here, right before the first random draw.
+        # Model: long enough for training and validation. Seeded here, right before the first random draw.
         torch.manual_seed(run.run.seed)
         lengths = [self.schedule.values(step).sequence_tokens for step in range(run.train.steps)]
         pieces = self.source.tokenizer.pieces if run.model.prefix_loss and self.source.tokenizer else None
@@ -192,7 +194,7 @@ class Trainer:
             self.model.head.weight.data.copy_(self.model.embed)
         self.model.to(self.device)
         self.parameters = sum(p.numel() for p in self.model.parameters())
-        # Optimizer. It moves every parameter into its own storage, so the model must be on its device by now.
+        # Optimizer. It makes all parameters views of its banks: a later model.to(...) would break the link.
         groups = build_groups(dict(self.model.named_parameters()), self.model.roles(), run.optim, self.model.axes())
         self.group_table = format_groups(groups)
         self.optimizer = ShardedOptimizer(groups, self.comm, compile_updates=self.compiled, hooks=build_hooks(run))
@@ -213,15 +215,15 @@ class Trainer:
     # ---- Step ----
 
     def step(self, batches: Batches, *, remember: bool = False) -> Tensor:
-        """Take one optimizer step; return this rank's summed cross-entropy before it, in nats, 0-D. `remember` copies the
-        weights first, so that `self.measures` can measure the step."""
+        """Take one optimizer step; return this rank's training loss before it, summed in nats, auxiliary losses included,
+        0-D. `remember` copies the weights first, so that `self.measures` can measure the step."""
         progress, train, values = self.progress, self.run.train, self.schedule.values(self.progress.step)
         # Data: this rank's rows of the global batch, which a thread prepared during the previous step.
         inputs, targets, position = batches.next()
         # Gradients: added up over micro-batches.
         nats = self.gradients(inputs, targets, values)
-        # Tied head: embedding and head are two tensors with equal weights and optimizers. They stay equal because both get
-        # the sum of their gradients: at the step that uses them, where update_every > 1.
+        # Tied head: two tensors, equal in weights and optimizer settings (the config checks it); equal gradients keep them
+        # equal. With update_every > 1 gradients add up over steps, and are summed once, at the step of the update.
         tied = progress.step < train.tied_until_frac * train.steps
         if tied and is_due(progress.step + 1, self.run.optim.embed.update_every):
             embed, head = self.model.embed.grad, self.model.head.weight.grad
@@ -230,7 +232,7 @@ class Trainer:
         if remember:
             self.measures.remember(self.optimizer.banks)
         self.optimizer.step(values, progress.step + 1)
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad()  # those of groups with update_every > 1 go on adding up
         # Progress: the state, besides tensors, that a resumed run needs.
         progress.step += 1
         progress.tokens += values.batch_tokens
@@ -238,7 +240,7 @@ class Trainer:
         return nats
 
     def gradients(self, inputs: Tensor, targets: Tensor, values: Values) -> Tensor:
-        """Add this rank's gradients of the step's loss to the buffers; return its summed cross-entropy in nats, 0-D.
+        """Add this rank's gradients of the step's loss to the buffers; return the loss, as `step` does.
         Inputs and targets are (rows, T) on the CPU."""
         # Divided by the tokens of the global batch: the optimizer's sum over ranks is then the mean over all tokens.
         scale = 1 / values.batch_tokens if self.run.train.loss_reduction == "mean" else 1.0
@@ -269,15 +271,15 @@ class Trainer:
         return self.schedule.values(max(0, self.progress.step - 1))
 
     def layer_metrics(self) -> Metrics:
-        """Return, on rank 0, spectra and rotation angles of the weights, the equilibrium angles that theory predicts, and
-        the activations' RMS on the first validation tokens; {} on other ranks. A collective."""
+        """Return spectra, rotation angles and expected angles of the weights, and the activations' RMS on the first
+        validation tokens; {} on ranks other than 0. A collective."""
         values, angles = self.last_values(), self.measures.by_tensor("matrix")
         if self.comm.rank > 0:
             return {}
         metrics = weight_metrics(self.model)
         for name, of_matrix in angles.items():
             metrics |= row_metrics(name, of_matrix)
-        groups = {bank.group.role: bank.group for bank in self.optimizer.banks}
+        groups = {bank.group.role: bank.group for bank in self.optimizer.banks}  # banks of a role share one group
         metrics |= {metric_name(role, EQUILIBRIUM): angle for role, group in groups.items()
                     if (angle := equilibrium_angle(group, values)) is not None}
         count = min(values.sequence_tokens, LAYER_TOKENS)
@@ -311,7 +313,7 @@ class Trainer:
         # Compare names, shapes, config and data before anything changes, so that an error leaves the trainer as it was.
         match_tensors(self.optimizer.state.shapes() | {RNG: tuple(torch.get_rng_state().shape)}, tensors, what=str(path))
         check_same_run(meta, self.run, self.source.data_hash, path)
-        # Restore weights, optimizer state, the generator (sampled softmax draws from it) and the position in the data.
+        # Restore. Rank 0's CPU generator is enough: all ranks draw alike, and nothing draws on a GPU.
         self.optimizer.state.load(tensors)
         torch.set_rng_state(tensors[RNG])
         self.progress = Progress(**meta["progress"])
@@ -331,8 +333,9 @@ class Trainer:
         return f"{plan}\n\n{self.group_table}\n"
 
     def warm_up(self) -> None:
-        """Compile every shape of the schedule by steps on random tokens, then restore weights and optimizer state."""
-        snapshot = self.optimizer.state.snapshot()
+        """Compile every shape by steps on random tokens, then restore weights, optimizer state and the generator. Where rows
+        do not divide evenly among ranks, those with one row more compile that shape in the timed loop."""
+        snapshot, rng_state = self.optimizer.state.snapshot(), torch.get_rng_state()  # sampled softmax draws from it
         generator = torch.Generator().manual_seed(0)
         shapes = {(v.batch_tokens, v.sequence_tokens, v.window_tokens, v.long_window_tokens): v
                   for v in map(self.schedule.values, range(self.run.train.steps))}
@@ -347,12 +350,13 @@ class Trainer:
                 x = next(micro_batches(tokens, tokens, self.run.train.micro_tokens))[0].to(self.device)
                 self.model(x, x, **values.windows)
         self.optimizer.state.restore(snapshot)
+        torch.set_rng_state(rng_state)
 
 
 if __name__ == "__main__":
     try:
         main(RUN, START_SECONDS)
-    except ValueError as error:
+    except ValueError as error:  # by convention a mistake in the settings or the data: no traceback
         fail(str(error))
     except DivergedError as error:
         raise SystemExit(f"error: {error}") from None  # printed on stderr; the status is 1

@@ -1,6 +1,7 @@
 """`--help` without torch: one screen, or one group of flags with the chosen preset's values.
 
-Names, types, values and texts all come from the dataclasses: the string below a field is its help text.
+Names, types, values and texts come from the dataclasses: the string below a field is its help text. Only the few flags of
+the first screen have shorter texts here.
 """
 
 import ast
@@ -109,7 +110,8 @@ def optim_lines(run: Run, columns: int) -> list[str]:
 
 
 def rule_lines(run: Run, rule: str, columns: int) -> list[str]:
-    """Return the fields that only this rule has; values are the preset's if its matrices use the rule."""
+    """Return the fields that not every rule has, after lr; values are those of the preset's matrices if they use the rule,
+    else the rule's defaults."""
     config = run.optim.matrix if run.optim.matrix.rule == rule else RULES[rule]()
     own = [f.name for f in fields(config) if f.name not in {f.name for f in fields(RuleConfig)}]
     lines = section_lines(f"{rule}: {class_title(type(config))}", "optim.ROLE", config, columns, ["lr", *own])
@@ -126,14 +128,15 @@ def all_flags(run: Run) -> Iterator[tuple[str, Any, Any, str]]:
 
 
 def flags_of(prefix: str, config: Any) -> Iterator[tuple[str, Any, Any, str]]:
-    """Yield (dotted name, value, type, help text) of each field of a config dataclass, nested ones included."""
+    """Yield (dotted name, value, type, help text) of each field of a config dataclass, nested ones included, but of a
+    graft only its rule."""
     if isinstance(config, RuleConfig):
         yield f"{prefix}.rule", config.rule, Literal[tuple(RULES)], "Update rule of the role's parameters; --help optim."
     for f in fields(config):
         value, text = getattr(config, f.name), field_texts(type(config)).get(f.name, "")
         if f.name == "graft":
             yield f"{prefix}.graft.rule", value.rule, str, text
-        elif is_dataclass(value) and f.name != "preset":
+        elif is_dataclass(value):
             yield from flags_of(f"{prefix}.{f.name}", value)
         else:
             yield f"{prefix}.{f.name}", value, f.type, text
@@ -165,7 +168,7 @@ def flag_title(name: str, value: Any, kind: Any) -> str:
 
 
 def value_text(value: Any) -> str:
-    """Return a value as it is typed on the command line; switches are on or off."""
+    """Return a value for reading: switches as on or off, an empty tuple as none, floats to six digits."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):

@@ -70,6 +70,7 @@ class Batches:
         self._worker.shutdown(wait=True, cancel_futures=True)
 
     def _build(self, step: int, position: Position) -> Batch:
+        """Read this rank's rows of a batch; runs in the thread, whose errors `next` raises."""
         # Size of the global batch.
         batch_tokens, sequence_tokens, max_document_tokens = self._plan(step)
         count = batch_tokens // sequence_tokens
@@ -96,7 +97,8 @@ class Batches:
 
 
 def micro_batches(inputs: Tensor, targets: Tensor, micro_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Split (n, T) tensors into (inputs, targets) views of at most `micro_tokens` tokens each, but at least one row."""
+    """Split (n, T) tensors into (inputs, targets) views of at most `micro_tokens` tokens each, but at least one row; none
+    from a rank without rows."""
     rows = max(1, micro_tokens // inputs.size(1))
     if len(inputs):
         yield from zip(inputs.split(rows), targets.split(rows), strict=True)

@@ -75,10 +75,14 @@ class Spectral:
         return (U * S.clamp_max(self.scale(*W_Kmn.shape[-2:])).unsqueeze(-2)) @ Vh
 
     def size(self, W_Kmn: Tensor) -> Tensor:
-        """Return sigma_max / scale, float32, as the root of the largest eigenvalue of the smaller Gram matrix."""
+        """Return sigma_max / scale, float32, as the root of the largest eigenvalue of the smaller Gram matrix; NaN for a
+        matrix that is not finite."""
         W = W_Kmn.mT if W_Kmn.size(-2) > W_Kmn.size(-1) else W_Kmn
+        # Divided by the largest entry, so that no square overflows; eigvalsh would raise for what is not finite.
+        largest = W.abs().amax(dim=(-2, -1), keepdim=True)
+        W = torch.where(largest.isfinite(), W / largest.clamp_min(TINY), 0)
         top = torch.linalg.eigvalsh((W @ W.mT).float())[..., -1]
-        return top.clamp_min(0).sqrt() / self.scale(*W_Kmn.shape[-2:])
+        return top.clamp_min(0).sqrt() * largest[..., 0, 0] / self.scale(*W_Kmn.shape[-2:])
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,7 +99,7 @@ def make_experiments(args: Ablate, run_flags: Sequence[str]) -> list[Experiment]
 
 
 def row_experiments(args: Ablate, run_flags: Sequence[str]) -> list[Experiment]:
-    """Return the ablation rows, preceded by their base presets, each of which is trained once."""
+    """Return the ablation rows, preceded by their base presets, each of which appears once."""
     if args.each_off:
         rows = leave_one_out_rows(parse_row(args.each_off, run_flags))
     else:
@@ -206,10 +206,10 @@ def final_values(outcomes: Sequence[TrialResult], experiment: str | None, key: s
 
 
 def effect_verdict(row: Effect, p_holm: float | None, outcomes: Sequence[TrialResult]) -> str:
-    """Return the verdict of a row: `helps` or `hurts` by the corrected p-value; errors of failed runs are added.
+    """Return the verdict of a row, with the errors of its failed runs, which mean and test leave out.
 
-    `perhaps` marks a difference that only the uncorrected p-value calls significant, as one row in twenty without any
-    effect would. The first words are a format: the report's page colours rows by `helps` and `hurts`.
+    `helps` or `hurts`: the corrected p-value is below ALPHA. `perhaps helps` or `perhaps hurts`: the uncorrected one only,
+    as in one of twenty rows without effect. Keep these words: the report's page colours rows by them.
     """
     errors = [outcome.error for outcome in outcomes
               if outcome.trial.experiment == row.name and outcome.status == "failed"]

@@ -43,13 +43,13 @@ class Compare:
     metric: Metric = "val_loss_nats"
     """Unit of the loss; val_bits_per_byte also compares runs with different tokenizers."""
     target: float | None = None
-    """Validation loss to reach, in the unit of --metric; None: the target that all runs were given, if it is in nats."""
+    """Validation loss to reach, in the unit of --metric; None: the target in nats that all runs were given, if any."""
     nats_per_step: float | None = None
     """Loss that one more step gains, in the unit of --metric; None: slope of the baseline's last quarter of validations."""
     alpha: float = 0.05
-    """Significance level: a difference is significant if its p-value is below this."""
+    """Significance level of the comparison with --vs; confidence intervals stay at 95 %, target tests at p < 0.01."""
     power: float = 0.8
-    """Probability of a significant difference for which the number of seeds is computed."""
+    """Probability with which the number of seeds that is computed shows a difference of the observed size."""
     sigma: float = SIGMA
     """Known standard deviation of the final loss between seeds, in nats, for the rule (target - mean) sqrt(n) >= margin."""
     margin: float | None = None
@@ -59,7 +59,7 @@ class Compare:
 
 
 class Group(NamedTuple):
-    """Runs whose values form one sample: normally the seeds of one experiment."""
+    """Runs whose values form one sample: normally the seeds of one experiment, the name that runs share in the log."""
 
     label: str
     runs: Sequence[RunFolder]
@@ -168,8 +168,8 @@ def make_groups(args: Compare) -> list[Group]:
     a, b = find_runs(args.runs), find_runs(args.vs)
     for run in (*a, *b):
         if run.summary is None:
-            raise ValueError(f"{run.path} has no summary.json, so the run has not ended: wait for it, continue it with "
-                             "--run.resume, or leave it out")
+            raise ValueError(f"{run.path} has no summary.json: the run has not ended, or it diverged; wait for it, continue "
+                             "it with --run.resume, or leave it out")
     if not args.vs:
         return [Group(label, runs) for label, runs in by_experiment(a).items()]
     if shared := {run.path.resolve() for run in a} & {run.path.resolve() for run in b}:
@@ -198,7 +198,7 @@ def make_measures(metric: Metric, target: float | None, *, with_seconds: bool) -
     """Return the measures by name: the final loss and, if there is a target, the steps and seconds to reach it."""
 
     def final_loss(run: RunFolder) -> float:
-        return math.inf if run.summary[metric] is None else run.summary[metric]  # None: the run diverged
+        return math.inf if run.summary[metric] is None else run.summary[metric]  # None: not finite
 
     def first_at_target(run: RunFolder, axis: str) -> float:
         # The first validation at the target counts, as in the speedrun; nothing is interpolated between validations.
@@ -298,8 +298,8 @@ def format_interval(estimate: Summary | Difference, decimals: int) -> str:
 
 
 # Settings and files that two runs must share for their losses to be comparable. Nats per token need the same tokens in
-# the same windows; data_hash covers the data files wherever they lie. Bits per byte need the same text only, whatever the
-# tokenizer. The Python version is among them because the embedded corpus is Python's own source code.
+# sequences of the same length; data_hash covers the data files wherever they lie. Bits per byte need the same text only,
+# whatever the tokenizer. The Python version is among them because the embedded corpus is Python's own source code.
 SAME_TOKENS = ("data_hash", "data.val_bytes", "data.val_tokens", "data.val_sequence_tokens")
 SAME_TEXT = ("data.source", "data.corpus", "data.train_files", "data.val_files", "data.val_bytes", "data.val_tokens",
              "env.python")
@@ -308,7 +308,7 @@ SAME_MACHINE = ("device", "world_size", "env.cpu", "env.gpus", "env.torch_thread
 
 def look_up(run: RunFolder, name: str) -> Any:
     """Return a setting (dotted name), an environment entry (`env.NAME`) or a summary entry; None if it is not known."""
-    if name == "data.val_sequence_tokens":  # None means the length of training
+    if name == "data.val_sequence_tokens":  # None means the length of training; its schedule is not compared
         return run.config.get(name) or run.config.get("data.sequence_tokens")
     if name.startswith("env."):
         return run.environment.get(name.removeprefix("env."))
@@ -364,7 +364,7 @@ def independence_notes(group: Group) -> list[str]:
     if len({run.setting for run in group.runs}) > 1:
         changed = [name for name in differences(group.runs) if "env." not in name and not name.startswith("log.")
                    and name not in HASH_IGNORES | {"run.seed", "run.target_loss_nats"}]
-        notes.append(f"the runs of {group.label} are not one experiment: they differ in {', '.join(changed)}")
+        notes.append(f"runs of {group.label} differ in more than their seed: {', '.join(changed)}")
     if early := [run.name for run in group.runs if run.summary["steps"] < run.config["train.steps"]]:
         notes.append(f"ended before the last step, so the final loss is not that of the whole schedule: {', '.join(early)}")
     for first, second in combinations(group.runs, 2):
@@ -408,7 +408,7 @@ def baseline_verdict(loss: Comparison, args: Compare, rate: float | None) -> str
         diverged = loss.b if loss.a.summary else loss.a
         return f"The means cannot be compared: all runs of {diverged.label} diverged (rank test p = {loss.rank_p:.2g})."
     if loss.p is None:
-        return f"{difference_clause(loss, args)}. One run in a group allows no test: run more seeds."
+        return f"No test, because a group has one run only: {difference_clause(loss, args)}. Run more seeds."
     p = f"{'rank test' if loss.has_infinite_values else 'Welch'} p = {loss.p:.2g}"
     if loss.p < args.alpha:
         return (f"Significant difference ({p} < {args.alpha:g}): {difference_clause(loss, args)}. "
@@ -417,7 +417,7 @@ def baseline_verdict(loss: Comparison, args: Compare, rate: float | None) -> str
 
 
 def difference_clause(loss: Comparison, args: Compare) -> str:
-    """Return "A is lower than B by 0.0123 nats (95 % confidence interval 0.0100 to 0.0146)", the lower mean first."""
+    """Return "the mean final loss of A is lower than that of B by 0.0123 nats (95 % confidence interval ...)"."""
     difference, low, high, _ = loss.difference
     lower, higher, sign = (loss.a, loss.b, -1) if difference <= 0 else (loss.b, loss.a, 1)
     interval = ""
@@ -430,7 +430,9 @@ def difference_clause(loss: Comparison, args: Compare) -> str:
 
 def steps_sentence(loss: Comparison, args: Compare, rate: float | None) -> str:
     """Say how many steps of the baseline would lower the loss as much, and by which loss per step."""
-    if rate is None or rate <= 0:
+    if rate is None:
+        return f"Its worth in steps is unknown: runs of {loss.b.label} have too few validations; give --nats_per_step."
+    if rate <= 0:
         return f"Its worth in steps is unknown, because the loss of {loss.b.label} does not fall at the end."
     source = "--nats_per_step" if args.nats_per_step else f"the last quarter of {loss.b.label}'s validations"
     steps = abs(loss.difference.difference) / rate

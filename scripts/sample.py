@@ -10,6 +10,7 @@ from typing import Annotated
 import torch
 import tyro
 
+from configs.notation import raise_if
 from scripts import command
 from scripts.lab.models import load_exported, load_trained
 
@@ -27,7 +28,7 @@ class Sample:
     temperature: float = 0.8
     """The logits are divided by this. Below 1: likely tokens are drawn more often; 0: always the most likely token."""
     top_k: int = 50
-    """Draw from this many most likely tokens only."""
+    """Draw from this many most likely tokens only; the vocabulary size or more: from all."""
     seed: int = 1
     """Seed of the random draws."""
 
@@ -37,6 +38,8 @@ def sample(args: Sample) -> str:
 
     Raises ValueError if the folder or file holds no model, if its weights do not fit, and if its data have no tokenizer.
     """
+    raise_if(args.top_k < 1 or args.temperature < 0,
+             f"--top_k must be at least 1 and --temperature at least 0, got {args.top_k} and {args.temperature:g}")
     load = load_exported if args.folder.is_file() else load_trained
     run, source, model = load(args.folder)
     if source.tokenizer is None:
@@ -44,6 +47,7 @@ def sample(args: Sample) -> str:
     # An empty prompt has no last token to predict from; end-of-text is what stands before a document in training.
     start = [source.tokenizer.end_of_text] if not args.prompt else []
     prompt = torch.tensor(start + source.tokenizer.encode(args.prompt).tolist(), dtype=torch.int64)
+    # The model has the windows and weights of the last validation, and crops the context to its longest.
     tokens = model.generate(prompt, args.tokens, temperature=args.temperature, top_k=args.top_k,
                             generator=torch.Generator().manual_seed(args.seed))
     # A byte-level token may end within a UTF-8 character: replace the fragment instead of failing.

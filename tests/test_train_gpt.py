@@ -135,7 +135,7 @@ def test_a_dry_run_prints_the_plan_and_writes_no_files(text, capsys):
 
 
 def test_warm_up_restores_optimizer_state_and_random_state(text):
-    trainer = train_gpt.Trainer(parse(arguments()))
+    trainer = train_gpt.Trainer(parse(arguments("--model.sampled_softmax", "16")))  # this loss draws classes
     before = {name: tensor.clone() for name, tensor in trainer.optimizer.state.tensors().items()}
     state = torch.get_rng_state()
     trainer.warm_up()
@@ -217,6 +217,13 @@ def test_a_non_finite_loss_stops_the_run_with_advice(text):
     message = r"(loss is (nan|inf)|the gradient of \S+ is not finite) at step \d+.*Lower --optim.matrix.lr"
     with pytest.raises(train_gpt.DivergedError, match=message):
         train("--run.name", "a", "--model.softcap", "none", "--optim.head.lr", "1e38")
+
+
+@pytest.mark.parametrize("flags", [("--train.val_every_steps", "1"), ("--log.layers_every_steps", "1")])
+def test_exploded_weights_are_measured_and_do_not_stop_the_run(text, flags):
+    """The loss stays finite where norms bound the activations; metrics of such weights are infinite or NaN, and alarm."""
+    folder = train("--run.name", "a", "--optim.matrix.lr", "1e30", "--train.steps", "3", *flags)
+    assert (folder / "summary.json").exists() and "alarms" in (folder / "metrics.jsonl").read_text()
 
 
 # ---- Ranks ------------------------------------------------------------------------------------------------------------

@@ -310,3 +310,14 @@ def test_scope_is_no_finer_than_the_dual_allows(name):
     cut = {"element": lambda x: x.reshape(1, -1, 1)[:, 7:40], "row": lambda x: x.reshape(1, 24, 5)[:, 3:11],
            "matrix": lambda x: x[1:3]}[norm.scope]
     torch.testing.assert_close(norm.dual(cut(G)), cut(whole), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("factor", "finite"), [(1e30, True), (1e-30, True), (math.inf, False), (math.nan, False)])
+def test_spectral_size_of_extreme_matrices(factor, finite):
+    """Squares beyond float32 are no problem, and what is not finite has size NaN instead of an error."""
+    W = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
+    extreme = W.clone()
+    extreme[0] *= factor
+    size, expected = Spectral().size(extreme), Spectral().size(W)
+    assert torch.equal(size[1], expected[1])
+    assert size[0] == pytest.approx(expected[0].item() * factor, rel=1e-5) if finite else size[0].isnan()

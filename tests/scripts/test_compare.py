@@ -104,7 +104,7 @@ def test_no_difference_needs_no_seeds(lab):
 def test_one_seed_allows_no_test(lab):
     report = compare(lab("good", [2.5]), lab("poor", [2.6, 2.7]))
     assert report.comparisons[0].p is None
-    assert "One run in a group allows no test" in report.verdict
+    assert "No test, because a group has one run only" in report.verdict
 
 
 def test_steps_and_seconds_are_those_of_the_first_validation_at_the_target(lab):
@@ -197,7 +197,7 @@ def test_notes_on_runs_that_are_not_independent_seeds(lab, tmp_path):
     fabricate(tmp_path / "good-seed9", 2.5, seed=1, steps=40, config={"train.batch_tokens": 1024})
     fabricate(tmp_path / "good-seed8", 2.5, seed=8, config={"data.order": "contiguous", "train.batch_tokens": 1024})
     notes = "\n".join(compare(good, lab("poor", POOR)).notes)
-    assert "good are not one experiment: they differ in data.order" in notes
+    assert "good differ in more than their seed: data.order" in notes
     assert "good-seed1 and good-seed9 of good are not independent: same seed and settings" in notes
     assert "ended before the last step, so the final loss is not that of the whole schedule: good-seed9" in notes
     assert "2 versions of the code" in notes

@@ -33,6 +33,12 @@ def test_equal_seeds_give_equal_text(run):
     assert len(first) > 30
 
 
+@pytest.mark.parametrize("settings", [{"top_k": 0}, {"temperature": -1.0}])
+def test_sampling_settings_out_of_range_are_refused(tmp_path, settings):
+    with pytest.raises(ValueError, match="--top_k must be at least 1 and --temperature at least 0"):
+        sample(Sample(folder=Path(tmp_path), **settings))
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="config.json is missing"):
         sample(Sample(folder=Path(tmp_path)))
