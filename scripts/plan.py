@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import tyro
 
 from configs.cli import parse_row
-from configs.notation import nearest
+from configs.notation import nearest, raise_if
 from scripts import command, print_wrapped
 from scripts.lab.costs import LOGS, MACHINES, Efficiency, Machine, Sizes, Stage, measure_sizes, predict, predict_seconds
 
@@ -69,11 +69,10 @@ def check_arguments(args: Arguments) -> None:
     if args.device not in MACHINES:
         raise ValueError(f"unknown device {args.device!r}{nearest(args.device, list(MACHINES))}; "
                          f"devices: {', '.join(MACHINES)}")
-    if args.gpus < 1:
-        raise ValueError(f"--gpus must be at least 1, got {args.gpus}")
+    raise_if(args.gpus < 1, f"--gpus must be at least 1, got {args.gpus}")
     for name in ("efficiency", "memory_efficiency", "network_efficiency"):
-        if not 0 < getattr(args, name) <= 1:
-            raise ValueError(f"--{name} is a share of a peak rate, above 0 and at most 1, got {getattr(args, name)}")
+        raise_if(not 0 < getattr(args, name) <= 1,
+                 f"--{name} is a share of a peak rate, above 0 and at most 1, got {getattr(args, name)}")
 
 
 def stage_row(stage: Stage, sizes: Sizes, machine: Machine, gpus: int, share: Efficiency) -> dict[str, Any]:
