@@ -277,7 +277,7 @@ def main(args: Ablate, run_flags: Sequence[str]) -> None:
     print_table(settings_table(rows, points, metric) if points else effects_table(rows))
     print_wrapped([] if points else effects_legend(rows, metric))
     presets = ", ".join(dict.fromkeys(experiment.preset for experiment in experiments))
-    write_json(dir / "ablation.json", {"base": presets, "metric": metric, "rows": [row._asdict() for row in rows]})
+    write_json(dir / "ablation.json", {"base": presets, "metric": metric, "rows": rows})
     print(f"all numbers: {dir / 'ablation.json'}")
 
 

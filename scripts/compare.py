@@ -471,20 +471,11 @@ def passes_or_fails(passed: bool) -> str:
 # ---- The command line -----------------------------------------------------------------------------------------------
 
 
-def as_json_value(value: Any) -> Any:
-    """Return the value with every named tuple as a dict, which JSON would write as a list otherwise."""
-    if hasattr(value, "_asdict"):
-        return as_json_value(value._asdict())
-    if isinstance(value, dict):
-        return {key: as_json_value(part) for key, part in value.items()}
-    return [as_json_value(part) for part in value] if isinstance(value, list) else value
-
-
 def main(args: Compare) -> None:
     """Print the table, the notes and the verdict; write the numbers to --json."""
     results = compare_runs(args)
     if args.json:
-        write_json(args.json, as_json_value(results))
+        write_json(args.json, results)
     print_table(results_table(results, args.metric))
     print_wrapped([*(f"note: {note}" for note in results.notes), *results.verdict.splitlines()])
 
