@@ -105,16 +105,6 @@ class Entry:
     """What the rule estimates from past gradients; empty for a fixed norm."""
 
 
-@dataclass
-class Arguments:
-    """Arguments of the benchmark."""
-
-    timings: bool = True
-    """Measure the times of the steps: a quarter of an hour on two cores. Without, the times in optimizers.json stay."""
-    only: tuple[str, ...] = ()
-    """Measure only the times of these optimizers, by their names in the table."""
-
-
 JORDAN = dict(unit="at_least_one")
 ENTRIES = [
     Entry("AdamW", rules.Adam(), "largest entry", "a scale per entry"),
@@ -266,20 +256,26 @@ def save(rows: list[dict], timings: dict[str, object]) -> None:
     write_text(RESULT.with_suffix(".md"), page(json.loads(RESULT.read_text())))
 
 
-def main(args: Arguments) -> None:
-    """Count and compare all optimizers, then time them. The files are written after every optimizer."""
+def main(timings: bool = True, only: tuple[str, ...] = ()) -> None:
+    """Count and compare all optimizers, then time them. The files are written after every optimizer.
+
+    Args:
+        timings: Measure the times of the steps: a quarter of an hour on two cores. Without, the times in optimizers.json
+            stay.
+        only: Measure only the times of these optimizers, by their names in the table.
+    """
     names = [entry.name for entry in ENTRIES]
-    for name in set(args.only) - set(names):
+    for name in set(only) - set(names):
         fail(f"no optimizer {name!r}{nearest(name, names)}")
-    timings = json.loads(RESULT.read_text())["timings"]
+    times = json.loads(RESULT.read_text())["timings"]
     rows = [describe(entry) for entry in ENTRIES]
-    save(rows, timings)
+    save(rows, times)
     for entry in ENTRIES:
-        if args.timings and (not args.only or entry.name in args.only):
-            timings |= {"environment": describe_machine(), "matrices": len(SHAPES), "limit_seconds": LIMIT_SECONDS}
-            timings["optimizers"][entry.name] = measure_time(entry)
-            save(rows, timings)
+        if timings and (not only or entry.name in only):
+            times |= {"environment": describe_machine(), "matrices": len(SHAPES), "limit_seconds": LIMIT_SECONDS}
+            times["optimizers"][entry.name] = measure_time(entry)
+            save(rows, times)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__))
+    tyro.cli(main, description=__doc__)
