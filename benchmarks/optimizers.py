@@ -152,15 +152,6 @@ def averaging(config: rules.RuleConfig) -> str:
 # ---- Times ---------------------------------------------------------------------------------------
 
 
-def seconds_of_all(group: rules.RuleConfig) -> tuple[float, bool]:
-    """Return (seconds of one step on all matrices, True if estimated).
-
-    The estimate adds up one matrix of each shape times their number; it is returned if it exceeds the limit.
-    """
-    estimate = sum(SHAPES.count(shape) * step_seconds(group, [shape]) for shape in dict.fromkeys(SHAPES))
-    return (estimate, True) if estimate > LIMIT_SECONDS else (step_seconds(group, SHAPES), False)
-
-
 def step_seconds(group: rules.RuleConfig, shapes: list[tuple[int, int]]) -> float:
     """Return the median seconds of one to five steps after a first one, on new matrices; none begins after two seconds."""
     torch.manual_seed(0)
@@ -189,8 +180,13 @@ def describe(entry: Entry) -> dict[str, object]:
 
 
 def measure_time(entry: Entry) -> dict[str, object]:
-    """Return the seconds of an optimizer's step and the load average of the machine, and print the seconds."""
-    seconds, estimated = seconds_of_all(entry.group)
+    """Return the seconds of an optimizer's step and the load average of the machine, and print the seconds.
+
+    The estimate adds up one matrix of each shape times their number; it is returned if it exceeds the limit.
+    """
+    estimate = sum(SHAPES.count(shape) * step_seconds(entry.group, [shape]) for shape in dict.fromkeys(SHAPES))
+    estimated = estimate > LIMIT_SECONDS
+    seconds = estimate if estimated else step_seconds(entry.group, SHAPES)
     print(f"{entry.name:>28}: {seconds:8.2f} s{' (estimated)' if estimated else ''}", flush=True)
     return {"seconds": seconds, "estimated": estimated, "load_average": os.getloadavg()[0]}
 
