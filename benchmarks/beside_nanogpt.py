@@ -15,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -52,16 +51,6 @@ with torch.no_grad():
             total += model(x, y)[1].item() * x.numel()
 print("BITS", total / math.log(2) / len(data))
 """
-
-
-@dataclass
-class Compare:
-    """Arguments of the comparison."""
-
-    peer: Path
-    """A clone of nanoGPT."""
-    repeats: int = 3
-    """Runs of nanoGPT and of each preset, with the seeds 1, 2, ..."""
 
 
 def write_peer_data(peer: Path) -> None:
@@ -114,18 +103,23 @@ def run_to_target(preset: str, bits_per_byte: float, seed: int) -> dict:
     return {name: result[name] for name in ("target_step", "target_seconds")}
 
 
-def main(args: Compare) -> None:
-    """Run nanoGPT and the presets in turns, `repeats` times each. Runs that the result file holds are not repeated."""
-    write_peer_data(args.peer)
+def main(peer: Path, repeats: int = 3) -> None:
+    """Run nanoGPT and the presets in turns, `repeats` times each. Runs that the result file holds are not repeated.
+
+    Args:
+        peer: A clone of nanoGPT.
+        repeats: Runs of nanoGPT and of each preset, with the seeds 1, 2, ...
+    """
+    write_peer_data(peer)
     previous = json.loads(RESULT.read_text())["runs"] if RESULT.exists() else {}
     runs = {name: previous.get(name, []) for name in ("nanoGPT", *VAL_EVERY_STEPS)}
-    for seed in range(1, args.repeats + 1):
+    for seed in range(1, repeats + 1):
         # In turns, so that other work on the machine slows all of them alike.
         for name in runs:
             if len(runs[name]) >= seed:
                 continue
             if name == "nanoGPT":
-                runs[name].append(run_peer(args.peer, seed))
+                runs[name].append(run_peer(peer, seed))
             else:
                 target = runs["nanoGPT"][0]["bits_per_byte"]  # of the first seed, for all runs
                 runs[name].append(run_ours(name, seed) | run_to_target(name, target, seed))
@@ -135,4 +129,4 @@ def main(args: Compare) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Compare, description=__doc__))
+    tyro.cli(main, description=__doc__)

@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from unittest.mock import patch
 
 import torch
@@ -27,14 +26,6 @@ from optim.sharded import ShardedOptimizer
 
 # The hidden matrices of GPT-2 small: q, k, v and the projection of attention, then the two of the MLP, in 12 layers.
 SHAPES = [(768, 768)] * 48 + [(3072, 768)] * 12 + [(768, 3072)] * 12
-
-
-@dataclass
-class Timing:
-    """Arguments of the benchmark."""
-
-    repeats: int = 3
-    """Timed steps of each optimizer, after one step of warm-up."""
 
 
 def make_weights() -> dict[str, torch.nn.Parameter]:
@@ -74,12 +65,16 @@ def torch_step(*, float32: bool) -> Callable[[], None]:
     return step
 
 
-def main(args: Timing) -> None:
-    """Time the optimizers in turns, write muon_step.json and print a line for each."""
+def main(repeats: int = 3) -> None:
+    """Time the optimizers in turns, write muon_step.json and print a line for each.
+
+    Args:
+        repeats: Timed steps of each optimizer, after one step of warm-up.
+    """
     steps = {"ours": our_step(), "torch.optim.Muon": torch_step(float32=False),
              "torch.optim.Muon, float32": torch_step(float32=True)}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(args.repeats + 1):
+    for repeat in range(repeats + 1):
         for name, step in steps.items():
             began = time.perf_counter()
             step()
@@ -94,4 +89,4 @@ def main(args: Timing) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Timing, description=__doc__))
+    tyro.cli(main, description=__doc__)

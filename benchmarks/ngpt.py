@@ -120,36 +120,27 @@ def compute_speedups(rows: list[dict]) -> list[dict]:
     return speedups
 
 
-def plot_speedup(speedups: list[dict]) -> None:
-    """Draw the speed-up against the context, one line for each other method and horizon."""
-    lines = {}
-    for name, steps in itertools.product(("GPT, AdamW", "GPT, Muon"), HORIZONS):
-        rows = [r for r in speedups if r["against"] == name and r["steps"] == steps]
-        lines[f"against {name}, {steps} steps"] = [r["context"] for r in rows], [r["speedup"] for r in rows]
-    draw_lines("ngpt_speedup", lines, xaxis=dict(title="context (tokens)", type="log", tickvals=CONTEXTS),
-         yaxis=dict(title="speed-up of nGPT (steps / its steps to equal loss)", type="log"), level=1)
-
-
-def plot_robustness(rows: list[dict]) -> None:
-    """Draw the loss against the learning rate, relative to each method's own centre."""
-    lines = {}
-    for name, centre in CENTRES.items():
-        own_rows = [r for r in rows if r["method"] == name]
-        lines[f"{name} (centre {centre:g})"] = [r["lr"] / centre for r in own_rows], [r["mean"] for r in own_rows]
-    draw_lines("ngpt_robustness", lines, xaxis=dict(title="learning rate / the method's own centre", type="log"),
-         yaxis=dict(title="validation loss (nats per token)", range=[1.4, 4.0]))
-
-
 def measure_speedup() -> dict:
-    """Tune every method at every context and horizon, draw the picture, and return all losses and speed-ups."""
+    """Tune every method at every context and horizon, draw the picture, and return all losses and speed-ups.
+
+    The picture has one line for each other method and horizon: the speed-up against the context.
+    """
     rows = [tune(name, context=context, steps=steps) for steps in HORIZONS for context in CONTEXTS for name in METHODS]
     speedups = compute_speedups(rows)
-    plot_speedup(speedups)
+    lines = {}
+    for name, steps in itertools.product(("GPT, AdamW", "GPT, Muon"), HORIZONS):
+        line = [r for r in speedups if r["against"] == name and r["steps"] == steps]
+        lines[f"against {name}, {steps} steps"] = [r["context"] for r in line], [r["speedup"] for r in line]
+    draw_lines("ngpt_speedup", lines, xaxis=dict(title="context (tokens)", type="log", tickvals=CONTEXTS),
+               yaxis=dict(title="speed-up of nGPT (steps / its steps to equal loss)", type="log"), level=1)
     return {"rows": rows, "factors": speedups}
 
 
 def measure_robustness() -> dict:
-    """Return the losses at nine learning rates over two decades: context 64, the shorter horizon, one seed."""
+    """Return the losses at nine learning rates over two decades: context 64, the shorter horizon, one seed.
+
+    The picture shows the loss against the learning rate, relative to each method's own centre.
+    """
     rows = []
     for name, method in NO_DECAY.items():
         method = method._replace(schedule="0=1 cos 100%=0")  # no warm-up, for all alike
@@ -157,7 +148,12 @@ def measure_robustness() -> dict:
             lr = CENTRES[name] * 10 ** (power / 4)
             loss = final_loss("robust", name, method, lr=lr, context=64, steps=HORIZONS[0], seed=SEEDS[0])
             rows.append({"method": name, "lr": lr, "losses": [loss], "mean": loss})
-    plot_robustness(rows)
+    lines = {}
+    for name, centre in CENTRES.items():
+        own_rows = [r for r in rows if r["method"] == name]
+        lines[f"{name} (centre {centre:g})"] = [r["lr"] / centre for r in own_rows], [r["mean"] for r in own_rows]
+    draw_lines("ngpt_robustness", lines, xaxis=dict(title="learning rate / the method's own centre", type="log"),
+               yaxis=dict(title="validation loss (nats per token)", range=[1.4, 4.0]))
     return {"rows": rows}
 
 

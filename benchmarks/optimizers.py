@@ -105,16 +105,6 @@ class Entry:
     """What the rule estimates from past gradients; empty for a fixed norm."""
 
 
-@dataclass
-class Arguments:
-    """Arguments of the benchmark."""
-
-    timings: bool = True
-    """Measure the times of the steps: a quarter of an hour on two cores. Without, the times in optimizers.json stay."""
-    only: tuple[str, ...] = ()
-    """Measure only the times of these optimizers, by their names in the table."""
-
-
 JORDAN = dict(unit="at_least_one")
 ENTRIES = [
     Entry("AdamW", rules.Adam(), "largest entry", "a scale per entry"),
@@ -162,15 +152,6 @@ def averaging(config: rules.RuleConfig) -> str:
 # ---- Times ---------------------------------------------------------------------------------------
 
 
-def seconds_of_all(group: rules.RuleConfig) -> tuple[float, bool]:
-    """Return (seconds of one step on all matrices, True if estimated).
-
-    The estimate adds up one matrix of each shape times their number; it is returned if it exceeds the limit.
-    """
-    estimate = sum(SHAPES.count(shape) * step_seconds(group, [shape]) for shape in dict.fromkeys(SHAPES))
-    return (estimate, True) if estimate > LIMIT_SECONDS else (step_seconds(group, SHAPES), False)
-
-
 def step_seconds(group: rules.RuleConfig, shapes: list[tuple[int, int]]) -> float:
     """Return the median seconds of one to five steps after a first one, on new matrices; none begins after two seconds."""
     torch.manual_seed(0)
@@ -199,8 +180,13 @@ def describe(entry: Entry) -> dict[str, object]:
 
 
 def measure_time(entry: Entry) -> dict[str, object]:
-    """Return the seconds of an optimizer's step and the load average of the machine, and print the seconds."""
-    seconds, estimated = seconds_of_all(entry.group)
+    """Return the seconds of an optimizer's step and the load average of the machine, and print the seconds.
+
+    The estimate adds up one matrix of each shape times their number; it is returned if it exceeds the limit.
+    """
+    estimate = sum(SHAPES.count(shape) * step_seconds(entry.group, [shape]) for shape in dict.fromkeys(SHAPES))
+    estimated = estimate > LIMIT_SECONDS
+    seconds = estimate if estimated else step_seconds(entry.group, SHAPES)
     print(f"{entry.name:>28}: {seconds:8.2f} s{' (estimated)' if estimated else ''}", flush=True)
     return {"seconds": seconds, "estimated": estimated, "load_average": os.getloadavg()[0]}
 
@@ -266,20 +252,26 @@ def save(rows: list[dict], timings: dict[str, object]) -> None:
     write_text(RESULT.with_suffix(".md"), page(json.loads(RESULT.read_text())))
 
 
-def main(args: Arguments) -> None:
-    """Count and compare all optimizers, then time them. The files are written after every optimizer."""
+def main(timings: bool = True, only: tuple[str, ...] = ()) -> None:
+    """Count and compare all optimizers, then time them. The files are written after every optimizer.
+
+    Args:
+        timings: Measure the times of the steps: a quarter of an hour on two cores. Without, the times in optimizers.json
+            stay.
+        only: Measure only the times of these optimizers, by their names in the table.
+    """
     names = [entry.name for entry in ENTRIES]
-    for name in set(args.only) - set(names):
+    for name in set(only) - set(names):
         fail(f"no optimizer {name!r}{nearest(name, names)}")
-    timings = json.loads(RESULT.read_text())["timings"]
+    times = json.loads(RESULT.read_text())["timings"]
     rows = [describe(entry) for entry in ENTRIES]
-    save(rows, timings)
+    save(rows, times)
     for entry in ENTRIES:
-        if args.timings and (not args.only or entry.name in args.only):
-            timings |= {"environment": describe_machine(), "matrices": len(SHAPES), "limit_seconds": LIMIT_SECONDS}
-            timings["optimizers"][entry.name] = measure_time(entry)
-            save(rows, timings)
+        if timings and (not only or entry.name in only):
+            times |= {"environment": describe_machine(), "matrices": len(SHAPES), "limit_seconds": LIMIT_SECONDS}
+            times["optimizers"][entry.name] = measure_time(entry)
+            save(rows, times)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__))
+    tyro.cli(main, description=__doc__)

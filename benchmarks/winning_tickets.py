@@ -8,7 +8,6 @@ winning_tickets.json and, if Chromium is installed, winning_tickets.png.
 """
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
@@ -35,28 +34,16 @@ METHODS = {
 }
 
 
-@dataclass
-class Arguments:
-    """Arguments of the search."""
-
-    draws: int = 24
-    """Random draws of each optimizer."""
-    seed: int = 1
-    """Seed of the draws and of every run."""
-    dir: Path = Path("runs") / "winning_tickets"
-    """Folder of the runs."""
-
-
-def run_draws(args: Arguments) -> list[dict]:
+def run_draws(count: int, seed: int, dir: Path) -> list[dict]:
     """Run all draws, in turns over the optimizers; return each one's flags and final loss, infinite if it diverged."""
-    draws = {name: draw([parse_range(text) for text in space], args.draws, seed=args.seed, quasi=False)
+    draws = {name: draw([parse_range(text) for text in space], count, seed=seed, quasi=False)
              for name, (_, space) in METHODS.items()}
     results = []
-    for number in range(args.draws):
+    for number in range(count):
         for name, (method_flags, _) in METHODS.items():
             flags = (*method_flags.split(), *flags_of(draws[name][number]), *SHORT)
-            folder = args.dir / f"{name.replace('#', '-on-')}-draw{number:02}"
-            summary = train_once(folder, "bench_cpu", flags, seed=args.seed)
+            folder = dir / f"{name.replace('#', '-on-')}-draw{number:02}"
+            summary = train_once(folder, "bench_cpu", flags, seed=seed)
             loss = summary["val_loss_nats"] if summary else math.inf
             results.append({"method": name, "flags": " ".join(flags), "val_loss_nats": loss})
     return results
@@ -75,13 +62,19 @@ def plot(losses: dict[str, list[float]], best: float) -> None:
                yaxis=dict(title="validation loss (nats per token)", range=[best - 0.05, best + 1.5]))
 
 
-def main(args: Arguments) -> None:
-    """Run the search, write every draw, print a line for each optimizer, and draw the picture."""
-    results = run_draws(args)
+def main(draws: int = 24, seed: int = 1, dir: Path = Path("runs") / "winning_tickets") -> None:
+    """Run the search, write every draw, print a line for each optimizer, and draw the picture.
+
+    Args:
+        draws: Random draws of each optimizer.
+        seed: Seed of the draws and of every run.
+        dir: Folder of the runs.
+    """
+    results = run_draws(draws, seed, dir)
     losses = {name: sorted(row["val_loss_nats"] for row in results if row["method"] == name) for name in METHODS}
     best = min(map(min, losses.values()))
     shares = {name: share_within(values, best) for name, values in losses.items()}
-    write_result("winning_tickets", f"winning_tickets --draws {args.draws} --seed {args.seed}", best_val_loss_nats=best,
+    write_result("winning_tickets", f"winning_tickets --draws {draws} --seed {seed}", best_val_loss_nats=best,
                  share_within_2_percent=shares, draws=results)
     for name, values in sorted(losses.items(), key=lambda item: -shares[item[0]]):
         print(f"{name:14} best {values[0]:.4f}  median {values[len(values) // 2]:.4f}  within 2 %: {shares[name]:.0%}")
@@ -89,4 +82,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__, use_underscores=True))
+    tyro.cli(main, description=__doc__, use_underscores=True)

@@ -7,7 +7,7 @@ run each from the fields that declare a technique (configs/notation.py), so that
 from dataclasses import fields
 from typing import NamedTuple
 
-from configs.cli import as_flags, parse_row
+from configs.cli import as_flags
 from configs.model import SPHERE_NEEDS
 from configs.notation import Technique, nearest, techniques_of
 from configs.optim import Muon, Optim, switch_rule
@@ -194,9 +194,3 @@ def find_row(name: str) -> Row:
     if name not in rows:
         raise ValueError(f"unknown ablation {name!r}{nearest(name, list(rows))}")
     return rows[name]
-
-
-def run_of_row(name: str) -> Run:
-    """Return the complete run of a row. Raises ValueError for an unknown name or a row that does not parse."""
-    row = find_row(name)
-    return parse_row(row.base, row.flags.split())

@@ -11,7 +11,7 @@ from typing import NoReturn
 import tyro
 
 from configs.help import print_help
-from configs.notation import nearest
+from configs.notation import nearest, raise_if
 from configs.optim import RULES, Optim, switch_rule
 from configs.presets import PRESETS, preset_title
 from configs.schema import Run, with_settings
@@ -101,8 +101,7 @@ def check_flags(run: Run, flags: Sequence[str]) -> None:
     it; and for a preset given as a flag. tyro finds all other unknown flags, but knows nothing of the other rules."""
     known = flatten(config_to_dict(run))
     for flag in (flag.split("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")):
-        if flag == "preset":
-            raise ValueError(f"the preset is the first word: python {PROGRAM} NAME")
+        raise_if(flag == "preset", f"the preset is the first word: python {PROGRAM} NAME")
         group, _, name = flag.rpartition(".")
         role = flag.split(".")[1] if flag.count(".") > 1 else ""
         if not flag.startswith("optim.") or not hasattr(run.optim, role) or flag in known:

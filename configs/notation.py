@@ -134,8 +134,7 @@ def parse_curve(text: str) -> tuple[Knot, ...]:
             continue
         knots.append(_parse_knot(word, approach, text))
         approach = "line"
-    if not knots or approach != "line":
-        raise ValueError(f"curve {text!r} must end with a knot; {GRAMMAR}")
+    raise_if(not knots or approach != "line", f"curve {text!r} must end with a knot; {GRAMMAR}")
     return tuple(knots)
 
 

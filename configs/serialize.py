@@ -106,7 +106,12 @@ def hash_settings(settings: Mapping[str, Any]) -> str:
 
 
 def strict_json(value: Any) -> Any:
-    """Return `value` as JSON gives it back: lists for tuples, and None for inf and nan, which strict JSON cannot write."""
+    """Return `value` as JSON gives it back: lists for tuples, and None for inf and nan, which strict JSON cannot write.
+
+    A named tuple becomes a dict of its fields.
+    """
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
     if isinstance(value, Mapping):
         return {key: strict_json(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

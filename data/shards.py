@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from configs.notation import raise_if
 from data.files import atomic_write
 
 MAGIC = 20240520
@@ -61,17 +62,14 @@ def _count_tokens(path: Path) -> int:
         header, size = np.fromfile(path, dtype="<i4", count=HEADER_INTS), path.stat().st_size
     except OSError as error:
         raise ValueError(f"cannot read shard {path}: {error.strerror}") from None
-    if len(header) < HEADER_INTS:
-        raise ValueError(f"{path}: header is truncated: {size} bytes, a shard starts with {HEADER_BYTES}")
+    raise_if(len(header) < HEADER_INTS, f"{path}: header is truncated: {size} bytes, a shard starts with {HEADER_BYTES}")
     magic, version, count = (int(x) for x in header[:3])
-    if magic != MAGIC:
-        raise ValueError(f"{path}: magic number is {magic}, a shard has {MAGIC}; is this a token file?")
-    if version != VERSION:
-        raise ValueError(f"{path}: version is {version}, only {VERSION} is known")
+    raise_if(magic != MAGIC, f"{path}: magic number is {magic}, a shard has {MAGIC}; is this a token file?")
+    raise_if(version != VERSION, f"{path}: version is {version}, only {VERSION} is known")
     # The exact size: a download that was cut looks like a shard in all but its length.
-    if count < 1 or size != HEADER_BYTES + TOKEN_BYTES * count:
-        raise ValueError(f"{path}: token count is {count:,}, but the file has {size - HEADER_BYTES:,} bytes of tokens, "
-                         f"{TOKEN_BYTES} each: truncated or damaged; delete it and fetch it again")
+    raise_if(count < 1 or size != HEADER_BYTES + TOKEN_BYTES * count,
+             f"{path}: token count is {count:,}, but the file has {size - HEADER_BYTES:,} bytes of tokens, "
+             f"{TOKEN_BYTES} each: truncated or damaged; delete it and fetch it again")
     return count
 
 

@@ -254,7 +254,4 @@ def _fingerprint(path: Path) -> bytes:
 
 def _digest(*parts: bytes) -> str:
     """Return the first 16 hexadecimal digits of the SHA-256 of the parts, one after another."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:16]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]

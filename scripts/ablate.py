@@ -23,7 +23,7 @@ from rich.table import Table
 
 from configs.ablations import find_row, leave_one_out_rows
 from configs.cli import parse_row
-from configs.notation import nearest
+from configs.notation import nearest, raise_if
 from configs.presets import PRESETS
 from data.run.folder import write_json
 from scripts import command, format_value, print_table, print_wrapped
@@ -86,12 +86,9 @@ def make_experiments(args: Ablate, run_flags: Sequence[str]) -> list[Experiment]
     """
     kinds = {"ROW": args.rows, "--each-off": args.each_off, "--grid": args.grid, "--random": args.random}
     given = [name for name, value in kinds.items() if value]
-    if len(given) != 1:
-        raise ValueError(f"choose exactly one of {', '.join(kinds)}; got {' and '.join(given) or 'none'}")
-    if args.range and not args.random:
-        raise ValueError("--range needs --random N, the number of points to draw from it")
-    if args.seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
+    raise_if(len(given) != 1, f"choose exactly one of {', '.join(kinds)}; got {' and '.join(given) or 'none'}")
+    raise_if(bool(args.range) and not args.random, "--range needs --random N, the number of points to draw from it")
+    raise_if(args.seeds < 1, f"--seeds must be at least 1, got {args.seeds}")
     for preset in filter(None, [args.each_off, args.base]):
         if preset not in PRESETS:
             raise ValueError(f"unknown preset {preset!r}{nearest(preset, list(PRESETS))}")
@@ -116,8 +113,7 @@ def search_experiments(args: Ablate, run_flags: Sequence[str]) -> list[Experimen
         names = [point_name(point) for point in points]
     else:
         ranges = [parse_range(text) for text in args.range]
-        if not ranges:
-            raise ValueError("--random needs --range NAME=LOW:HIGH:SCALE, once for every setting to draw")
+        raise_if(not ranges, "--random needs --range NAME=LOW:HIGH:SCALE, once for every setting to draw")
         points = draw(ranges, args.random, seed=args.sweep_seed, quasi=args.quasi)
         names = [f"draw{number:03}" for number in range(1, args.random + 1)]
     return [Experiment(name, args.base, (*run_flags, *flags_of(point)), None, point)
@@ -281,7 +277,7 @@ def main(args: Ablate, run_flags: Sequence[str]) -> None:
     print_table(settings_table(rows, points, metric) if points else effects_table(rows))
     print_wrapped([] if points else effects_legend(rows, metric))
     presets = ", ".join(dict.fromkeys(experiment.preset for experiment in experiments))
-    write_json(dir / "ablation.json", {"base": presets, "metric": metric, "rows": [row._asdict() for row in rows]})
+    write_json(dir / "ablation.json", {"base": presets, "metric": metric, "rows": rows})
     print(f"all numbers: {dir / 'ablation.json'}")
 
 

@@ -147,10 +147,9 @@ def optimizer_parts(run: Run, model: GPT, comm: Comm) -> Iterator[Part]:
 
 def communicate(optimizer: ShardedOptimizer) -> None:
     """Sum all gradients over the ranks and all-gather all weights, densely and without the update between."""
-    comm, works = optimizer.comm, []
-    for bank in optimizer.banks:
-        works.append(comm.reduce_scatter(bank.grads)[1] if bank.sharded else comm.all_reduce(bank.grads))
-    for work in works + [comm.all_gather(bank.weights) for bank in optimizer.banks if bank.sharded]:
+    comm, banks = optimizer.comm, optimizer.banks
+    works = [comm.reduce_scatter(bank.grads)[1] if bank.sharded else comm.all_reduce(bank.grads) for bank in banks]
+    for work in works + [comm.all_gather(bank.weights) for bank in banks if bank.sharded]:
         work.wait()
 
 

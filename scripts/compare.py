@@ -23,6 +23,7 @@ from rich import box
 from rich.table import Table
 from scipy import stats
 
+from configs.notation import raise_if
 from configs.serialize import HASH_IGNORES
 from data.run.folder import write_json
 from data.run.metrics import VAL_BITS, VAL_LOSS
@@ -149,15 +150,12 @@ def compare_runs(args: Compare) -> Results:
 
 def check_arguments(args: Compare) -> None:
     """Raise ValueError naming an argument that is missing or out of its range."""
-    if not args.runs:
-        raise ValueError("name the runs to compare: folders, patterns, or a folder of run folders such as runs/")
+    raise_if(not args.runs, "name the runs to compare: folders, patterns, or a folder of run folders such as runs/")
     for name in ("alpha", "power"):
-        if not 0 < getattr(args, name) < 1:
-            raise ValueError(f"--{name} must lie between 0 and 1, got {getattr(args, name)}")
+        raise_if(not 0 < getattr(args, name) < 1, f"--{name} must lie between 0 and 1, got {getattr(args, name)}")
     for name in ("nats_per_step", "sigma", "margin", "target"):
         value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{name} must be a finite number above 0, got {value}")
+        raise_if(value is not None and not 0 < value < math.inf, f"--{name} must be a finite number above 0, got {value}")
 
 
 def make_groups(args: Compare) -> list[Group]:
@@ -329,8 +327,8 @@ def format_values(values_by_name: dict[str, list[str]]) -> str:
 def check_comparable(runs: Sequence[RunFolder], metric: Metric) -> None:
     """Raise ValueError naming the settings that differ if the runs' losses are not of the same text or tokens."""
     for run in runs:
-        if run.summary["val_loss_nats"] is not None and run.summary[metric] is None:
-            raise ValueError(f"{run.path} has no {metric}: its data has no tokenizer; compare --metric val_loss_nats")
+        raise_if(run.summary["val_loss_nats"] is not None and run.summary[metric] is None,
+                 f"{run.path} has no {metric}: its data has no tokenizer; compare --metric val_loss_nats")
     tokenizers = differing_values(runs, ("data.tokenizer", "data.bpe_vocab_tokens"))
     by_text = metric == "val_bits_per_byte" and tokenizers  # under one tokenizer, the same text is the same tokens
     if values := differing_values(runs, SAME_TEXT if by_text else SAME_TOKENS):
@@ -475,20 +473,11 @@ def passes_or_fails(passed: bool) -> str:
 # ---- The command line -----------------------------------------------------------------------------------------------
 
 
-def as_json_value(value: Any) -> Any:
-    """Return the value with every named tuple as a dict, which JSON would write as a list otherwise."""
-    if hasattr(value, "_asdict"):
-        return as_json_value(value._asdict())
-    if isinstance(value, dict):
-        return {key: as_json_value(part) for key, part in value.items()}
-    return [as_json_value(part) for part in value] if isinstance(value, list) else value
-
-
 def main(args: Compare) -> None:
     """Print the table, the notes and the verdict; write the numbers to --json."""
     results = compare_runs(args)
     if args.json:
-        write_json(args.json, as_json_value(results))
+        write_json(args.json, results)
     print_table(results_table(results, args.metric))
     print_wrapped([*(f"note: {note}" for note in results.notes), *results.verdict.splitlines()])
 

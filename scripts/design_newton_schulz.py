@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from configs.notation import Triple
+from configs.notation import Triple, raise_if
 from optim.newton_schulz import TABLES
 from scripts import command
 
@@ -61,8 +61,8 @@ def largest_gammas(inner: float, outer: float) -> tuple[float, float]:
     mean of alpha and beta, so gamma <= 4 / (beta - alpha)^2.
     Raises ValueError outside 0 < inner < 1, outer > 0.
     """
-    if not (0 < inner < 1 and 0 < outer < np.inf):
-        raise ValueError(f"radii must have 0 < inner < 1 and outer > 0, got {inner:g} and {outer:g}")
+    raise_if(not (0 < inner < 1 and 0 < outer < np.inf),
+             f"radii must have 0 < inner < 1 and outer > 0, got {inner:g} and {outer:g}")
     alpha, rho = (1 - inner) ** 2, 1 + outer
     roots = np.roots([-4, -3 * rho, 2 * alpha, rho * alpha])
     # The coefficients change sign once, so one root is positive (Descartes); it is the largest.
@@ -91,9 +91,9 @@ def radii_sequence(inners: Sequence[float], outer: float, steps: int, *, safety:
     a fixed point where the slope is large; without safety, rounding in bfloat16 carries a peak beyond it, and the next
     steps multiply the excess. Raises ValueError for no radius, no step, or safety below 1.
     """
-    if not inners or steps < 1 or not 1 <= safety < np.inf:
-        raise ValueError("radii needs at least one inner radius, steps >= 1 and safety >= 1, got "
-                         f"{len(inners)} radii, {steps} steps and safety {safety:g}")
+    raise_if(not inners or steps < 1 or not 1 <= safety < np.inf,
+             "radii needs at least one inner radius, steps >= 1 and safety >= 1, got "
+             f"{len(inners)} radii, {steps} steps and safety {safety:g}")
     triples = triples_for_steps([radii_quintic(inner, outer) for inner in inners], steps)
     return [(a / safety, b / safety**3, c / safety**5) for a, b, c in triples]
 
@@ -107,8 +107,7 @@ def minimax_quintic(lower: float, upper: float) -> Triple:
     The error 1 - p is +E, -E, +E, -E at lower, q, r, upper, where p' = 0 at q and r (Amsel et al. 2025, arXiv 2505.16932).
     Raises ValueError unless 0 < lower <= upper.
     """
-    if not 0 < lower <= upper < np.inf:
-        raise ValueError(f"an interval has 0 < lower <= upper, got [{lower:g}, {upper:g}]")
+    raise_if(not 0 < lower <= upper < np.inf, f"an interval has 0 < lower <= upper, got [{lower:g}, {upper:g}]")
     if lower / upper > NEARLY_ONE_POINT:
         return 15 / 8 / upper, -10 / 8 / upper**3, 3 / 8 / upper**5  # the limit: p = 1 and p' = p'' = 0 at upper
     q, r, error, last_error = (3 * lower + upper) / 4, (lower + 3 * upper) / 4, 0.0, np.inf
@@ -131,9 +130,9 @@ def optimal_sequence(lower: float, steps: int, *, cushion: float = 0.0, safety: 
     last takes p(x / safety), so that rounding may carry its input above the upper end. Raises ValueError for values out of
     range.
     """
-    if not (0 < lower <= 1 and steps >= 1 and 0 <= cushion <= 1 and 1 <= safety < np.inf):
-        raise ValueError("optimal needs 0 < lower <= 1, steps >= 1, 0 <= cushion <= 1 and safety >= 1, got "
-                         f"lower {lower:g}, {steps} steps, cushion {cushion:g} and safety {safety:g}")
+    raise_if(not (0 < lower <= 1 and steps >= 1 and 0 <= cushion <= 1 and 1 <= safety < np.inf),
+             "optimal needs 0 < lower <= 1, steps >= 1, 0 <= cushion <= 1 and safety >= 1, got "
+             f"lower {lower:g}, {steps} steps, cushion {cushion:g} and safety {safety:g}")
     upper, triples = 1.0, []
     for step in range(steps):
         a, b, c = minimax_quintic(max(lower, cushion * upper), upper)
@@ -204,8 +203,7 @@ def describe(triples: Sequence[Triple], safety: float, design: Radii | Optimal) 
 
 def main(design: Radii | Optimal) -> None:
     """Design a table and print it. Raises ValueError for radii or bounds that allow no table."""
-    if not 0 < design.lower <= 1:
-        raise ValueError(f"lower must lie in (0, 1], got {design.lower:g}")
+    raise_if(not 0 < design.lower <= 1, f"lower must lie in (0, 1], got {design.lower:g}")
     triples, safety = design.table()
     print(describe(triples, safety, design))
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import tyro
 
 from configs.cli import parse_row
-from configs.notation import nearest
+from configs.notation import nearest, raise_if
 from scripts import command, print_wrapped
 from scripts.lab.costs import LOGS, MACHINES, Efficiency, Machine, Sizes, Stage, measure_sizes, predict, predict_seconds
 
@@ -69,11 +69,10 @@ def check_arguments(args: Arguments) -> None:
     if args.device not in MACHINES:
         raise ValueError(f"unknown device {args.device!r}{nearest(args.device, list(MACHINES))}; "
                          f"devices: {', '.join(MACHINES)}")
-    if args.gpus < 1:
-        raise ValueError(f"--gpus must be at least 1, got {args.gpus}")
+    raise_if(args.gpus < 1, f"--gpus must be at least 1, got {args.gpus}")
     for name in ("efficiency", "memory_efficiency", "network_efficiency"):
-        if not 0 < getattr(args, name) <= 1:
-            raise ValueError(f"--{name} is a share of a peak rate, above 0 and at most 1, got {getattr(args, name)}")
+        raise_if(not 0 < getattr(args, name) <= 1,
+                 f"--{name} is a share of a peak rate, above 0 and at most 1, got {getattr(args, name)}")
 
 
 def stage_row(stage: Stage, sizes: Sizes, machine: Machine, gpus: int, share: Efficiency) -> dict[str, Any]:
@@ -120,24 +119,24 @@ def heading(plan: dict[str, Any]) -> list[str]:
 
 def stage_lines(stages: list[dict[str, Any]]) -> list[str]:
     """Return the table of the schedule's stages: shapes in tokens, and FLOPs of all ranks together."""
-    lines = [f"{'':>6} {'':>6} {'batch':>9} {'sequence':>9} {'window':>9} {'long window':>12} {'TFLOP':>9}",
-             f"{'from':>6} {'steps':>6} {'tokens':>9} {'tokens':>9} {'tokens':>9} {'tokens':>12} {'per step':>9}"]
-    for row in stages:
-        lines.append(f"{row['first_step']:>6} {row['steps']:>6} {row['batch_tokens']:>9,} {row['sequence_tokens']:>9,} "
-                     f"{row['window_tokens'] or '-':>9} {row['long_window_tokens'] or '-':>12} {row['flops'] / 1e12:>9.1f}")
-    return lines
+    head = [f"{'':>6} {'':>6} {'batch':>9} {'sequence':>9} {'window':>9} {'long window':>12} {'TFLOP':>9}",
+            f"{'from':>6} {'steps':>6} {'tokens':>9} {'tokens':>9} {'tokens':>9} {'tokens':>12} {'per step':>9}"]
+    return head + [
+        f"{row['first_step']:>6} {row['steps']:>6} {row['batch_tokens']:>9,} {row['sequence_tokens']:>9,} "
+        f"{row['window_tokens'] or '-':>9} {row['long_window_tokens'] or '-':>12} {row['flops'] / 1e12:>9.1f}"
+        for row in stages]
 
 
 def prediction_lines(stages: list[dict[str, Any]]) -> list[str]:
     """Return the table of one step of each stage on the busiest rank."""
-    lines = ["one step on the busiest rank:",
-             f"{'':>6} {'memory':>9} {'network':>9} {'compute':>9} {'update':>9} {'network':>9} {'casts':>9} {'step':>9}",
-             f"{'from':>6} {'GB moved':>9} {'MB sent':>9} {'ms':>9} {'ms':>9} {'ms':>9} {'ms':>9} {'ms':>9}"]
-    for row in stages:
-        lines.append(f"{row['first_step']:>6} {row['traffic_bytes'] / 1e9:>9.1f} {row['network_bytes'] / 1e6:>9,.0f} "
-                     f"{row['compute_ms']:>9,.1f} {row['optimizer_ms']:>9.1f} {row['network_ms']:>9,.1f} "
-                     f"{row['memory_ms']:>9.1f} {row['step_ms']:>9,.1f}")
-    return lines
+    head = ["one step on the busiest rank:",
+            f"{'':>6} {'memory':>9} {'network':>9} {'compute':>9} {'update':>9} {'network':>9} {'casts':>9} {'step':>9}",
+            f"{'from':>6} {'GB moved':>9} {'MB sent':>9} {'ms':>9} {'ms':>9} {'ms':>9} {'ms':>9} {'ms':>9}"]
+    return head + [
+        f"{row['first_step']:>6} {row['traffic_bytes'] / 1e9:>9.1f} {row['network_bytes'] / 1e6:>9,.0f} "
+        f"{row['compute_ms']:>9,.1f} {row['optimizer_ms']:>9.1f} {row['network_ms']:>9,.1f} "
+        f"{row['memory_ms']:>9.1f} {row['step_ms']:>9,.1f}"
+        for row in stages]
 
 
 def notes(plan: dict[str, Any]) -> list[str]:

@@ -6,7 +6,8 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from configs.ablations import ROWS, run_of_row
+from configs.ablations import ROWS
+from configs.cli import parse_row
 from configs.notation import techniques_of
 from configs.presets import PRESETS
 from configs.schema import Model
@@ -125,7 +126,7 @@ def shrunk(config: Model) -> Model:
 
 ALONE = {name: replace(PLAIN, **changes) for name, (changes, _, _) in FLAGS.items()}
 PRESET_MODELS = {name: shrunk(preset().model) for name, preset in PRESETS.items()}
-PRESET_MODELS |= {row.name: shrunk(run_of_row(row.name).model) for row in ROWS if "--model" in row.flags}
+PRESET_MODELS |= {row.name: shrunk(parse_row(row.base, row.flags.split()).model) for row in ROWS if "--model" in row.flags}
 EVERY = {"plain": PLAIN} | ALONE | TOGETHER | PRESET_MODELS
 every_model = pytest.mark.parametrize("config", EVERY.values(), ids=EVERY)
 every_flag = pytest.mark.parametrize(("changes", "added", "removed"), FLAGS.values(), ids=FLAGS)

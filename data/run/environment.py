@@ -102,12 +102,10 @@ def code_files(root: Path) -> list[Path]:
     inner_libraries = [p for p in libraries if p != root and p.is_relative_to(root)]
     file_names = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
     loaded = {Path(name).resolve() for name in file_names if isinstance(name, str) and name.endswith(".py")}
-    return sorted(
-        path for path in loaded
-        if path.is_relative_to(root) and path.is_file()
-        and EXCLUDED_FOLDERS.isdisjoint(path.relative_to(root).parts)
-        and not any(path.is_relative_to(p) for p in inner_libraries)
-    )
+    return sorted(path for path in loaded
+                  if path.is_relative_to(root) and path.is_file()
+                  and EXCLUDED_FOLDERS.isdisjoint(path.relative_to(root).parts)
+                  and not any(path.is_relative_to(p) for p in inner_libraries))
 
 
 def code_text(files: list[Path], root: Path) -> str:

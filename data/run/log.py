@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import torch
 from tqdm import tqdm
@@ -227,31 +227,21 @@ def open_metrics(path: Path, offset: int) -> BinaryIO:
 # ---- Alarms ---------------------------------------------------------------------------------------------------------------
 
 
-class HealthyRange(NamedTuple):
-    """Range in which a metric of a healthy run lies."""
-
-    pattern: str
-    """Name of the metric, with the wildcard *."""
-    low: float
-    """Smallest healthy value, at the group's peak lr; it falls in proportion to the lr."""
-    high: float
-    """Largest healthy value."""
-    reason: str
-    """Meaning of a value outside the range, printed with the alarm."""
-
-
+# Ranges in which the metrics of a healthy run lie: (name of the metric, with the wildcard *; smallest healthy value, at the
+# group's peak lr; largest healthy value; meaning of a value outside, printed with the alarm). The smallest value falls in
+# proportion to the lr.
 HEALTHY_RANGES = (
     # Kosson et al. 2023 (arXiv 2305.17212): in equilibrium weights turn by about sqrt(2 lr wd), a few hundredths; by much
     # more they are replaced at each step, by much less they stand still.
-    HealthyRange("optim/matrix/angle", 1e-5, 0.5, "angle in radians that the matrices turn in one step"),
-    HealthyRange("optim/head/angle", 1e-6, 0.7, "angle in radians that the head turns in one step"),
-    HealthyRange("optim/*/weight_rms", 0.0, 1e3, "the weights grow without bound"),
-    HealthyRange("diag/logits/rms", 0.0, 30.0, "the softmax is one-hot on most tokens, and its gradient vanishes"),
-    HealthyRange("diag/logits/largest", 0.0, 200.0, "bfloat16 rounds logits beyond 128 to whole numbers"),
-    HealthyRange("diag/block*/stream_rms", 1e-3, 1e3, "the residual stream vanishes or explodes"),
-    HealthyRange("diag/*/spectral", 0.0, 1e3, "the weights grow without bound"),
+    ("optim/matrix/angle", 1e-5, 0.5, "angle in radians that the matrices turn in one step"),
+    ("optim/head/angle", 1e-6, 0.7, "angle in radians that the head turns in one step"),
+    ("optim/*/weight_rms", 0.0, 1e3, "the weights grow without bound"),
+    ("diag/logits/rms", 0.0, 30.0, "the softmax is one-hot on most tokens, and its gradient vanishes"),
+    ("diag/logits/largest", 0.0, 200.0, "bfloat16 rounds logits beyond 128 to whole numbers"),
+    ("diag/block*/stream_rms", 1e-3, 1e3, "the residual stream vanishes or explodes"),
+    ("diag/*/spectral", 0.0, 1e3, "the weights grow without bound"),
     # Matrices that start at zero are almost of rank one after Adam's first step (1e11); in float32 more is a lost rank.
-    HealthyRange("diag/*/condition", 0.0, 1e14, "the matrix has lost rank"),
+    ("diag/*/condition", 0.0, 1e14, "the matrix has lost rank"),
 )
 
 

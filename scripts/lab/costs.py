@@ -3,16 +3,17 @@
 import math
 from collections.abc import Callable
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import torch
 
 from configs.optim import Graft
 from configs.schema import Run
+from optim.bank import SMALL_BANK_ELEMENTS, Bank, as_matrices, group_by_shape, shard_view
+from optim.groups import ParamGroup, build_groups
+from optim.hooks import build_hooks
 from optim.schedule import Schedule, Values
 from scripts.lab.models import meta_model
-
-if TYPE_CHECKING:
-    from optim.bank import Bank
-    from optim.groups import ParamGroup
 
 
 class Machine(NamedTuple):
@@ -177,11 +178,6 @@ def measure_sizes(run: Run) -> tuple[Sizes, list[Stage]]:
 
     Model and banks are built on the meta device, so the sizes are exact and no memory is allocated.
     """
-    import torch
-
-    from optim.bank import group_by_shape
-    from optim.groups import build_groups
-
     schedule = Schedule(run)
     values = [schedule.values(step) for step in range(run.train.steps)]
 
@@ -203,16 +199,11 @@ def measure_sizes(run: Run) -> tuple[Sizes, list[Stage]]:
     return Sizes(elements, matrix_elements, tuple(map(bank_size, banks))), stages
 
 
-def empty_bank(run: Run, group: "ParamGroup", names: list[str]) -> "Bank":
+def empty_bank(run: Run, group: ParamGroup, names: list[str]) -> Bank:
     """Return the bank that an optimizer at world size 1 makes of these parameters, with its state.
 
     Only shapes and dtypes matter, not values: under `torch.device("meta")` nothing is allocated.
     """
-    import torch
-
-    from optim.bank import Bank, as_matrices, shard_view
-    from optim.hooks import build_hooks
-
     spec = group.specs[names[0]]
     weights = shard_view(torch.stack([group.params[name].detach() for name in names]), group.scope, spec.blocks)
     # The weights stand in for the gradients too: both have one shape, and a copy would cost memory.
@@ -225,16 +216,14 @@ def empty_bank(run: Run, group: "ParamGroup", names: list[str]) -> "Bank":
     return bank
 
 
-def bank_size(bank: "Bank") -> BankSize:
+def bank_size(bank: Bank) -> BankSize:
     """Return the sizes of a bank at world size 1, which has no padding."""
-    from optim.bank import SMALL_BANK_ELEMENTS
-
     entries = bank.weights.size(0)
     return BankSize(entries, bank.weights.nbytes // entries, sum(t.nbytes for t in bank.state.values()) / entries,
                     bank_flops(bank), bank.group.config.update_every, bank.weights.numel() < SMALL_BANK_ELEMENTS)
 
 
-def bank_flops(bank: "Bank") -> float:
+def bank_flops(bank: Bank) -> float:
     """Return the operations to orthogonalise one matrix of a bank; 0 if its rule does not orthogonalise."""
     config = bank.group.config
     if bank.weights.ndim != 3 or len(bank.shape) != 2:

@@ -95,17 +95,12 @@ def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> int:
     return len(by_name) - old_count
 
 
-def recorded_run(record: Mapping[str, Any]) -> Run:
-    """Return the config of a record. Raise ValueError if the schema refuses one of its settings."""
-    return config_from_dict(unflatten(record["config"]))
-
-
 def changed_settings(record: Mapping[str, Any]) -> list[str]:
     """Return a message for each fixed setting that a benchmark's record changes; none for a preset that is no benchmark."""
     if record["preset"] not in BENCHMARKS:
         return []
     fixed = flatten(config_to_dict(PRESETS[record["preset"]]()))
-    config = flatten(config_to_dict(recorded_run(record)))
+    config = flatten(config_to_dict(config_from_dict(unflatten(record["config"]))))
     return [f"{name} is {config[name]!r}, fixed at {value!r}" for name, value in fixed.items()
             if not name.startswith(FREE_SETTINGS) and config[name] != value]
 
@@ -127,7 +122,7 @@ def record_errors(record: Mapping[str, Any]) -> list[str]:
     """Return a message for each contradiction within one record."""
     # Fields that the checks below read.
     try:
-        run = recorded_run(record)
+        run = config_from_dict(unflatten(record["config"]))  # raises for a setting that the schema refuses
     except ValueError as error:
         return [str(error)]
     if errors := missing_fields(record):

@@ -78,8 +78,11 @@ def run_sweep(trials: Sequence[Trial], *, dir: Path, jobs: int = 1, nproc: int =
     """
     for option, value in (("jobs", jobs), ("nproc", nproc)):
         raise_if(value < 1, f"--{option} must be at least 1, got {value}")
+    for name, count in Counter(trial.name for trial in trials).items():
+        raise_if(count > 1, f"two trials are named {name!r}; names must differ")
     dir = dir.expanduser().resolve()
-    sweep = Sweep(dir, _parse_all(trials, dir), nproc=nproc, threads=max(1, (os.cpu_count() or 1) // jobs))
+    runs = {trial: parse_row(trial.preset, run_flags(trial, dir)) for trial in trials}
+    sweep = Sweep(dir, runs, nproc=nproc, threads=max(1, (os.cpu_count() or 1) // jobs))
     progress = Progress(len(trials))
     # Results of earlier sweeps come first: they are not run again.
     results = {trial: result for trial in trials if (result := sweep.saved_result(trial, retry_failed))}
@@ -93,13 +96,6 @@ def run_sweep(trials: Sequence[Trial], *, dir: Path, jobs: int = 1, nproc: int =
               "Give the same command again to continue", flush=True)
         raise SystemExit(130) from None  # the status of a shell after Ctrl-C: 128 + SIGINT
     return [results[trial] for trial in trials]
-
-
-def _parse_all(trials: Sequence[Trial], dir: Path) -> dict[Trial, Run]:
-    """Return the complete config of each trial. Raise ValueError for the first mistake."""
-    for name, count in Counter(trial.name for trial in trials).items():
-        raise_if(count > 1, f"two trials are named {name!r}; names must differ")
-    return {trial: parse_row(trial.preset, run_flags(trial, dir)) for trial in trials}
 
 
 def run_flags(trial: Trial, dir: Path) -> list[str]:

@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 
-from configs.ablations import ROWS, find_row, leave_one_out_rows, run_of_row, settings_off, techniques
+from configs.ablations import ROWS, find_row, leave_one_out_rows, settings_off, techniques
 from configs.cli import as_flags, parse_row
 from configs.optim import Optim
 from configs.presets import PRESETS
@@ -13,7 +13,7 @@ from configs.serialize import config_to_dict, flatten
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_rows_change_their_base(row):
-    assert run_of_row(row.name) != PRESETS[row.base]()
+    assert parse_row(row.base, row.flags.split()) != PRESETS[row.base]()
 
 
 def test_names_are_unique():
@@ -22,7 +22,7 @@ def test_names_are_unique():
 
 def test_an_unknown_row_is_named():
     with pytest.raises(ValueError, match="unknown ablation 'nothing'; "):
-        run_of_row("nothing")
+        find_row("nothing")
 
 
 def test_a_misspelt_row_gets_the_nearest():

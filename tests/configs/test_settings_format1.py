@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs import format1
-from configs.ablations import leave_one_out_rows, run_of_row
+from configs.ablations import find_row, leave_one_out_rows
 from configs.cli import parse_row
 from configs.entries import find_entry
 from configs.presets import PRESETS
@@ -32,7 +32,10 @@ def run_named(name):
         return parse_row(row.base, shlex.split(row.flags))
     if kind == "entry":
         return parse_row("bench_cpu", shlex.split(find_entry(path[0]).flags))
-    return PRESETS[path[0]]() if kind == "preset" else run_of_row(path[0])
+    if kind == "preset":
+        return PRESETS[path[0]]()
+    row = find_row(path[0])
+    return parse_row(row.base, row.flags.split())
 
 
 def acting(run):

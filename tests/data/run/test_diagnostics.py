@@ -105,7 +105,7 @@ def test_a_group_may_move_less_as_its_lr_falls_and_rests_without_alarm():
 
 
 def test_every_range_has_a_length_and_a_reason():
-    assert all(limits.low < limits.high and limits.reason for limits in HEALTHY_RANGES)
+    assert all(low < high and reason for _, low, high, reason in HEALTHY_RANGES)
 
 
 # ---- Runs ----------------------------------------------------------------------------------------------------------------

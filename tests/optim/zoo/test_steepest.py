@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.ablations import run_of_row
+from configs.ablations import find_row
+from configs.cli import parse_row
 from configs.optim import Averaged, Steepest
 from model import GPT
 from optim.groups import build_groups, build_rule
@@ -120,7 +121,7 @@ def test_constrained_iterates_reach_the_surface_and_unconstrained_leave_the_ball
 
 
 def test_the_ablation_has_no_adam_and_starts_inside_its_balls():
-    run = run_of_row("scion_constrained")
+    run = parse_row("bytes", find_row("scion_constrained").flags.split())
     torch.manual_seed(1)
     model = GPT(run.model, vocab_size=256, max_tokens=64)
     params, roles = dict(model.named_parameters()), model.roles()
