@@ -32,8 +32,7 @@ from kernels.norms import rms_norm, unit
 
 
 def parameter(value: Tensor, role: str, *, axis: int = -1) -> nn.Parameter:
-    """Return a parameter with its role, which decides its optimizer, and the axis (-1 or -2) that is the model dimension in
-    matrices and embeddings."""
+    """Return a parameter with its role, which decides its optimizer, and the axis, -1 or -2, along which C lies."""
     param = nn.Parameter(value)
     param.role, param.axis = role, axis
     return param
@@ -428,9 +427,8 @@ class GPT(nn.Module):
     def __init__(self, config: Model, *, vocab_size: int, max_tokens: int, document_start: int | None = None,
                  prefix_of: list[int] | None = None, on_cuda: bool = False,
                  dtype: torch.dtype = torch.float32) -> None:
-        """Draw the weights. `max_tokens`: longest context; `document_start`: id of the token that opens a document;
-        `prefix_of`: id of each token's longest proper prefix or -1; `on_cuda`: choose kernels for a GPU; `dtype`: of the
-        activations. Raises ValueError for a technique that these do not allow."""
+        """Draw the weights. `max_tokens`: longest context; `document_start`: token that opens a document; `prefix_of`: each
+        token's longest proper prefix, or -1; `on_cuda`: use kernels for GPUs. Raises ValueError for what these do not allow."""
         super().__init__()
         if config.document_mask and document_start is None:
             raise ValueError("document_mask needs a source with document starts; use --model.no_document_mask")

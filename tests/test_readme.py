@@ -6,17 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.table import leaderboard, table
+from benchmarks.table import flags_table, table
 from configs.cli import parse_row
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^(?:torchrun --standalone --nproc_per_node=8|python) train_gpt.py (.*?)(?:\s{2,}#.*)?$",
+COMMANDS = re.findall(r"^(?:torchrun --standalone --nproc_per_node=8|python) train_gpt.py (?!--help)(.*?)(?:\s{2,}#.*)?$",
                       README, re.MULTILINE)
 
 
 def test_tables_are_the_generated_ones():
-    assert table() in README and leaderboard() in README
+    assert table() in README and flags_table() in README
+
+
+def test_the_readme_is_short_and_begins_with_the_two_commands():
+    lines = README.splitlines()
+    assert len(lines) <= 150 and lines.index("python train_gpt.py") < 15
 
 
 def test_the_readme_has_commands():
