@@ -428,7 +428,7 @@ class GPT(nn.Module):
                  prefix_of: list[int] | None = None, on_cuda: bool = False,
                  dtype: torch.dtype = torch.float32) -> None:
         """Draw the weights. `max_tokens`: longest context; `document_start`: token that opens a document; `prefix_of`: each
-        token's longest proper prefix, or -1; `on_cuda`: use kernels for GPUs. Raises ValueError for what these do not allow."""
+        token's longest proper prefix, or -1; `on_cuda`: use GPU kernels. Raises ValueError for what these do not allow."""
         super().__init__()
         if config.document_mask and document_start is None:
             raise ValueError("document_mask needs a source with document starts; use --model.no_document_mask")
