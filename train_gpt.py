@@ -122,17 +122,16 @@ def train(trainer: "Trainer", log: Log) -> bool:
             progress.train_seconds = clock.seconds
             log.training(loss, flops_per_token=trainer.model.flops_per_token(values.sequence_tokens, **values.windows))
             check_finite(loss, step)
-        # Validate and measure layers, with the clock stopped; check first, because eigenvalues of a NaN raise another error.
+        # Measure layers and validate, with the clock stopped; in this order, because by_role drops the remembered weights.
+        if measures_layers:
+            with clock.paused():
+                log.write(trainer.layer_metrics())
         if validates:
             with clock.paused():
                 score = trainer.validate()
                 check_finite(score.nats_per_token, step)
                 progress.record_score(score, run.run.target_loss_nats)
                 log.validation(score, trainer.measures.by_role(trainer.last_values()) if run.log.diagnostics else {})
-        if measures_layers:
-            with clock.paused():
-                trainer.optimizer.check_finite()
-                log.write(trainer.layer_metrics())
         # Save, also after a signal: on all ranks or none, because it is a collective; never the weights after a bad step.
         saves = progress.is_finished(run) or is_due(step, run.run.checkpoint_every_steps)
         polls = is_due(step, poll_steps)
