@@ -59,7 +59,10 @@ def print_help(preset: str, topic: str) -> None:
 
 def first_screen(run: Run, columns: int) -> list[str]:
     """Return the lines of `--help`: what this is, the presets, the flags that people use most, and where the others are."""
-    presets = [shorten(f"  {name:19}{without_sources(preset_title(name))}", columns) for name in PRESETS]
+    twins = [name for name in PRESETS if name.endswith("_adamw")]
+    titles = {name: without_sources(preset_title(name)) for name in PRESETS if name not in twins}
+    titles["..._adamw"] = f"with AdamW: {', '.join(twins)}."
+    presets = [shorten(f"  {name:19}{title}", columns) for name, title in titles.items()]
     values = {name: value_text(value) for name, value, _, _ in all_flags(run)}
     flags = [shorten(f"  --{name:20} {values[name]:8} {text}", columns) for name, text in COMMON_FLAGS.items()]
     return ["usage: python train_gpt.py [PRESET] [--section.field VALUE ...]",

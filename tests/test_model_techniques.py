@@ -9,6 +9,7 @@ import torch
 from configs.ablations import ROWS
 from configs.cli import parse_row
 from configs.notation import techniques_of
+from configs.optim import Optim
 from configs.presets import PRESETS
 from configs.schema import Model
 from kernels.cross_entropy import softcap
@@ -127,7 +128,9 @@ def shrunk(config: Model) -> Model:
 ALONE = {name: replace(PLAIN, **changes) for name, (changes, _, _) in FLAGS.items()}
 PRESET_MODELS = {name: shrunk(preset().model) for name, preset in PRESETS.items()}
 PRESET_MODELS |= {row.name: shrunk(parse_row(row.base, row.flags.split()).model) for row in ROWS if "--model" in row.flags}
-EVERY = {"plain": PLAIN} | ALONE | TOGETHER | PRESET_MODELS
+IN_DOCUMENTS = {f"{name}+documents": replace(config, document_mask=True) for name, config in ALONE.items()
+                if not config.document_mask}
+EVERY = {"plain": PLAIN} | ALONE | IN_DOCUMENTS | TOGETHER | PRESET_MODELS
 every_model = pytest.mark.parametrize("config", EVERY.values(), ids=EVERY)
 every_flag = pytest.mark.parametrize(("changes", "added", "removed"), FLAGS.values(), ids=FLAGS)
 documents = pytest.mark.parametrize("config", [c for c in EVERY.values() if c.document_mask],
@@ -181,7 +184,9 @@ def test_every_field_of_the_model_is_changed_by_a_flag():
 
 @every_flag
 def test_flag_adds_only_its_own_parameters(changes, added, removed):
-    plain, model = set(build(PLAIN).state_dict()), set(build(replace(PLAIN, **changes)).state_dict())
+    plain, built = set(build(PLAIN).state_dict()), build(replace(PLAIN, **changes))
+    model = set(built.state_dict())
+    assert set(built.roles().values()) <= {field.name for field in fields(Optim)}
     assert model - plain == added
     assert plain - model == removed
 

@@ -6,6 +6,8 @@ import pytest
 
 from configs.ablations import ROWS, find_row, leave_one_out_rows, settings_off, techniques
 from configs.cli import as_flags, parse_row
+from configs.model import Model
+from configs.notation import techniques_of
 from configs.optim import Optim
 from configs.presets import PRESETS
 from configs.serialize import config_to_dict, flatten
@@ -32,11 +34,7 @@ def test_a_misspelt_row_gets_the_nearest():
 
 # ---- Leave-one-out rows ----
 
-MODEL_SWITCHES = {"qk_norm", "smear", "x0_skip", "zero_init_projections", "norm_embedding", "norm_gains", "biases",
-                  "tied_head", "document_mask", "value_gates", "bigram_signs", "ngram_orders", "yarn", "head_gates", "xsa",
-                  "key_offset", "projection_gains", "inject", "paired_heads", "dynamic_heads", "attention_free", "skips",
-                  "mtp_weights", "shared_attention_input", "backout", "residual_growth", "prefix_loss", "sampled_softmax",
-                  "dense"}
+MODEL_SWITCHES = {name for name, technique in techniques_of(Model).items() if technique.name is None}
 CHANGES = {f"no_{name}": {f"model.{name}"} for name in MODEL_SWITCHES} | {
     "no_value_embeds": {"model.value_embeds"}, "no_bigram": {"model.bigram_buckets"}, "no_softcap": {"model.softcap"},
     "no_rotary": {"model.position"}, "no_relu2": {"model.activation"}, "no_attention_scale": {"model.attention_scale"},
@@ -64,6 +62,8 @@ EVERYTHING = ("--model.x0_skip --model.softcap tanh --model.norm_gains --model.b
               "--model.key_offset --model.yarn --model.head_gates --model.xsa --model.projection_gains --model.inject "
               "--model.layers 3 --model.paired_heads 0 --model.dynamic_heads 1 --model.attention_free 2 --model.skips 0>2 "
               "--model.shared_attention_input 0 --model.backout 1 --model.residual_growth 1.1 --model.dense mudd")
+EVERYTHING += " " + as_flags({f"model.{name}": True for name, technique in techniques_of(Model).items()
+                              if technique.on is True and f"model.{name} " not in EVERYTHING and not technique.needs})
 # Techniques that EVERYTHING cannot contain, since they exclude others of it or need other optimizers; tested separately.
 APART = {"mtp_weights", "prefix_loss", "sampled_softmax", "tied_start", "row_moments", "slow_adam", "cautious_decay",
          "blocks", "lr_factors"}

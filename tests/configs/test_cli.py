@@ -77,7 +77,7 @@ def test_kinds_of_values(flags, holds):
 @pytest.mark.parametrize(("argv", "said"), [
     (["tinny"], "unknown preset 'tinny'; did you mean 'tiny'?"),
     (["trak3"], "did you mean 'track3'?"),
-    (["zzzzzz"], "choices: tiny, tiny_adamw, bytes"),
+    (["zzzzzz"], "choices: " + ", ".join(PRESETS)),
     (["tiny", "--train.stepz", "5"], "--train.steps INT"),
     (["tiny", "--optim.matrx.lr", "5"], "--optim.matrix.lr FLOAT"),
     (["tiny", "--train.steps", "ten"], "--train.steps: invalid literal for int() with base 10: 'ten'"),
@@ -186,7 +186,7 @@ def help_text(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *a
 def test_first_screen_has_every_preset_and_fits_80_by_40(capsys, monkeypatch):
     lines = help_text(capsys, monkeypatch, "--help")
     assert len(lines) < 40 and max(map(len, lines)) <= 80
-    assert [name for name in PRESETS if not any(line.startswith(f"  {name} ") for line in lines)] == []
+    assert [name for name in PRESETS if not any(f"  {name} " in line or f" {name}" in line for line in lines)] == []
     assert not any(line.endswith("...") for line in lines)  # every title has room
     assert help_text(capsys, monkeypatch, "track3", "--help") == help_text(capsys, monkeypatch, "--help", "track3") != lines
 

@@ -1,6 +1,7 @@
 """Every rule keeps weights finite for all gradients, compiles once, and continues bit for bit from a saved state."""
 
 import functools
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from configs.optim import RULES, Adam, Extra, Muon, NorMuon, RuleConfig
 from optim.groups import build_rule, rule_class
+from optim.metrics import StepMetrics
 from optim.rule import Step
 from optim.sharded import NonFiniteError, ShardedOptimizer
 from tests.optim.oracle import FULL, directions, gaussian, hyper, one_role, train
@@ -97,8 +99,10 @@ def test_zero_gradients_move_nothing(config):
 def test_every_rule_moves_every_tensor(config):
     """Two rules cannot move a single number: SWAN removes the mean of a row; on the Stiefel manifold it is 1 or -1."""
     params, optimizer = make(config)
-    before = {name: param.detach().clone() for name, param in params.items()}
+    before, metrics = {name: param.detach().clone() for name, param in params.items()}, StepMetrics(optimizer.comm)
+    metrics.remember(optimizer.banks)
     run(params, optimizer)
+    assert all(math.isfinite(x) for x in metrics.by_role(FULL)["matrix"].values())
     stays = {name for name, param in params.items() if torch.equal(param, before[name])}
     assert stays <= ({"number"} if config.rule in ("swan", "stiefel") else set())
 

@@ -97,6 +97,14 @@ def test_the_record_of_a_run_is_verified_and_a_changed_one_is_refused(tmp_path, 
     assert main(verify) == 1
 
 
+def test_a_run_that_changed_the_benchmark_is_not_added(tmp_path, capsys):
+    flags = ["--train.steps", "2", "--train.batch_tokens", "1536", "--data.val_bytes", "1024", "--run.dir", str(tmp_path)]
+    train_gpt.main(parse(["bench_cpu", *flags, "--run.name", "run"]))
+    verify = Verify(add=tmp_path / "bench_cpu.jsonl", runs=(str(tmp_path / "run"),))
+    assert main(verify) == 1 and not (tmp_path / "bench_cpu.jsonl").exists()
+    assert "train.batch_tokens is 1536, fixed at 768" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck_finds_nothing():
     subprocess.run(["shellcheck", *map(str, SCRIPTS.glob("*.sh"))], check=True, env=os.environ)
