@@ -56,5 +56,5 @@ def draw_lines(name: str, lines: Mapping[str, tuple[Sequence[float], Sequence[fl
     # Chromium renders the picture, because Plotly's own image export needs a further package.
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "figure.html"
-        figure.write_html(page)
+        figure.write_html(page, config={"displayModeBar": False})
         screenshot(page, name, HERE / f"{name}.png", width=920, height=540)

@@ -9,6 +9,7 @@ training seconds as first_run.png (needs Chromium), beside those of compressors 
 import io
 import os
 import pty
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from rich.text import Text
 
 from benchmarks import HERE, draw_lines
 from benchmarks.table import load
+from data.run.folder import write_text
 from data.run.metrics import VAL_BITS, read_metrics
 
 COLUMNS, ROWS = 80, 40
@@ -52,7 +54,8 @@ def draw_terminal(text: str, path: Path) -> None:
     """Write a picture of a terminal with this text, as SVG."""
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
     console.print(Text.from_ansi(text))
-    console.save_svg(str(path), title="steepest")
+    svg = console.export_svg(title="steepest")
+    write_text(path, re.sub(r"@font-face {.*?}", "", svg, flags=re.DOTALL))  # no fonts from the network: the system's do
 
 
 def main() -> None:
