@@ -102,7 +102,7 @@ class Entry:
     norm: str
     """The norm in words."""
     learns: str = ""
-    """What the rule estimates from past gradients; empty for a fixed norm."""
+    """Estimates that the rule makes from past gradients; empty for a fixed norm."""
 
 
 JORDAN = dict(unit="at_least_one")

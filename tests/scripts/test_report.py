@@ -61,7 +61,7 @@ def test_tables_add_up(runs):
     assert column(by_name, "standard deviation (nats)") == [pytest.approx(0.01)] * 4 + [None]
 
 
-def test_only_settings_that_differ_are_shown(runs):
+def test_only_settings_that_differ_have_a_column(runs):
     table = difference_table(runs)
     assert {column["label"] for column in table["columns"]} == {"run", "optim.matrix.lr", "model.smear"}
     assert column(table, "model.smear") == ["True"] * 12 + ["False"]
