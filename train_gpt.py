@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configs.schema import Run, Train
+from configs.schema import Run
 from configs.serialize import config_to_dict, flatten
 from data.batches import Batches, micro_batches
 from data.evaluate import Score, evaluate, sample_text
@@ -44,7 +44,7 @@ from optim.comm import Comm, local_rank
 from optim.groups import build_groups
 from optim.hooks import build_hooks
 from optim.metrics import StepMetrics, equilibrium_angle
-from optim.schedule import Schedule, Values
+from optim.schedule import Schedule, Values, is_due, is_validation_step
 from optim.sharded import NonFiniteError, ShardedOptimizer
 
 CACHE = Path(__file__).resolve().parent / ".cache"
@@ -97,8 +97,7 @@ def main(run: Run, start_seconds: float | None = None) -> None:
         log.finish(sample=trainer.sample(), wall_seconds=time.time() - start_seconds, parameters=trainer.parameters,
                    data_hash=trainer.source.data_hash)
     else:
-        log.info(f"interrupted at step {trainer.progress.step}; saved. To continue, repeat the command with "
-                 f"--run.name {folder.name} --run.resume")
+        log.info(f"interrupted at step {trainer.progress.step}; to continue, add --run.name {folder.name} --run.resume")
     trainer.comm.close()
 
 
@@ -145,18 +144,6 @@ def train(trainer: "Trainer", log: Log) -> bool:
                 trainer.save(log.folder / CHECKPOINT)
     batches.close()
     return progress.is_finished(run)
-
-
-def is_due(step: int, every_steps: int) -> bool:
-    """True if an event with a period of `every_steps` (0: never) is due after step number `step`, counted from 1."""
-    return every_steps > 0 and step % every_steps == 0
-
-
-def is_validation_step(train: Train, step: int) -> bool:
-    """True if the weights are validated after step number `step`: always after the last one, and more often in the last
-    tenth of the run, so that the step that reaches the target is known more exactly."""
-    is_late = train.final_val_every_steps and step >= 0.9 * train.steps
-    return step == train.steps or is_due(step, train.final_val_every_steps if is_late else train.val_every_steps)
 
 
 def check_finite(loss: float, step: int) -> None:

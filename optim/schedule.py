@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from configs.notation import evaluate_curve, parse_curve
-from configs.schema import Run
+from configs.schema import Run, Train
 
 
 class Values(NamedTuple):
@@ -69,3 +69,18 @@ class Schedule:
     def tokens_before(self, step: int) -> int:
         """Return the number of training tokens of all steps before `step`."""
         return sum(self.values(i).batch_tokens for i in range(step))
+
+
+# ---- Events -------------------------------------------------------------------------------------------------------------
+
+
+def is_due(step: int, every_steps: int) -> bool:
+    """True if an event with a period of `every_steps` (0: never) is due after step number `step`, counted from 1."""
+    return every_steps > 0 and step % every_steps == 0
+
+
+def is_validation_step(train: Train, step: int) -> bool:
+    """True if the weights are validated after step number `step`: always after the last one, and more often in the last
+    tenth of the run, so that the step that reaches the target is known more exactly."""
+    is_late = train.final_val_every_steps and step >= 0.9 * train.steps
+    return step == train.steps or is_due(step, train.final_val_every_steps if is_late else train.val_every_steps)

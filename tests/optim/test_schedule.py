@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from configs.schema import Data, Model, Run, Schedule, Train
 from optim.schedule import Schedule as Planned
-from optim.schedule import Values
+from optim.schedule import Values, is_due, is_validation_step
 
 
 def planned(*, steps=100, batch=4096, sequence=128, window=None, **curves) -> Planned:
@@ -95,3 +95,20 @@ def test_curves_that_no_step_reaches_are_left_out():
     """A curve longer than the run keeps its slope: 250 steps of warm-up in a run of 100 end at 0.396."""
     run = dataclasses.replace(Run(), schedule=Schedule(lr="0=0 250=1"), train=Train(steps=100))
     assert Planned(run).values(99).lr == pytest.approx(0.396)
+
+
+# ---- Events -------------------------------------------------------------------------------------
+
+
+def test_events_are_due_at_every_multiple_of_their_period_and_never_without_one():
+    assert [step for step in range(1, 10) if is_due(step, 3)] == [3, 6, 9]
+    assert not any(is_due(step, 0) for step in range(1, 10))
+
+
+@pytest.mark.parametrize(("settings", "steps"), [
+    (dict(steps=20, val_every_steps=6), [6, 12, 18, 20]), (dict(steps=20, val_every_steps=0), [20]),
+    (dict(steps=20, val_every_steps=8, final_val_every_steps=1), [8, 16, 18, 19, 20]),
+    (dict(steps=20, val_every_steps=0, final_val_every_steps=2), [18, 20])])
+def test_validations_are_more_frequent_in_the_last_tenth_and_include_the_last_step(settings, steps):
+    train = Train(**settings)
+    assert [step for step in range(1, 21) if is_validation_step(train, step)] == steps
