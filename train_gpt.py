@@ -97,7 +97,8 @@ def main(run: Run, start_seconds: float | None = None) -> None:
         log.finish(sample=trainer.sample(), wall_seconds=time.time() - start_seconds, parameters=trainer.parameters,
                    data_hash=trainer.source.data_hash)
     else:
-        log.info(f"interrupted at step {trainer.progress.step}; to continue, add --run.name {folder.name} --run.resume")
+        resume = f"--run.name {folder.name} --run.resume"
+        log.info(f"interrupted at step {trainer.progress.step}; to continue, repeat the command with {resume}")
     trainer.comm.close()
 
 
