@@ -137,6 +137,9 @@ ENTRIES = [
     Entry("Shampoo#AdamW, one-sided", rules.Shampoo(sides="smaller", graft=rules.Adam()), "spectral, AdamW's length",
           "the smaller Gram matrix, a scale per entry"),
 ]
+# A rule without an entry of its own stands in the table with its defaults.
+ENTRIES += [Entry(name, config(), "see optim/README.md") for name, config in rules.RULES.items()
+            if name not in {entry.group.rule for entry in ENTRIES}]
 
 
 def averaging(config: rules.RuleConfig) -> str:

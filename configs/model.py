@@ -212,13 +212,13 @@ class Model:
         check_needs(self, "model")
         raise_if(self.dim % self.head_dim != 0, f"head_dim must divide dim, got {self.head_dim} and {self.dim}")
         raise_if(self.position in ("rotary", "half_rotary") and self.head_dim % 4 != 0,
-               f"{self.position} needs head_dim divisible by 4, got {self.head_dim}")
+                 f"{self.position} needs head_dim divisible by 4, got {self.head_dim}")
         raise_if(self.attention == "varlen" and not self.document_mask,
-               "--model.attention varlen packs documents: it needs --model.document_mask")
+                 "--model.attention varlen packs documents: it needs --model.document_mask")
         raise_if(self.flash != "default" and self.attention not in ("sdpa", "varlen"),
-               f"flash {self.flash} serves --model.attention sdpa or varlen, got {self.attention}")
+                 f"flash {self.flash} serves --model.attention sdpa or varlen, got {self.attention}")
         raise_if(self.fp8 == "none" and self.fp8_scales != "dynamic",
-               f"fp8_scales {self.fp8_scales} has no effect without --model.fp8 head or head_mlp")
+                 f"fp8_scales {self.fp8_scales} has no effect without --model.fp8 head or head_mlp")
         self._check_layers()
         self._check_heads()
         self._check_losses()
@@ -230,7 +230,7 @@ class Model:
     def _check_layers(self) -> None:
         """Raise ValueError for a layer number that does not exist."""
         raise_if(self.value_embeds > self.layers,
-               f"value_embeds must be at most layers ({self.layers}), got {self.value_embeds}")
+                 f"value_embeds must be at most layers ({self.layers}), got {self.value_embeds}")
         several = [(name, layer) for name in ("full_attention_layers", "paired_heads", "dynamic_heads", "attention_free",
                                               "value_embed_layers") for layer in getattr(self, name)]
         single = [(name, getattr(self, name)) for name in ("shared_attention_input", "backout")]
@@ -238,16 +238,16 @@ class Model:
             exists = layer is None or 0 <= layer < self.layers
             raise_if(not exists, f"{name}: there is no layer {layer}; layers are 0 to {self.layers - 1}")
         raise_if(len(self.value_embed_layers) not in (0, self.value_embeds),
-               f"value_embed_layers names {len(self.value_embed_layers)} layers for {self.value_embeds} value_embeds")
+                 f"value_embed_layers names {len(self.value_embed_layers)} layers for {self.value_embeds} value_embeds")
         parse_skips(self.skips, self.layers)
 
     def _check_heads(self) -> None:
         """Raise ValueError for combinations of heads, positions and windows that exclude each other."""
         raise_if(bool(self.paired_heads) and self.dim // self.head_dim % 2 != 0,
-               f"paired_heads needs an even number of heads, got {self.dim // self.head_dim}")
+                 f"paired_heads needs an even number of heads, got {self.dim // self.head_dim}")
         raise_if(bool(set(self.paired_heads) & set(self.dynamic_heads)), "a layer's heads are paired or dynamic, not both")
         raise_if(self.key_offset and self.position != "half_rotary",
-               f"key_offset moves unrotated dimensions: it needs --model.position half_rotary, got {self.position}")
+                 f"key_offset moves unrotated dimensions: it needs --model.position half_rotary, got {self.position}")
         raise_if(self.yarn and self.position == "none", "yarn needs a rotary position, got none")
 
     def _check_losses(self) -> None:
@@ -257,7 +257,7 @@ class Model:
         needs_logits = bool(self.mtp_weights) or self.prefix_loss > 0
         raise_if(needs_logits and self.sampled_softmax > 0, "sampled_softmax has no logits for mtp_weights or prefix_loss")
         raise_if(self.sampled_softmax > 0 and (self.biases or self.geometry == "sphere"),
-               "sampled_softmax needs a head without biases and scales: --model.no_biases --model.geometry euclidean")
+                 "sampled_softmax needs a head without biases and scales: --model.no_biases --model.geometry euclidean")
 
     def _check_sphere(self) -> None:
         """Raise ValueError for settings that have no meaning on the sphere."""
@@ -273,4 +273,4 @@ class Model:
         for name in ("dim", "mlp_dim", "vocab_multiple"):
             size = getattr(self, name) or 16  # mlp_dim None is 4 dim, which fits where dim does
             raise_if(size % 16 != 0,
-                   f"fp8 {self.fp8} needs {name} divisible by 16, got {size}; nearest: {max(1, round(size / 16)) * 16}")
+                     f"fp8 {self.fp8} needs {name} divisible by 16, got {size}; nearest: {max(1, round(size / 16)) * 16}")

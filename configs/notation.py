@@ -188,7 +188,7 @@ def parse_by_name(words: tuple[str, ...]) -> dict[str, float]:
         except ValueError:
             number = math.nan
         raise_if(not name or not 0 < number < math.inf,
-               f"expected NAME=NUMBER with a positive number, such as mlp.down=4, got {word!r}")
+                 f"expected NAME=NUMBER with a positive number, such as mlp.down=4, got {word!r}")
         numbers[name] = number
     return numbers
 
@@ -219,7 +219,7 @@ def parse_skips(words: tuple[str, ...], layers: int) -> tuple[tuple[int, int], .
         source, _, target = word.partition(">")
         raise_if(not (source.isdigit() and target.isdigit()), f"expected a skip SOURCE>TARGET, such as 3>6, got {word!r}")
         raise_if(not int(source) < int(target) < layers,
-               f"a skip goes from a layer to a later one of {layers} (numbered from 0), got {word!r}")
+                 f"a skip goes from a layer to a later one of {layers} (numbered from 0), got {word!r}")
         pairs.append((int(source), int(target)))
     return tuple(pairs)
 

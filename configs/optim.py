@@ -122,10 +122,10 @@ class RuleConfig(Graft):
         on_sphere = self.constraint == "sphere"
         raise_if(bool(self.extra.blocks) and on_sphere, "extra.blocks would cut the vectors of constraint sphere")
         raise_if(not on_sphere and (self.extra.retraction != "normalise" or self.extra.tangent != "none"),
-               f"extra.retraction and extra.tangent belong to constraint sphere, got constraint {self.constraint}")
+                 f"extra.retraction and extra.tangent belong to constraint sphere, got constraint {self.constraint}")
         raise_if(self.extra.radial_brake > 0 and self.constraint in ("hyperball", "sphere"),
-               f"extra.radial_brake has no effect under constraint {self.constraint}, which fixes lengths; set it to 0, or "
-               "the constraint to none or radial")
+                 f"extra.radial_brake has no effect under constraint {self.constraint}, which fixes lengths; set it to 0, "
+                 "or the constraint to none or radial")
         self.check()
 
     def _check_graft(self) -> None:
@@ -166,7 +166,7 @@ class Averaged(RuleConfig):
     def check(self) -> None:
         """Raise ValueError for several averages other than ema."""
         raise_if(self.averages > 1 and self.averaging != "ema",
-               f"averages {self.averages} belong to averaging ema, got {self.averaging}")
+                 f"averages {self.averages} belong to averaging ema, got {self.averaging}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +246,7 @@ class Steepest(Orthogonalised):
         norms = UNIT_NORMS.get(self.unit, (self.norm,))  # plain belongs to every norm
         raise_if(self.norm not in norms, f"unit {self.unit} belongs to norm {' or '.join(norms)}, got norm {self.norm}")
         raise_if(self.equilibrate and self.norm not in ("spectral", "rms_operator"),
-               f"equilibrate belongs to norm spectral or rms_operator, got norm {self.norm}")
+                 f"equilibrate belongs to norm spectral or rms_operator, got norm {self.norm}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -415,7 +415,7 @@ class Stiefel(Averaged):
         """Raise ValueError for a constraint other than the rule's own."""
         super().check()
         raise_if(self.constraint not in ("none", "stiefel"),
-               f"rule stiefel sets constraint stiefel itself, got constraint {self.constraint}")
+                 f"rule stiefel sets constraint stiefel itself, got constraint {self.constraint}")
 
 
 RULES: dict[str, type[RuleConfig]] = {config.rule: config for config in (

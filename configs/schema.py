@@ -56,7 +56,7 @@ class Identity:
     def __post_init__(self) -> None:
         check_ranges(self, RANGES)
         raise_if(self.stop_at_target and self.target_loss_nats is None,
-               "stop_at_target needs --run.target_loss_nats, a validation loss in nats per token")
+                 "stop_at_target needs --run.target_loss_nats, a validation loss in nats per token")
         raise_if(self.resume and self.dry_run, "--run.resume and --run.dry_run exclude each other")
 
 
@@ -96,16 +96,16 @@ class Data:
     def __post_init__(self) -> None:
         check_ranges(self, RANGES)
         raise_if(self.source in ("shards", "text") and not self.train_files,
-               f"--data.source {self.source} needs --data.train_files")
+                 f"--data.source {self.source} needs --data.train_files")
         raise_if(self.source == "shards" and not self.val_files, "--data.source shards needs --data.val_files")
         raise_if(self.source == "corpus" and bool(self.train_files or self.val_files),
-               f"--data.source {self.source} reads no files; did you mean --data.source text or shards?")
+                 f"--data.source {self.source} reads no files; did you mean --data.source text or shards?")
         raise_if(self.corpus != "code" and self.source != "corpus",
-               f"--data.corpus {self.corpus} has no effect on --data.source {self.source}")
+                 f"--data.corpus {self.corpus} has no effect on --data.source {self.source}")
         raise_if(self.source == "shards" and self.tokenizer != "gpt2",
-               f"shards hold GPT-2 tokens: --data.tokenizer must be gpt2, got {self.tokenizer}")
+                 f"shards hold GPT-2 tokens: --data.tokenizer must be gpt2, got {self.tokenizer}")
         raise_if(self.order == "documents" and self.source == "corpus",
-               "--data.order documents needs a source with document starts: shards, or text with several files")
+                 "--data.order documents needs a source with document starts: shards, or text with several files")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,7 +191,7 @@ class Train:
     def __post_init__(self) -> None:
         check_ranges(self, RANGES)
         raise_if(self.lookahead > 0 and self.lookahead_start >= self.lookahead_end,
-               f"lookahead_start must be less than lookahead_end ({self.lookahead_end}), got {self.lookahead_start}")
+                 f"lookahead_start must be less than lookahead_end ({self.lookahead_end}), got {self.lookahead_start}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,21 +239,21 @@ class Run:
         data, train = self.data, self.train
         nearest = max(1, round(train.batch_tokens / data.sequence_tokens)) * data.sequence_tokens
         raise_if(train.batch_tokens != nearest,
-               f"train.batch_tokens must be a multiple of data.sequence_tokens ({data.sequence_tokens}), got "
-               f"{train.batch_tokens}; nearest: {nearest}")
+                 f"train.batch_tokens must be a multiple of data.sequence_tokens ({data.sequence_tokens}), got "
+                 f"{train.batch_tokens}; nearest: {nearest}")
         raise_if(train.micro_tokens < data.sequence_tokens,
-               f"train.micro_tokens must hold one sequence of {data.sequence_tokens} tokens, got {train.micro_tokens}")
+                 f"train.micro_tokens must hold one sequence of {data.sequence_tokens} tokens, got {train.micro_tokens}")
         raise_if(self.schedule.window_tokens != "1" and self.model.window_tokens is None,
-               "schedule.window_tokens needs --model.window_tokens, the window that it multiplies")
+                 "schedule.window_tokens needs --model.window_tokens, the window that it multiplies")
         # While they are tied, embedding and head are one tensor in one optimizer group: one rule, one dtype.
         tied = train.tied_until_frac > 0
         raise_if(tied and (self.optim.embed != self.optim.head or self.model.embed_dtype != "float32"),
-               "train.tied_until_frac needs optim.embed and optim.head to be alike, and --model.embed_dtype float32")
+                 "train.tied_until_frac needs optim.embed and optim.head to be alike, and --model.embed_dtype float32")
         raise_if(tied and (self.model.tied_head or self.model.geometry == "sphere"),
-               "train.tied_until_frac unties the head in the run: it needs --model.no_tied_head and geometry euclidean")
+                 "train.tied_until_frac unties the head in the run: it needs --model.no_tied_head and geometry euclidean")
         slow_roles = [role.name for role in fields(Optim) if getattr(self.optim, role.name).update_every > 1]
         raise_if(train.lookahead > 0 and bool(slow_roles),
-               f"train.lookahead needs update_every 1 in every group; it is larger for {', '.join(slow_roles)}")
+                 f"train.lookahead needs update_every 1 in every group; it is larger for {', '.join(slow_roles)}")
 
 
 def with_settings(config: Any, settings: Mapping[str, object]) -> Any:

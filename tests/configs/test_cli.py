@@ -186,7 +186,9 @@ def help_text(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *a
 def test_first_screen_has_every_preset_and_fits_80_by_40(capsys, monkeypatch):
     lines = help_text(capsys, monkeypatch, "--help")
     assert len(lines) < 40 and max(map(len, lines)) <= 80
-    assert [name for name in PRESETS if not any(f"  {name} " in line or f" {name}" in line for line in lines)] == []
+    twins = next(line for line in lines if line.startswith("  ..._adamw ")).replace(",", " ").replace(".", " ").split()
+    listed = {line.split()[0] for line in lines if line.startswith("  ") and line.strip()}
+    assert [name for name in PRESETS if name not in (twins if name.endswith("_adamw") else listed)] == []
     assert not any(line.endswith("...") for line in lines)  # every title has room
     assert help_text(capsys, monkeypatch, "track3", "--help") == help_text(capsys, monkeypatch, "--help", "track3") != lines
 
