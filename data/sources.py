@@ -254,4 +254,7 @@ def _fingerprint(path: Path) -> bytes:
 
 def _digest(*parts: bytes) -> str:
     """Return the first 16 hexadecimal digits of the SHA-256 of the parts, one after another."""
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for part in parts:  # one by one: a joined copy of all texts could be as large as the memory
+        digest.update(part)
+    return digest.hexdigest()[:16]

@@ -111,7 +111,7 @@ def test_no_draws_are_refused():
         draw([LR], 0, seed=1, quasi=False)
 
 
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None)
 @given(st.integers(0, 50))
 def test_flags_come_back_as_the_values(seed):
     values = draw([LR, MOMENTUM, GAIN], 1, seed=seed, quasi=False)[0]
