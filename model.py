@@ -10,6 +10,7 @@ Shapes: B sequences, T tokens, C model dimension, H heads, D head dimension, V p
 """
 
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.model import Model
-from configs.notation import parse_skips
+from configs.notation import DenseSkip, parse_dense_skips, parse_skips
 from kernels import Paths, choose_paths
 from kernels.attention import KERNELS, Mask, choose_kernel, document_index, use_flash
 from kernels.cross_entropy import fused_cross_entropy, softcap
@@ -139,18 +140,20 @@ class LayerInputs(NamedTuple):
 
     mask: Mask = None
     """Attention mask in the form that the kernel needs; None: causal."""
-    window: int | None = None
-    """Sliding window in tokens; None: no window."""
+    yarn_window: int | None = None
+    """Sliding window in tokens from which YaRN computes the rotary angles."""
     starts: Tensor | None = None
     """(B, T) bool: true where a document begins, if attention stays within documents."""
     value_embed: Tensor | None = None
     """(B, T, C): second token embedding, mixed into the values."""
     x0: Tensor | None = None
-    """(B, T, C): residual stream before the first block."""
+    """(B, T, C): residual stream before the first block, without n-gram embeddings if `smear_first`."""
     ngrams: Tensor | None = None
     """(B, T, C): sum of the n-gram embeddings."""
     attention_input: Tensor | None = None
     """(B, T, C): residual stream of an earlier layer, which attention reads instead of the current one."""
+    gates: "LayerGates | None" = None
+    """Coefficients of each token that replace this layer's own weights; None: no technique computes any."""
 
 
 class Rotary(nn.Module):
@@ -158,17 +161,17 @@ class Rotary(nn.Module):
 
     Rotates each pair (x_i, x_{i + D/2}) by position * frequency, so that q . k depends on the distance of two tokens only.
     Frequencies fall geometrically from 1 to 1/base. `half_rotary` rotates only the first half of the pairs (speedrun,
-    2025). With `first_window`, frequencies are rescaled when the sliding window grows; see `yarn_frequencies`.
+    2025). With `yarn`, frequencies are rescaled when the sliding window grows; see `yarn_frequencies`.
     """
 
-    def __init__(self, config: Model, max_tokens: int, *, first_window: int | None = None) -> None:
+    def __init__(self, config: Model, max_tokens: int) -> None:
         super().__init__()
         rotated = config.head_dim // (4 if config.position == "half_rotary" else 2)
         frequency = config.rotary_base ** -torch.linspace(0, 1, rotated)
         frequency = F.pad(frequency, (0, config.head_dim // 2 - rotated))  # frequency 0: not rotated
         positions_T = torch.arange(max_tokens, dtype=torch.float32)
-        cos_TD, sin_TD = (None, None) if first_window else rotation(positions_T, frequency)
-        self.first_window = first_window
+        self.yarn_windows = yarn_windows(config)
+        cos_TD, sin_TD = (None, None) if self.yarn_windows else rotation(positions_T, frequency)
         for name, tensor in {"unrotated_D": (frequency == 0).repeat(2), "frequency": frequency, "positions_T": positions_T,
                              "cos_TD": cos_TD, "sin_TD": sin_TD}.items():
             self.register_buffer(name, tensor, persistent=False)
@@ -176,8 +179,9 @@ class Rotary(nn.Module):
     def forward(self, x_BTHD: Tensor, window: int | None = None) -> Tensor:
         """Rotate queries or keys, (B, T, H, D) -> the same. Angles are float32: bfloat16 has no 257 between 256 and 258."""
         x, tokens = x_BTHD.float(), x_BTHD.size(1)
-        if self.first_window:  # YaRN: angles depend on the current window, so they cannot be a table
-            cos_TD, sin_TD = rotation(self.positions_T[:tokens], yarn_frequencies(self.frequency, self.first_window, window))
+        if self.yarn_windows:  # angles depend on the current window, so they cannot be a table
+            frequency = yarn_frequencies(self.frequency, windows_until(window, self.yarn_windows))
+            cos_TD, sin_TD = rotation(self.positions_T[:tokens], frequency)
         else:
             cos_TD, sin_TD = self.cos_TD[:tokens], self.sin_TD[:tokens]
         partner = x.roll(x.size(-1) // 2, dims=-1)  # x_{i + D/2} beside x_i; sin carries the sign of each half
@@ -203,9 +207,9 @@ class ValueMix(nn.Module):
         super().__init__()
         self.weight = parameter(torch.tensor([0.5, 0.5]), "scalar")
 
-    def forward(self, v_BTHD: Tensor, embed_BTC: Tensor, x_BTC: Tensor) -> Tensor:
-        """(B, T, H, D), (B, T, C), (B, T, C) -> (B, T, H, D). Same signature as ValueGates, which read x."""
-        del x_BTC
+    def forward(self, v_BTHD: Tensor, embed_BTC: Tensor, x_BTC: Tensor, gates: "LayerGates | None") -> Tensor:
+        """(B, T, H, D), (B, T, C), (B, T, C) -> (B, T, H, D). Same signature as ValueGates, which read x and gates."""
+        del x_BTC, gates
         value_share, embed_share = self.weight.to(v_BTHD.dtype)
         return value_share * v_BTHD + embed_share * embed_BTC.view_as(v_BTHD)
 
@@ -225,31 +229,31 @@ class Attention(nn.Module):
     def __init__(self, config: Model, max_tokens: int, *, mixes_value_embed: bool, attend: Callable, layer: int = 0) -> None:
         super().__init__()
         self.q, self.k, self.v = (Linear(config.dim, config.dim, config=config) for _ in range(3))
-        self.out = Linear(config.dim, config.dim, config=config, zero=True, axis=-2)
+        self.out = Linear(config.dim, config.dim, config=config, zero=config.zero_attention_out, axis=-2)
         self.head_dim, self.attend = config.head_dim, attend
-        on_sphere, is_long = config.geometry == "sphere", has_long_window(config, layer)
+        on_sphere = config.geometry == "sphere"
         # On the sphere q and k are unit vectors, and q . k has variance 1/D: the scale is sqrt(D) instead of 1 / sqrt(D).
         self.scale = config.attention_scale or config.head_dim ** (0.5 if on_sphere else -0.5)
         self.norm_qk = SphereQK(config) if on_sphere else rms_norm if config.qk_norm else None
         self.paired = layer in config.paired_heads
-        first_window = (config.long_window_tokens if is_long else config.window_tokens) if config.yarn else None
-        length = max_tokens * (2 if self.paired else 1)
-        self.rotary = Rotary(config, length, first_window=first_window) if "rotary" in config.position else None
-        self.offsets_keys = config.key_offset and is_long and not self.paired
-        self.mix_value = (ValueGates(config) if config.value_gates else ValueMix()) if mixes_value_embed else None
+        self.rotary = Rotary(config, max_tokens * (2 if self.paired else 1)) if "rotary" in config.position else None
+        self.offsets_keys = config.key_offset and has_long_window(config, layer) and not self.paired
+        self.mix_value = None
+        if mixes_value_embed:
+            self.mix_value = ValueGates(config, own=layer not in config.dense_gates) if config.value_gates else ValueMix()
         self.dynamic = DynamicHeads(config) if layer in config.dynamic_heads else None
-        self.exclusive = ExclusiveHeads(config) if config.xsa and not self.paired else None
-        self.gates = HeadGates(config) if config.head_gates else None
         # One factor before q, k, v and one after `out` (speedrun, 2025). With QK norm the first acts on v alone.
-        self.gains = parameter(torch.ones(2), "scalar") if config.projection_gains else None
+        self.gains = parameter(torch.tensor([0.5, 1.0]), "scalar") if config.projection_gains else None
 
     def forward(self, x_BTC: Tensor, inputs: LayerInputs) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         # Project to queries, keys and values, (B, T, H, D) each; mix the value embeddings in.
-        input_BTC = x_BTC if self.gains is None else self.gains[0].to(x_BTC.dtype) * x_BTC
-        q, k, v = (project(input_BTC).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
+        gates = inputs.gates or LayerGates()
+        q, k, v = self.project(x_BTC if self.gains is None else self.gains[0].to(x_BTC.dtype) * x_BTC)
         if self.mix_value is not None:
-            v = self.mix_value(v, inputs.value_embed, x_BTC)
+            v = self.mix_value(v, inputs.value_embed, x_BTC, gates)
+        if gates.values is not None:
+            v = v + gates.values.view_as(v)
         # Normalise, then rotate. In this order because a rotation keeps lengths, while learned gains after it would scale
         # the two numbers of a rotated pair differently, and scores would depend on absolute positions.
         if self.norm_qk is not None:
@@ -258,24 +262,34 @@ class Attention(nn.Module):
             q, k, v = pair_heads(q), pair_heads(k), pair_heads(v)
         scale = self.scale
         if self.rotary is not None:
-            q, k = self.rotary(q, inputs.window), self.rotary(k, inputs.window)
-            if self.rotary.first_window and inputs.window:  # YaRN: more keys need a sharper softmax
-                scale = scale * yarn_softmax_factor(self.rotary.first_window, inputs.window)
+            q, k = self.rotary(q, inputs.yarn_window), self.rotary(k, inputs.yarn_window)
+            if self.rotary.yarn_windows:  # more keys need a sharper softmax
+                scale = scale * yarn_softmax_factor(windows_until(inputs.yarn_window, self.rotary.yarn_windows))
         if self.offsets_keys:
             k = offset_keys(k, self.rotary.unrotated_D, inputs.starts)
         # Attend: softmax(scale q k^T + mask) v.
         y_BTHD = self.attend(q, k, v, inputs.mask, scale)
         if self.dynamic is not None:
-            y_BTHD = y_BTHD + self.dynamic((q, k, v), x_BTC, inputs.starts, scale)
+            y_BTHD = y_BTHD + self.dynamic((q, k, v), gates.dynamic, inputs.starts, scale)
         if self.paired:
             y_BTHD = unpair_heads(y_BTHD)
-        if self.exclusive is not None:
-            y_BTHD = self.exclusive(y_BTHD, v)
-        if self.gates is not None:
-            y_BTHD = self.gates(y_BTHD, x_BTC)
+        if gates.xsa is not None:
+            y_BTHD = exclusive_heads(y_BTHD, v, gates.xsa)
+        if gates.head is not None:
+            y_BTHD = gates.head[..., None] * y_BTHD
         # Project back to the residual stream.
         y_BTC = self.out(y_BTHD.reshape_as(x_BTC))
         return y_BTC if self.gains is None else self.gains[1].to(y_BTC.dtype) * y_BTC
+
+    def project(self, x_BTC: Tensor) -> tuple[Tensor, ...]:
+        """(B, T, C) -> queries, keys and values, (B, T, H, D) each; on GPUs by one product, which reads x once."""
+        maps = (self.q, self.k, self.v)
+        if x_BTC.device.type == "cpu":
+            outputs = [linear(x_BTC) for linear in maps]
+        else:
+            bias = None if self.q.bias is None else torch.cat([linear.bias for linear in maps]).to(x_BTC.dtype)
+            outputs = F.linear(x_BTC, torch.cat([linear.weight for linear in maps]).to(x_BTC.dtype), bias).chunk(3, dim=-1)
+        return tuple(x.unflatten(-1, (-1, self.head_dim)) for x in outputs)
 
 
 # ---- Act one: MLP --------------------------------------------------------------------------------------------------------
@@ -355,8 +369,9 @@ class SphereStep(nn.Module):
         super().__init__()
         self.alpha = Scale(config.dim, value=config.eigen_lr, stored=config.dim**-0.5)
 
-    def forward(self, h_BTC: Tensor, x_BTC: Tensor) -> Tensor:
-        """Stream h of length 1 and a layer's output x, (B, T, C) each -> (B, T, C) of length 1."""
+    def forward(self, h_BTC: Tensor, x_BTC: Tensor, weights: None = None) -> Tensor:
+        """Stream h of length 1 and a layer's output x, (B, T, C) each -> (B, T, C) of length 1. Same signature as
+        ResidualGrowth, whose weights may be given."""
         return unit(torch.lerp(h_BTC, unit(x_BTC), self.alpha().abs().to(h_BTC.dtype)))
 
 
@@ -376,11 +391,11 @@ class SphereQK(nn.Module):
 # ---- Act one: the block --------------------------------------------------------------------------------------------------
 
 
-def residual_sum(config: Model) -> nn.Module | None:
+def residual_sum(config: Model, layer: int) -> nn.Module | None:
     """Return the module that adds a layer's output y to the stream x; None: the plain sum x + y."""
     if config.geometry == "sphere":
         return SphereStep(config)
-    return ResidualGrowth(config) if config.residual_growth else None
+    return ResidualGrowth(config, own=layer not in config.dense_gates) if config.residual_growth else None
 
 
 class Block(nn.Module):
@@ -394,28 +409,28 @@ class Block(nn.Module):
         super().__init__()
         on_sphere, attends = config.geometry == "sphere", layer not in config.attention_free
         self.norm1, self.norm2 = (nn.Identity() if on_sphere else Norm(config) for _ in range(2))
-        self.add1 = residual_sum(config) if attends else None
-        self.add2 = residual_sum(config)
+        self.add1 = residual_sum(config, layer) if attends else None
+        self.add2 = residual_sum(config, layer)
         self.norm_mixture = unit if on_sphere else nn.Identity()
         self.attention = Attention(config, max_tokens, mixes_value_embed=mixes_value_embed, attend=attend,
                                    layer=layer) if attends else None
         self.mlp = MLP(config)
         self.skip = parameter(torch.tensor([1.0, 0.0]), "scalar") if config.x0_skip else None
-        self.inject = Inject(config) if config.inject and attends else None
 
     def forward(self, x_BTC: Tensor, inputs: LayerInputs) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
+        gates = inputs.gates or LayerGates()
         if self.skip is not None:
             stream_share, x0_share = self.skip.to(x_BTC.dtype)
             x_BTC = self.norm_mixture(stream_share * x_BTC + x0_share * inputs.x0)
         if self.attention is not None:
             input_BTC = x_BTC if inputs.attention_input is None else inputs.attention_input
             y_BTC = self.attention(self.norm1(input_BTC), inputs)
-            x_BTC = x_BTC + y_BTC if self.add1 is None else self.add1(x_BTC, y_BTC)
-        if self.inject is not None:
-            x_BTC = self.inject(x_BTC, inputs)
+            x_BTC = x_BTC + y_BTC if self.add1 is None else self.add1(x_BTC, y_BTC, gates.sum1)
+        if gates.inject is not None:
+            x_BTC = inject(x_BTC, inputs)
         y_BTC = self.mlp(self.norm2(x_BTC))
-        return x_BTC + y_BTC if self.add2 is None else self.add2(x_BTC, y_BTC)
+        return x_BTC + y_BTC if self.add2 is None else self.add2(x_BTC, y_BTC, gates.sum2)
 
 
 # ---- Act one: GPT --------------------------------------------------------------------------------------------------------
@@ -449,12 +464,12 @@ class GPT(nn.Module):
         self.positions = parameter(torch.randn(max_tokens, config.dim) * 0.02, "embed") if learned else None
         orders = (2, *config.ngram_orders) if config.bigram_buckets else ()
         self.ngrams = nn.ModuleList(NgramEmbedding(config, order) for order in orders)
-        self.ngram_share = parameter(torch.tensor(INJECT_START), "scalar") if config.inject and orders else None
         self.smear = Smear(config) if config.smear else None
         self.norm_embed = unit if on_sphere else Norm(config) if config.norm_embedding else nn.Identity()
         self.norm_mixture = unit if on_sphere else nn.Identity()
         self.value_embeds = nn.ParameterList(
-            parameter((torch.randn(padded, config.dim) * config.embed_std).to(table_dtype), "value_embed")
+            parameter((torch.randn(padded, config.dim) * (config.value_embed_std or config.embed_std)).to(table_dtype),
+                      "value_embed")
             for _ in range(config.value_embeds))
         self.value_layers = config.value_embed_layers or tuple(range(config.layers - config.value_embeds, config.layers))
 
@@ -463,6 +478,9 @@ class GPT(nn.Module):
                                           attend=KERNELS[self.kernel].attend, layer=i) for i in range(config.layers))
         connected = config.skips or config.dense != "none" or config.backout is not None
         self.streams = Streams(config) if connected or config.shared_attention_input is not None else None
+
+        reading = [layer for layer in config.gate_layers if gate_starts_from(config, layer)]
+        self.token_gates = nn.ModuleDict({str(layer): TokenGates(config, layer) for layer in reading})
 
         # Head: a matrix of its own, or None if it is tied to the token embedding.
         self.norm_final = nn.Identity() if on_sphere else Norm(config)
@@ -497,26 +515,29 @@ class GPT(nn.Module):
         windows = self.windows(window, long_window)
         masks = self.masks(tokens_BT, starts_BT, windows)
 
-        # Embeddings: the residual stream before the first block.
-        x_BTC, ngrams_BTC = self.embed_tokens(tokens_BT, starts_BT)
-        inputs = LayerInputs(starts=starts_BT, x0=x_BTC, ngrams=ngrams_BTC)
+        # Embeddings: the residual stream before the first block. YaRN follows the long window on all layers.
+        x_BTC, x0_BTC, ngrams_BTC, gates = self.embed_tokens(tokens_BT, starts_BT)
+        value_embeds = [F.embedding(tokens_BT, table).to(self.dtype) for table in self.value_embeds]
+        base = LayerInputs(starts=starts_BT, x0=x0_BTC, ngrams=ngrams_BTC,
+                           yarn_window=long_window or self.config.long_window_tokens or windows[0])
 
         # Blocks. `history` holds the stream before the first block and after each; only `streams` reads it.
         history = [x_BTC]
         for i, block in enumerate(self.blocks):
-            embed_BTC = None
-            if i in self.value_layers:
-                embed_BTC = F.embedding(tokens_BT, self.value_embeds[self.value_layers.index(i)]).to(self.dtype)
-            inputs = inputs._replace(mask=masks[i], window=windows[i], value_embed=embed_BTC)
+            if i > 0 and str(i) in self.token_gates:
+                gates |= self.token_gates[str(i)](x_BTC)
+            embed_BTC = value_embeds[self.value_layers.index(i)] if i in self.value_layers else None
+            inputs = base._replace(mask=masks[i], value_embed=embed_BTC, gates=gates.get(i))
+            if i == 0:  # the first layer's weight of the n-grams has acted before the first block
+                inputs = inputs._replace(ngrams=None)
             if self.streams is None:
                 x_BTC = block(x_BTC, inputs)
                 continue
-            x_BTC = self.streams.add_skips(x_BTC, i, history)
-            inputs = inputs._replace(attention_input=self.streams.attention_input(i, history))
-            x_BTC = self.streams.mix(block(x_BTC, inputs), i, history)
+            x_BTC, inputs = self.streams.before_block(x_BTC, i, history, value_embeds, inputs)
+            x_BTC = block(x_BTC, inputs)
             history.append(x_BTC)
         if self.streams is not None:
-            x_BTC = self.streams.subtract_backout(x_BTC, history)
+            x_BTC = self.streams.after_blocks(x_BTC, history, value_embeds)
 
         # Head, and loss.
         x_BTC = self.norm_final(x_BTC)
@@ -541,19 +562,26 @@ class GPT(nn.Module):
             masks[window, paired] = KERNELS[self.kernel].mask(length, window, document, tokens_BT.device)
         return [masks[kind] for kind in kinds]
 
-    def embed_tokens(self, tokens_BT: Tensor, starts_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Token ids (B, T) -> the stream before the first block and the sum of n-gram embeddings or None, (B, T, C)."""
+    def embed_tokens(self, tokens_BT: Tensor, starts_BT: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, dict]:
+        """Token ids (B, T) -> the stream before the first block, x0, the sum of n-gram embeddings or None, (B, T, C) each,
+        and the LayerGates by layer that are computed from x0."""
         x_BTC = F.embedding(tokens_BT, self.embed).to(self.dtype)
         if self.positions is not None:
             x_BTC = x_BTC + self.positions[:tokens_BT.size(1)].to(self.dtype)
-        x_BTC = self.norm_embed(x_BTC)
+        first = self.config.smear_first
+        if self.smear is not None and first:
+            x_BTC = self.smear(x_BTC, starts_BT)
+        x_BTC = x0_BTC = self.norm_embed(x_BTC)
+        gates = self.token_gates["0"](x0_BTC) if "0" in self.token_gates else {}
         ngrams_BTC = None
         if len(self.ngrams) > 0:
             ngrams_BTC = sum(ngram(tokens_BT, starts_BT).to(self.dtype) for ngram in self.ngrams)
-            x_BTC = x_BTC + (ngrams_BTC if self.ngram_share is None else self.ngram_share.to(self.dtype) * ngrams_BTC)
-        if self.smear is not None:
+            share = gates[0].inject if 0 in gates else None
+            x_BTC = x_BTC + (ngrams_BTC if share is None else share[..., 1:] * ngrams_BTC)
+        if self.smear is not None and not first:
             x_BTC = self.smear(x_BTC, starts_BT)
-        return self.norm_mixture(x_BTC), ngrams_BTC
+        x_BTC = self.norm_mixture(x_BTC)
+        return x_BTC, x0_BTC if first else x_BTC, ngrams_BTC, gates
 
     def raw_logits(self, x: Tensor) -> Tensor:
         """Logits before the softcap, (..., C) -> (..., V) in x's dtype."""
@@ -650,66 +678,63 @@ def mean_span(tokens: int, window: int) -> float:
 YARN_ALPHA, YARN_BETA = 1, 32
 
 
-def yarn_frequencies(frequency: Tensor, first_window: int, window: int | None) -> Tensor:
-    """Return the rotary frequencies (D/2,) for a window w that has grown from w0 = `first_window` (YaRN, Peng et al. 2023,
-    arXiv 2309.00071): slow pairs are slowed by w0 / w, fast ones keep their frequency, a linear blend between."""
-    unchanged = (first_window * frequency / (2 * math.pi) - YARN_ALPHA) / (YARN_BETA - YARN_ALPHA)
-    share = first_window / (window or first_window)
-    return frequency * (share + unchanged.clamp(0, 1) * (1 - share))
+def yarn_windows(config: Model) -> tuple[int, ...]:
+    """Return the windows through which training goes, the first one at least; () without `yarn`."""
+    first = config.long_window_tokens or config.window_tokens
+    return (config.yarn_windows or (first,)) if config.yarn else ()
 
 
-def yarn_softmax_factor(first_window: int, window: int) -> float:
-    """Return the speedrun's factor of the softmax scale for a window w that has grown from w0: 1 + .2 log(w / w0). YaRN's
-    own is (1 + .1 log(w / w0))^2."""
-    return 1 + 0.2 * math.log(window / first_window)
+def windows_until(window: int | None, windows: tuple[int, ...]) -> tuple[int, ...]:
+    """Return those of `windows` that are at most `window`; if there is one only, it and `window`. None: the first."""
+    if len(windows) == 1:
+        return (*windows, window or windows[0])
+    return tuple(w for w in windows if w <= (window or windows[0]))
+
+
+def yarn_frequencies(frequency: Tensor, windows: tuple[int, ...]) -> Tensor:
+    """Return the rotary frequencies (D/2,) after the window has grown through `windows` (YaRN, Peng et al. 2023,
+    arXiv 2309.00071). From w0 to w, slow pairs are slowed by w0 / w, fast ones keep their frequency, a linear blend
+    between."""
+    for w0, w in itertools.pairwise(windows):
+        unchanged = (w0 * frequency / (2 * math.pi) - YARN_ALPHA) / (YARN_BETA - YARN_ALPHA)
+        frequency = frequency * (w0 / w + unchanged.clamp(0, 1) * (1 - w0 / w))
+    return frequency
+
+
+def yarn_softmax_factor(windows: tuple[int, ...]) -> float:
+    """Return the speedrun's factor of the softmax scale, 1 + .2 log(w / w0) for each growth of the window from w0 to w.
+    YaRN's own is (1 + .1 log(w / w0))^2."""
+    return math.prod(1 + 0.2 * math.log(w / w0) for w0, w in itertools.pairwise(windows))
 
 
 # ---- Attention heads: `head_gates`, `xsa`, `value_gates`, `paired_heads`, `dynamic_heads` --------------------------------
 
-GATE_DIMS = 12  # number of leading dimensions of the layer's input that head gates read (speedrun, Aug 2025)
 VALUE_GATE_DIMS = 6  # value gates read so many of the input and as many of the value embedding (speedrun, Jan 2026)
 
 
-class HeadGates(nn.Module):
-    """Gate on the output of each attention head: y_h <- 2 sigmoid(w_h . x) y_h, which starts at y_h (speedrun, Aug 2025)."""
-
-    def __init__(self, config: Model) -> None:
-        super().__init__()
-        self.dims = min(GATE_DIMS, config.dim)
-        self.weight = parameter(torch.zeros(config.dim // config.head_dim, self.dims), "gate")
-
-    def forward(self, y_BTHD: Tensor, x_BTC: Tensor) -> Tensor:
-        """(B, T, H, D), (B, T, C) -> (B, T, H, D)."""
-        gate_BTH = 2 * F.linear(x_BTC[..., :self.dims], self.weight.to(x_BTC.dtype)).sigmoid()
-        return y_BTHD * gate_BTH[..., None]
-
-
-class ExclusiveHeads(nn.Module):
+def exclusive_heads(y_BTHD: Tensor, v_BTHD: Tensor, alpha_BTH: Tensor) -> Tensor:
     """Exclusive self-attention (XSA, arXiv 2603.09078): remove from y_h the share tanh(alpha_h) of its component along the
-    token's own value, which the residual stream already holds; alpha_h is learned from 0 (speedrun, 2026)."""
-
-    def __init__(self, config: Model) -> None:
-        super().__init__()
-        self.alpha = parameter(torch.zeros(config.dim // config.head_dim), "scalar")
-
-    def forward(self, y_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
-        """(B, T, H, D) twice -> (B, T, H, D)."""
-        coefficient = (y_BTHD * v_BTHD).sum(-1, keepdim=True) / v_BTHD.square().sum(-1, keepdim=True).clamp_min(1e-8)
-        return y_BTHD - self.alpha.tanh()[:, None].to(y_BTHD.dtype) * coefficient * v_BTHD
+    token's own value, which the residual stream already holds: (B, T, H, D) twice, (B, T, H) -> (B, T, H, D)."""
+    coefficient = (y_BTHD * v_BTHD).sum(-1, keepdim=True) / v_BTHD.square().sum(-1, keepdim=True).clamp_min(1e-8)
+    return y_BTHD - alpha_BTH.tanh()[..., None] * coefficient * v_BTHD
 
 
 class ValueGates(nn.Module):
     """Gated value embedding e, instead of ValueMix: v_h + 2 sigmoid(w_h . [x, e]) e_h (speedrun, Jan 2026)."""
 
-    def __init__(self, config: Model) -> None:
+    def __init__(self, config: Model, *, own: bool = True) -> None:
         super().__init__()
         self.dims = min(VALUE_GATE_DIMS, config.dim)
-        self.weight = parameter(torch.zeros(config.dim // config.head_dim, 2 * self.dims), "gate")
+        weight = torch.zeros(config.dim // config.head_dim, 2 * self.dims)
+        self.weight = parameter(weight, "gate") if own else None
 
-    def forward(self, v_BTHD: Tensor, embed_BTC: Tensor, x_BTC: Tensor) -> Tensor:
-        """(B, T, H, D), (B, T, C), (B, T, C) -> (B, T, H, D)."""
-        inputs = torch.cat((x_BTC[..., :self.dims], embed_BTC[..., :self.dims]), dim=-1)
-        gate_BTH = 2 * F.linear(inputs, self.weight.to(inputs.dtype)).sigmoid()
+    def forward(self, v_BTHD: Tensor, embed_BTC: Tensor, x_BTC: Tensor, gates: "LayerGates") -> Tensor:
+        """(B, T, H, D), (B, T, C), (B, T, C) -> (B, T, H, D); without own weights one gate for each half of the heads."""
+        if self.weight is None:
+            gate_BTH = gates.value.repeat_interleave(v_BTHD.size(2) // 2, dim=-1)
+        else:
+            inputs = torch.cat((x_BTC[..., :self.dims], embed_BTC[..., :self.dims]), dim=-1)
+            gate_BTH = 2 * F.linear(inputs, self.weight.to(inputs.dtype)).sigmoid()
         return v_BTHD + gate_BTH[..., None] * embed_BTC.view_as(v_BTHD)
 
 
@@ -739,17 +764,16 @@ class DynamicHeads(nn.Module):
     def __init__(self, config: Model) -> None:
         super().__init__()
         self.window = config.dynamic_window
-        self.weight = parameter(torch.zeros(2 * config.dim // config.head_dim, config.dim), "gate")
 
-    def forward(self, qkv_BTHD: tuple[Tensor, Tensor, Tensor], x_BTC: Tensor, starts_BT: Tensor | None,
+    def forward(self, qkv_BTHD: tuple[Tensor, Tensor, Tensor], coefficients: Tensor, starts_BT: Tensor | None,
                 scale: float) -> Tensor:
-        """Queries, keys, values (B, T, H, D) and the layer's input (B, T, C) -> the addition to y, (B, T, H, D)."""
-        T, w = x_BTC.size(1), min(self.window, x_BTC.size(1))
+        """Queries, keys, values (B, T, H, D), and a before its norm and b side by side, (B, T, 2 H) -> (B, T, H, D)."""
+        T, w = coefficients.size(1), min(self.window, coefficients.size(1))
         q, k, v = (in_blocks(x.float(), w) for x in qkv_BTHD)  # (B, N, w, H, D)
-        a_BTH, b_BTH = F.linear(x_BTC, self.weight.to(x_BTC.dtype)).float().chunk(2, dim=-1)
+        a_BTH, b_BTH = coefficients.float().chunk(2, dim=-1)
         scores_BNHts = torch.einsum("bnthd,bnshd->bnhts", q, with_previous(k)) * scale
         attention = scores_BNHts.masked_fill(~local_mask(T, w, starts_BT, q.device), -torch.inf).softmax(-1)
-        mixed = torch.einsum("bnth,bnhts->bnts", in_blocks(rms_norm(1 + a_BTH), w), attention)
+        mixed = torch.einsum("bnth,bnhts->bnts", in_blocks(rms_norm(a_BTH), w), attention)
         y = torch.einsum("bnts,bnshd->bnthd", mixed, with_previous(v)).flatten(1, 2)[:, :T]
         return (y * b_BTH[..., None]).type_as(qkv_BTHD[2])
 
@@ -787,105 +811,215 @@ def random_signs(rows: int, dim: int, *, seed: int) -> Tensor:
     return torch.randint(0, 2, (rows, dim), generator=torch.Generator().manual_seed(seed)).float() * 2 - 1
 
 
-class Inject(nn.Module):
-    """Add the token's identity again after attention: x + a x0 + b e with the n-gram embeddings e; a is learned from 0, b
-    from .05 (speedrun, 2026)."""
-
-    def __init__(self, config: Model) -> None:
-        super().__init__()
-        self.weight = parameter(torch.tensor([0.0, INJECT_START] if config.bigram_buckets else [0.0]), "scalar")
-
-    def forward(self, x_BTC: Tensor, inputs: LayerInputs) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        weight = self.weight.to(x_BTC.dtype)
-        x_BTC = x_BTC + weight[0] * inputs.x0
-        return x_BTC if inputs.ngrams is None else x_BTC + weight[1] * inputs.ngrams
+def inject(x_BTC: Tensor, inputs: LayerInputs) -> Tensor:
+    """Add the token's identity again after attention: x + a x0 + b e with the n-gram embeddings e, (B, T, C); a starts at 0, b
+    at .05 (speedrun, 2026)."""
+    x0_weight, *ngram_weight = inputs.gates.inject.split(1, dim=-1)
+    x_BTC = x_BTC + x0_weight * inputs.x0
+    return x_BTC if inputs.ngrams is None else x_BTC + ngram_weight[0] * inputs.ngrams
 
 
 # ---- Residual stream: `residual_growth`, `skips`, `shared_attention_input`, `dense`, `backout` ---------------------------
 
 BACKOUT_START = 0.5  # speedrun, Oct 2025
 MUDD_DIM, MUDD_SCALE = 64, 0.1  # the speedrun's inner width and scale of dynamic weights, 2026
+HEAD_GATE_START = 0.25  # speedrun, 2026
 
 
 class ResidualGrowth(nn.Module):
     """Residual sum a x + b y with learned a and b, a from sqrt(residual_growth): two sums a layer make the stream grow by
     that factor, so that later layers change it relatively less (speedrun, 2026: 1.1)."""
 
-    def __init__(self, config: Model) -> None:
+    def __init__(self, config: Model, *, own: bool = True) -> None:
         super().__init__()
-        self.weight = parameter(torch.tensor([config.residual_growth**0.5, 1.0]), "scalar")
+        self.weight = parameter(torch.tensor([config.residual_growth**0.5, 1.0]), "scalar") if own else None
 
-    def forward(self, x_BTC: Tensor, y_BTC: Tensor) -> Tensor:
-        """(B, T, C) twice -> (B, T, C)."""
-        old, new = self.weight.to(x_BTC.dtype)
+    def forward(self, x_BTC: Tensor, y_BTC: Tensor, weights_BT2: Tensor | None = None) -> Tensor:
+        """(B, T, C) twice -> (B, T, C); `weights_BT2` are a and b of each token, without weights of its own."""
+        old, new = (weights_BT2 if self.weight is None else self.weight.to(x_BTC.dtype)).split(1, -1)
         return old * x_BTC + new * y_BTC
 
 
 class Streams(nn.Module):
     """Connections between blocks other than the residual stream.
 
-    `history` is a list of (B, T, C): entry 0 is the stream before the first block, entry i + 1 that after block i (and mix).
+    `history` is a list of (B, T, C): entry 0 is the stream before the first block, entry i + 1 that after block i.
     """
 
     def __init__(self, config: Model) -> None:
         super().__init__()
         self.pairs = parse_skips(config.skips, config.layers)
-        self.skips = nn.ParameterList(parameter(torch.tensor(config.skip_weight), "scalar") for _ in self.pairs)
         self.shared_layer, self.backout_layer = config.shared_attention_input, config.backout
         self.backout = None if config.backout is None else parameter(torch.tensor(BACKOUT_START), "scalar")
-        mixture = {"denseformer": StaticMixture, "mudd": DynamicMixture}.get(config.dense)
-        self.mixtures = nn.ModuleList(mixture(config, i + 2) for i in range(config.layers)) if mixture else None
+        self.inputs = nn.ModuleDict({str(target): InputMixture(config, skips) for target, skips in dense_skips(config).items()})
 
-    def add_skips(self, x_BTC: Tensor, layer: int, history: list[Tensor]) -> Tensor:
-        """Add to a layer's input the learned shares of earlier streams whose skip ends at this layer."""
-        for (source, target), weight in zip(self.pairs, self.skips, strict=True):
-            if target == layer:
-                x_BTC = x_BTC + weight.to(x_BTC.dtype) * history[source + 1]
+    def before_block(self, x_BTC: Tensor, layer: int, history: list[Tensor], value_embeds: list[Tensor],
+                     inputs: LayerInputs) -> tuple[Tensor, LayerInputs]:
+        """Return a layer's stream and inputs with the connections that end there."""
+        gates = inputs.gates or LayerGates()
+        x_BTC = self.add_skips(x_BTC, layer, history, gates.skip)
+        if str(layer) in self.inputs:
+            x_BTC, of_mixture = self.inputs[str(layer)](x_BTC, history, value_embeds)
+            if of_mixture:  # these layers add the stream before the first block as it is, n-grams included
+                inputs = inputs._replace(gates=gates._replace(**of_mixture), x0=history[0])
+        return x_BTC, inputs._replace(attention_input=self.attention_input(layer, history))
+
+    def add_skips(self, x_BTC: Tensor, layer: int, history: list[Tensor], share_BT1: Tensor | None) -> Tensor:
+        """Add to a layer's input, for each token, its share of every earlier stream whose skip ends at this layer."""
+        for source in (source for source, target in self.pairs if target == layer):
+            x_BTC = x_BTC + share_BT1 * history[source + 1]
         return x_BTC
 
     def attention_input(self, layer: int, history: list[Tensor]) -> Tensor | None:
         """Return the stream that attention reads in all layers after `shared_attention_input`, or None (speedrun, 2026)."""
         return history[self.shared_layer + 1] if self.shared_layer is not None and layer > self.shared_layer else None
 
-    def mix(self, x_BTC: Tensor, layer: int, history: list[Tensor]) -> Tensor:
-        """Return the mixture of a layer's output and all earlier streams, with `dense`; else the output."""
-        return x_BTC if self.mixtures is None else self.mixtures[layer]([*history, x_BTC])
+    def after_blocks(self, x_BTC: Tensor, history: list[Tensor], value_embeds: list[Tensor]) -> Tensor:
+        """Return the last stream with the connections that end at the head: `backout`'s share of an earlier stream
+        subtracted (speedrun, Oct 2025), and the mixture of `dense_skips`."""
+        if self.backout is not None:
+            x_BTC = x_BTC - self.backout.to(x_BTC.dtype) * history[self.backout_layer + 1]
+        layers = str(len(history) - 1)
+        return self.inputs[layers](x_BTC, history, value_embeds)[0] if layers in self.inputs else x_BTC
 
-    def subtract_backout(self, x_BTC: Tensor, history: list[Tensor]) -> Tensor:
-        """Subtract from the last stream a learned share of an earlier one (speedrun, Oct 2025)."""
-        return x_BTC if self.backout is None else x_BTC - self.backout.to(x_BTC.dtype) * history[self.backout_layer + 1]
 
+class InputMixture(nn.Module):
+    """Mixture at the input of a layer, or of the head: x + sum_j c_j x_j over the streams that `dense_skips` names.
 
-class StaticMixture(nn.Module):
-    """Learned sum of all streams so far, sum_j a_j x_j; it starts as the last stream alone. After DenseFormer (Pagliardini
-    et al. 2024, arXiv 2402.02622, equation 2), which sums streams before their mixtures: the same sums can be formed."""
+    denseformer: learned coefficients c (Pagliardini et al. 2024, arXiv 2402.02622, equation 2). mudd: of each token, by a
+    network that reads x (MUDD, Xiao et al. 2025, arXiv 2502.12170, of its four ways the one into the residual stream). In
+    layers of `dense_gates` it also computes a coefficient of x, a mixture of the same streams that is added to the values,
+    and the weights of value embedding, sums and injection, as in the speedrun's last layer (2026).
+    """
 
-    def __init__(self, config: Model, streams: int) -> None:
+    def __init__(self, config: Model, skips: list[DenseSkip]) -> None:
         super().__init__()
-        del config
-        self.weight = parameter(F.one_hot(torch.tensor(streams - 1), streams).float(), "scalar")
+        self.sources, starts = [skip.source for skip in skips], [skip.start for skip in skips]
+        self.sizes = {"mix": len(skips)}
+        if skips[0].target in config.dense_gates:
+            streams, growth = len(skips) + 1, [config.residual_growth**0.5, 1.0]
+            starts = [0.0] * streams + [*starts, 0.0] + [2.0, 2.0] + growth + [0.0, INJECT_START] + growth
+            self.sizes = {"values": streams, "mix": streams, "value": 2, "sum1": 2, "inject": 2, "sum2": 2}
+        dynamic = config.dense == "mudd"
+        self.network = TokenNetwork(config, starts) if dynamic else None
+        self.weight = None if dynamic else parameter(torch.tensor(starts), "scalar")
 
-    def forward(self, history: list[Tensor]) -> Tensor:
-        """`streams` tensors (B, T, C) -> (B, T, C)."""
-        return sum(w * x for w, x in zip(self.weight.to(history[0].dtype), history, strict=True))
+    def forward(self, x_BTC: Tensor, history: list[Tensor], value_embeds: list[Tensor]) -> tuple[Tensor, dict]:
+        """(B, T, C) -> the mixed stream, (B, T, C), and the fields of LayerGates that the network computes."""
+        weights = self.weight.to(x_BTC.dtype) if self.network is None else self.network(x_BTC)
+        gates = dict(zip(self.sizes, weights.split(list(self.sizes.values()), dim=-1), strict=True))
+        named = {"in": history[0]} | {f"ve{i}": embed for i, embed in enumerate(value_embeds)}
+        streams = [named[source] if source in named else history[int(source) + 1] for source in self.sources] + [x_BTC]
+        mixed = x_BTC + weighted_sum(gates.pop("mix"), streams)
+        if "values" in gates:
+            gates["values"] = weighted_sum(gates["values"], streams)
+        return mixed, gates
 
 
-class DynamicMixture(StaticMixture):
-    """StaticMixture with weights per token, a_j + s W_2 gelu(W_1 norm(x)); W_2 starts at 0 (MUDD, Xiao et al. 2025,
-    arXiv 2502.12170, of its four ways the one into the residual stream)."""
+def dense_skips(config: Model) -> dict[int, list[DenseSkip]]:
+    """Return the connections of `dense` by the layer at whose input they end; with no `dense_skips`, those from every earlier
+    stream to every layer and the head."""
+    if config.dense == "none":
+        return {}
+    streams = ["in", *map(str, range(config.layers))]
+    every = tuple(f"{source}>{i}" for i in range(1, config.layers + 1) for source in streams[:i])
+    by_target: dict[int, list[DenseSkip]] = {}
+    for skip in parse_dense_skips(config.dense_skips or every, config.layers):
+        by_target.setdefault(skip.target, []).append(skip)
+    return by_target
 
-    def __init__(self, config: Model, streams: int) -> None:
-        super().__init__(config, streams)
-        self.up = parameter(torch.randn(MUDD_DIM, config.dim) * config.dim**-0.5, "gate")
-        self.down = parameter(torch.zeros(streams, MUDD_DIM), "gate")
 
-    def forward(self, history: list[Tensor]) -> Tensor:
-        """`streams` tensors (B, T, C) -> (B, T, C)."""
-        dtype = history[0].dtype
-        hidden = F.gelu(F.linear(rms_norm(history[-1]), self.up.to(dtype)))
-        weight_BTS = self.weight.to(dtype) + MUDD_SCALE * F.linear(hidden, self.down.to(dtype))
-        return sum(w[..., None] * x for w, x in zip(weight_BTS.unbind(-1), history, strict=True))
+def weighted_sum(weights: Tensor, streams: list[Tensor]) -> Tensor:
+    """Return the sum of the first n streams (B, T, C), each times its weight, (B, T, n) or (n,)."""
+    return sum(w * x for w, x in zip(weights.split(1, dim=-1), streams, strict=False))
+
+
+# ---- Coefficients of each token: `gate_layers` ---------------------------------------------------------------------------
+
+
+class TokenNetwork(nn.Module):
+    """Coefficients of each token, s (W_2 gelu(W_1 x) + b), which start at `starts`: W_2 at 0, b at starts / s (MUDD, Xiao et
+    al. 2025, arXiv 2502.12170, in the speedrun's form of 2026). The scale s is fixed, or learned from its value."""
+
+    def __init__(self, config: Model, starts: list[float], *, learned_scale: bool = False) -> None:
+        super().__init__()
+        bound = config.dim**-0.5
+        self.up = parameter(torch.empty(MUDD_DIM, config.dim).uniform_(-bound, bound), "gate")
+        self.down = parameter(torch.zeros(len(starts), MUDD_DIM), "gate")
+        self.bias = parameter(torch.tensor(starts) / MUDD_SCALE, "gate")
+        self.scale = parameter(torch.tensor(MUDD_SCALE), "gate") if learned_scale else None
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, number of coefficients)."""
+        dtype = x_BTC.dtype
+        hidden = F.gelu(F.linear(x_BTC, self.up.to(dtype)))
+        scale = MUDD_SCALE if self.scale is None else self.scale.to(dtype)
+        return F.linear(hidden, self.down.to(dtype), self.bias.to(dtype)) * scale
+
+
+class LayerGates(NamedTuple):
+    """Coefficients of one layer computed for each token; None where the layer has weights of its own, or nothing."""
+
+    head: Tensor | None = None
+    """(B, T, H): factors of the heads' outputs."""
+    xsa: Tensor | None = None
+    """(B, T, H): alpha of ExclusiveHeads."""
+    dynamic: Tensor | None = None
+    """(B, T, 2 H): a, before its norm, and b of DynamicHeads."""
+    inject: Tensor | None = None
+    """(B, T, 2): weights of x0 and of the n-gram embeddings; (B, T, 1) without n-grams."""
+    skip: Tensor | None = None
+    """(B, T, 1): factor of the skips that end at this layer."""
+    values: Tensor | None = None
+    """(B, T, C): addition to the values."""
+    value: Tensor | None = None
+    """(B, T, 2): factors of the value embedding, one for each half of the heads."""
+    sum1: Tensor | None = None
+    """(B, T, 2): weights of the stream and of attention's output in their sum."""
+    sum2: Tensor | None = None
+    """(B, T, 2): weights of the stream and of the MLP's output in their sum."""
+
+
+class TokenGates(nn.Module):
+    """LayerGates of the layers from `first` up to the next of `gate_layers`, by one network that reads the input of layer
+    `first` (x0 for layer 0): one small product in place of several in each layer (speedrun, 2026)."""
+
+    def __init__(self, config: Model, first: int) -> None:
+        super().__init__()
+        self.starts = gate_starts_from(config, first)
+        starts = [start for of_layer in self.starts.values() for values in of_layer.values() for start in values]
+        self.network = TokenNetwork(config, starts, learned_scale=True)
+
+    def forward(self, x_BTC: Tensor) -> dict[int, LayerGates]:
+        """(B, T, C) -> the gates by layer."""
+        sizes = [len(values) for of_layer in self.starts.values() for values in of_layer.values()]
+        parts = iter(self.network(x_BTC).split(sizes, dim=-1))
+        return {layer: LayerGates(**{name: next(parts) for name in of_layer}) for layer, of_layer in self.starts.items()}
+
+
+def gate_starts_from(config: Model, first: int) -> dict[int, dict[str, list[float]]]:
+    """Return `gate_starts` of the layers from `first` up to the next of `gate_layers`, without layers that have none."""
+    last = min((layer for layer in config.gate_layers if layer > first), default=config.layers)
+    return {layer: starts for layer in range(first, last) if (starts := gate_starts(config, layer))}
+
+
+def gate_starts(config: Model, layer: int) -> dict[str, list[float]]:
+    """Return the starting values of a layer's coefficients that TokenGates computes, by field of LayerGates."""
+    heads, every, starts = config.dim // config.head_dim, range(config.layers), {}
+    if any(target == layer for _, target in parse_skips(config.skips, config.layers)):
+        starts["skip"] = [config.skip_weight]
+    if layer in config.attention_free:
+        return starts
+    # Paired heads have no value of their own, along which xsa could remove a share.
+    if config.xsa and layer in (config.xsa_layers or every) and layer not in config.paired_heads:
+        starts["xsa"] = [0.0] * heads
+    if config.head_gates and layer in (config.head_gate_layers or every):
+        starts["head"] = [HEAD_GATE_START] * heads
+    if layer in config.dynamic_heads:
+        starts["dynamic"] = [1.0] * heads + [0.0] * heads
+    if config.inject and layer not in config.dense_gates:
+        starts["inject"] = [0.0, INJECT_START] if config.bigram_buckets else [0.0]
+    return starts
 
 
 # ---- Losses used in training only: `mtp_weights`, `prefix_loss`, `sampled_softmax` ---------------------------------------

@@ -7,7 +7,7 @@ can be switched off alone, which gives it an ablation row and a test. The docstr
 from dataclasses import dataclass
 from typing import Literal
 
-from configs.notation import check_needs, check_ranges, parse_skips, raise_if, technique
+from configs.notation import check_needs, check_ranges, parse_dense_skips, parse_skips, raise_if, technique
 
 # The values that geometry sphere requires. Its norms are built in and have no gains; a vector of zeros, as a projection that
 # starts at zero would write, has no direction; and terms added to the stream would leave the sphere.
@@ -54,6 +54,8 @@ class Model:
     zero_init_projections: bool = technique(True, off=False, on=True)
     """Start the head, and the projections that write to the residual stream, at zero (muP, Yang et al. 2022,
     arXiv 2203.03466)."""
+    zero_attention_out: bool = True
+    """With zero_init_projections, start attention's output projections at zero too. The speedrun of 2026 does not."""
     matrix_dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage dtype of hidden matrices, their gradients and optimizer state. bfloat16 halves the communication; with
     rounding remainder and state_dtype float32 in the group, the weights stay as exact as in float32 (speedrun, 2025)."""
@@ -90,14 +92,24 @@ class Model:
     key_offset: bool = technique(False, off=False, on=True, needs={"model.position": "half_rotary"})
     """Take the unrotated dimensions of keys from the previous token, in layers with the long window or none (speedrun,
     Dec 2025)."""
+    gate_layers: tuple[int, ...] = (0,)
+    """Layers, 0 first, at whose input a small network computes coefficients of each token for head_gates, xsa, inject, skips
+    and dynamic_heads of this layer and of those up to the next one named (MUDD gates, speedrun, 2026)."""
     head_gates: bool = technique(False, off=False, on=True)
-    """Multiply each head's output by a gate computed from the layer's input (speedrun, Aug 2025)."""
+    """Multiply each head's output by a gate of each token (speedrun, Aug 2025)."""
+    head_gate_layers: tuple[int, ...] = technique((), name="", off=(), on=(1,), needs={"model.head_gates": True})
+    """Layers with head_gates. Empty: all."""
     yarn: bool = technique(False, off=False, on=True, needs={"model.window_tokens": 3, "model.position": "rotary"})
-    """Stretch slow rotary frequencies and raise the softmax scale as the window grows beyond its first length (YaRN, Peng et
-    al. 2023, arXiv 2309.00071)."""
+    """Stretch slow rotary frequencies and raise the softmax scale, in all layers, as the long window (window_tokens without
+    one) grows beyond its first length (YaRN, Peng et al. 2023, arXiv 2309.00071)."""
+    yarn_windows: tuple[int, ...] = technique((), name="", off=(), on=(3, 5), needs={"model.yarn": True})
+    """Lengths through which that window goes: each growth stretches the frequencies that the one before left (speedrun).
+    Empty: every length stretches the first frequencies."""
     xsa: bool = technique(False, off=False, on=True)
-    """Subtract from each head's output a learned share of its component along the token's own value (XSA,
+    """Subtract from each head's output a share of its component along the token's own value, computed from each token (XSA,
     arXiv 2603.09078)."""
+    xsa_layers: tuple[int, ...] = technique((), name="", off=(), on=(1,), needs={"model.xsa": True})
+    """Layers with xsa. Empty: all but those of paired_heads, which never have it."""
     paired_heads: tuple[int, ...] = technique((), off=(), on=(1,))
     """Layers whose heads form pairs: each head attends to the keys of both, at half the window (speedrun, Dec 2025)."""
     dynamic_heads: tuple[int, ...] = technique((), off=(), on=(0,))
@@ -123,11 +135,16 @@ class Model:
     """Use the token embedding as the head's matrix."""
     smear: bool = technique(False, off=False, on=True)
     """Add a gated share of the previous token's embedding: x_t += lambda sigmoid(gate(x_t)) x_{t-1} (speedrun, Sep 2025)."""
+    smear_first: bool = technique(False, name="", off=False, on=True, needs={"model.smear": True})
+    """Smear the token embeddings before their norm, and do not smear hashed embeddings, nor add them to the x0 of inject and
+    x0_skip (speedrun, 2026)."""
     value_embeds: int = technique(0, off=0, on=2)
     """Number of value embeddings: further token embeddings, each mixed into the attention values of one layer (speedrun,
     Dec 2024)."""
     value_embed_layers: tuple[int, ...] = technique((), name="", off=(), on=(0,), needs={"model.value_embeds": 1})
     """Layers of the value embeddings. Empty: the last ones."""
+    value_embed_std: float | None = None
+    """Standard deviation of the initial value embeddings. None: embed_std."""
     value_gates: bool = technique(False, off=False, on=True, needs={"model.value_embeds": 1})
     """Use a gate per head for value embeddings, in place of learned weights of value and embedding (speedrun, Jan 2026)."""
     bigram_buckets: int = technique(0, name="bigram", off=0, on=37)
@@ -140,8 +157,8 @@ class Model:
     """Lengths n of further hashed n-gram tables, each of bigram_buckets rows, in addition to the bigrams (speedrun,
     2026)."""
     inject: bool = technique(False, off=False, on=True)
-    """Add the stream's first state and the hashed embeddings again after each attention, with learned weights (speedrun,
-    2026)."""
+    """Add the stream's first state and the hashed embeddings again after each attention, with weights of each token
+    (speedrun, 2026)."""
 
     # ---- Residual stream --------------------------------------------------------------------------------------------------
 
@@ -159,15 +176,24 @@ class Model:
     """Initial growth of the stream per layer, when x + y becomes a x + b y with learned a and b (speedrun, 2026: 1.1). 0:
     the plain sum."""
     skips: tuple[str, ...] = technique((), off=(), on=("0>1",))
-    """Skip connections: `3>6` adds the output of layer 3 to the input of layer 6, with a learned weight."""
-    skip_weight: float = 0.18
-    """Initial weight of each skip connection (speedrun: 0.18)."""
+    """Skip connections: `3>6` adds the output of layer 3 to the input of layer 6, with a weight of each token."""
+    skip_weight: float = 0.09
+    """Initial weight of each skip connection (speedrun, 2026: half of sigmoid(-1.5))."""
     backout: int | None = technique(None, off=None, on=0)
     """Layer whose output, times a learned factor that starts at 1/2, is subtracted before the head (speedrun, Oct 2025).
     None: off."""
     dense: Literal["none", "denseformer", "mudd"] = technique("none", off="none", on="mudd")
-    """Mixture of all earlier streams after each layer. denseformer: with learned weights (Pagliardini et al. 2024,
+    """Mixture of earlier streams at the input of layers. denseformer: with learned weights (Pagliardini et al. 2024,
     arXiv 2402.02622); mudd: with weights computed from each token (Xiao et al. 2025, arXiv 2502.12170)."""
+    dense_skips: tuple[str, ...] = technique((), name="", off=(), on=("in>1", "0>2=-0.5"), needs={"model.dense": "mudd"})
+    """Streams that dense adds: `7>10` the output of layer 7 to the input of layer 10, `7>10=-0.5` with this initial weight in
+    place of 0. Other sources are `in`, the stream before the first block, and `ve0`, a value embedding; the target after the
+    last layer is the head. Empty: all earlier streams at every layer and the head."""
+    dense_gates: tuple[int, ...] = technique(
+        (), name="", off=(), on=(1,), needs={"model.dense": "mudd", "model.inject": True, "model.residual_growth": 1.1,
+                                             "model.value_gates": True, "model.value_embeds": 1})
+    """Layers in which the network of mudd also computes an addition to the values from the same streams, and the weights of
+    value embedding, sums and injection (the last layer in the speedrun, 2026)."""
 
     # ---- Losses, and the kernels of head and MLP --------------------------------------------------------------------------
 
@@ -232,7 +258,8 @@ class Model:
         raise_if(self.value_embeds > self.layers,
                  f"value_embeds must be at most layers ({self.layers}), got {self.value_embeds}")
         several = [(name, layer) for name in ("full_attention_layers", "paired_heads", "dynamic_heads", "attention_free",
-                                              "value_embed_layers") for layer in getattr(self, name)]
+                                              "value_embed_layers", "gate_layers", "head_gate_layers", "xsa_layers",
+                                              "dense_gates") for layer in getattr(self, name)]
         single = [(name, getattr(self, name)) for name in ("shared_attention_input", "backout")]
         for name, layer in several + single:
             exists = layer is None or 0 <= layer < self.layers
@@ -240,6 +267,12 @@ class Model:
         raise_if(len(self.value_embed_layers) not in (0, self.value_embeds),
                  f"value_embed_layers names {len(self.value_embed_layers)} layers for {self.value_embeds} value_embeds")
         parse_skips(self.skips, self.layers)
+        raise_if(list(self.gate_layers) != sorted({0, *self.gate_layers}),
+                 f"gate_layers must begin with 0 and rise, got {self.gate_layers}")
+        dense = parse_dense_skips(self.dense_skips, self.layers)
+        raise_if(any(skip.source.startswith("ve") and int(skip.source[2:]) >= self.value_embeds for skip in dense),
+                 f"dense_skips: there are {self.value_embeds} value_embeds, numbered from ve0; got {self.dense_skips}")
+        raise_if(bool(self.dense_gates) and self.dense != "mudd", f"dense_gates needs --model.dense mudd, got {self.dense}")
 
     def _check_heads(self) -> None:
         """Raise ValueError for combinations of heads, positions and windows that exclude each other."""

@@ -224,6 +224,40 @@ def parse_skips(words: tuple[str, ...], layers: int) -> tuple[tuple[int, int], .
     return tuple(pairs)
 
 
+class DenseSkip(NamedTuple):
+    """A stream that is added to a layer's input."""
+
+    source: str
+    """in: the stream before the first block; a layer's number: its output; ve0, ve1, ...: a value embedding."""
+    target: int
+    """Layer, or the number of layers for the head."""
+    start: float
+    """Initial coefficient."""
+
+
+def parse_dense_skips(words: tuple[str, ...], layers: int) -> tuple[DenseSkip, ...]:
+    """Parse SOURCE>TARGET or SOURCE>TARGET=START words. Raises ValueError, quoting the offending word."""
+    skips = []
+    for word in words:
+        arrow, _, start = word.partition("=")
+        source, _, target = arrow.partition(">")
+        valid = (source == "in" or source.removeprefix("ve").isdigit()) and target.isdigit() and _is_number(start or "0")
+        raise_if(not valid, f"expected SOURCE>TARGET or SOURCE>TARGET=START, with SOURCE in, a layer or ve0, got {word!r}")
+        earliest = int(source) + 1 if source.isdigit() else 0
+        raise_if(not earliest <= int(target) <= layers,
+                 f"{word!r} must end at a layer after its source, or at {layers}, which is the head")
+        skips.append(DenseSkip(source, int(target), float(start or 0)))
+    return tuple(skips)
+
+
+def _is_number(text: str) -> bool:
+    """True if `text` is a finite number."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
 # ---- a,b,c;a,b,c;...: a table of odd quintics p(x) = a x + b x^3 + c x^5, one a Newton-Schulz step; the last repeats ------
 # It may begin with `safety=1.02;`: the input is then scaled to Frobenius norm 1 / 1.02 in place of 1, a margin that keeps
 # singular values, with the rounding of bfloat16, below the largest for which a table is made.
