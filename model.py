@@ -704,7 +704,7 @@ def yarn_frequencies(frequency: Tensor, windows: tuple[int, ...]) -> Tensor:
 def yarn_softmax_factor(windows: tuple[int, ...]) -> float:
     """Return the speedrun's factor of the softmax scale, 1 + .2 log(w / w0) for each growth of the window from w0 to w.
     YaRN's own is (1 + .1 log(w / w0))^2."""
-    return math.prod(1 + 0.2 * math.log(w / w0) for w0, w in itertools.pairwise(windows))
+    return math.prod([1 + 0.2 * math.log(w / w0) for w0, w in itertools.pairwise(windows)])
 
 
 # ---- Attention heads: `head_gates`, `xsa`, `value_gates`, `paired_heads`, `dynamic_heads` --------------------------------
@@ -851,7 +851,7 @@ class Streams(nn.Module):
         self.pairs = parse_skips(config.skips, config.layers)
         self.shared_layer, self.backout_layer = config.shared_attention_input, config.backout
         self.backout = None if config.backout is None else parameter(torch.tensor(BACKOUT_START), "scalar")
-        self.inputs = nn.ModuleDict({str(target): InputMixture(config, skips) for target, skips in dense_skips(config).items()})
+        self.inputs = nn.ModuleDict({str(i): InputMixture(config, skips) for i, skips in dense_skips(config).items()})
 
     def before_block(self, x_BTC: Tensor, layer: int, history: list[Tensor], value_embeds: list[Tensor],
                      inputs: LayerInputs) -> tuple[Tensor, LayerInputs]:
@@ -884,7 +884,7 @@ class Streams(nn.Module):
 
 
 class InputMixture(nn.Module):
-    """Mixture at the input of a layer, or of the head: x + sum_j c_j x_j over the streams that `dense_skips` names.
+    """Mixture at the input of a layer, or of the head: x + sum_j c_j x_j over the streams of `dense_skips`.
 
     denseformer: learned coefficients c (Pagliardini et al. 2024, arXiv 2402.02622, equation 2). mudd: of each token, by a
     network that reads x (MUDD, Xiao et al. 2025, arXiv 2502.12170, of its four ways the one into the residual stream). In
@@ -917,8 +917,8 @@ class InputMixture(nn.Module):
 
 
 def dense_skips(config: Model) -> dict[int, list[DenseSkip]]:
-    """Return the connections of `dense` by the layer at whose input they end; with no `dense_skips`, those from every earlier
-    stream to every layer and the head."""
+    """Return the connections of `dense` by the layer at whose input they end; without `dense_skips`, all from earlier
+    streams to layers and head."""
     if config.dense == "none":
         return {}
     streams = ["in", *map(str, range(config.layers))]

@@ -102,7 +102,8 @@ class Model:
     yarn: bool = technique(False, off=False, on=True, needs={"model.window_tokens": 3, "model.position": "rotary"})
     """Stretch slow rotary frequencies and raise the softmax scale, in all layers, as the long window (window_tokens without
     one) grows beyond its first length (YaRN, Peng et al. 2023, arXiv 2309.00071)."""
-    yarn_windows: tuple[int, ...] = technique((), name="", off=(), on=(3, 5), needs={"model.yarn": True})
+    yarn_windows: tuple[int, ...] = technique(
+        (), name="", off=(), on=(3, 5), needs={"model.yarn": True, "model.window_tokens": 3, "model.position": "rotary"})
     """Lengths through which that window goes: each growth stretches the frequencies that the one before left (speedrun).
     Empty: every length stretches the first frequencies."""
     xsa: bool = technique(False, off=False, on=True)
@@ -186,9 +187,9 @@ class Model:
     """Mixture of earlier streams at the input of layers. denseformer: with learned weights (Pagliardini et al. 2024,
     arXiv 2402.02622); mudd: with weights computed from each token (Xiao et al. 2025, arXiv 2502.12170)."""
     dense_skips: tuple[str, ...] = technique((), name="", off=(), on=("in>1", "0>2=-0.5"), needs={"model.dense": "mudd"})
-    """Streams that dense adds: `7>10` the output of layer 7 to the input of layer 10, `7>10=-0.5` with this initial weight in
-    place of 0. Other sources are `in`, the stream before the first block, and `ve0`, a value embedding; the target after the
-    last layer is the head. Empty: all earlier streams at every layer and the head."""
+    """Streams that dense adds: `7>10` the output of layer 7 to the input of layer 10, `7>10=-0.5` with this initial weight
+    in place of 0. Other sources are `in`, the stream before the first block, and `ve0`, a value embedding; the target after
+    the last layer is the head. Empty: all earlier streams at every layer and the head."""
     dense_gates: tuple[int, ...] = technique(
         (), name="", off=(), on=(1,), needs={"model.dense": "mudd", "model.inject": True, "model.residual_growth": 1.1,
                                              "model.value_gates": True, "model.value_embeds": 1})

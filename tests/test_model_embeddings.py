@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from configs.schema import Model
-from model import GPT, HASH, Inject, LayerInputs, NgramEmbedding, random_signs
+from model import GPT, HASH, LayerGates, LayerInputs, NgramEmbedding, inject, random_signs
 
 CONFIG = Model(layers=2, dim=16, head_dim=8, zero_init_projections=False, bigram_buckets=37)
 START = 0
@@ -64,24 +64,23 @@ def test_signs_distinguish_ngrams_that_share_a_bucket():
     assert torch.equal(signed.abs(), plain.abs())
 
 
-def test_injection_is_its_formula_and_starts_at_a_twentieth_of_the_ngrams():
-    inject = Inject(CONFIG)
+def test_injection_is_its_formula():
     x, x0, ngrams = (torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    inputs = LayerInputs(x0=x0, ngrams=ngrams)
-    torch.testing.assert_close(inject(x, inputs), x + 0.05 * ngrams)
-    inject.weight.data = torch.tensor([0.3, -2.0])
-    torch.testing.assert_close(inject(x, inputs), x + 0.3 * x0 - 2 * ngrams)
-    assert torch.equal(Inject(replace(CONFIG, bigram_buckets=0))(x, LayerInputs(x0=x0)), x)
+    weights = torch.randn(2, 3, 2, generator=torch.Generator().manual_seed(3))
+    a, b = weights.split(1, dim=-1)
+    inputs = LayerInputs(x0=x0, ngrams=ngrams, gates=LayerGates(inject=weights))
+    torch.testing.assert_close(inject(x, inputs), x + a * x0 + b * ngrams)
+    torch.testing.assert_close(inject(x, inputs._replace(ngrams=None)), x + a * x0)
 
 
 def test_with_injection_the_stream_starts_with_a_share_of_the_ngrams():
     tokens = some_tokens() % 40
     starts = {}
-    for inject in (False, True):
+    for injects in (False, True):
         torch.manual_seed(0)
-        model = GPT(replace(CONFIG, inject=inject, norm_embedding=False, ngram_orders=(3,)), vocab_size=40, max_tokens=12)
+        model = GPT(replace(CONFIG, inject=injects, norm_embedding=False, ngram_orders=(3,)), vocab_size=40, max_tokens=12)
         for table in model.ngrams:
             table.table.data.normal_(generator=torch.Generator().manual_seed(table.order))
-        starts[inject], ngrams = model.embed_tokens(tokens, None)
+        starts[injects], _, ngrams, _ = model.embed_tokens(tokens, None)
         torch.testing.assert_close(ngrams, sum(table(tokens, None) for table in model.ngrams))
-        torch.testing.assert_close(starts[inject], model.embed[tokens] + (0.05 if inject else 1) * ngrams)
+        torch.testing.assert_close(starts[injects], model.embed[tokens] + (0.05 if injects else 1) * ngrams)

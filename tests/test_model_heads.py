@@ -11,14 +11,15 @@ from kernels.attention import attend_sdpa, dense_mask
 from model import (
     Attention,
     DynamicHeads,
-    ExclusiveHeads,
-    HeadGates,
+    LayerGates,
     LayerInputs,
     Rotary,
     ValueGates,
+    exclusive_heads,
     offset_keys,
     pair_heads,
     unpair_heads,
+    windows_until,
     yarn_frequencies,
     yarn_softmax_factor,
 )
@@ -37,30 +38,34 @@ def scrambled(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def test_head_gates_equal_the_formula():
-    gates, y, x = scrambled(HeadGates(CONFIG)), normal(B, T, H, D), normal(B, T, H * D, seed=1)
-    output = gates(y, x)
-    for h in range(H):
-        gate = 2 / (1 + torch.exp(-(x[..., :12] @ gates.weight[h])))
-        torch.testing.assert_close(output[:, :, h], gate[..., None] * y[:, :, h])
+def test_head_gates_multiply_the_output_of_each_head():
+    attention = Attention(replace(CONFIG, zero_init_projections=False), T, mixes_value_embed=False, attend=attend_sdpa)
+    x, gate = torch.randn(B, T, H * D), torch.rand(B, T, H)
+    heads = []
+    attention.out.register_forward_pre_hook(lambda _module, inputs: heads.append(inputs[0].unflatten(-1, (H, D))))
+    attention(x, LayerInputs())
+    attention(x, LayerInputs(gates=LayerGates(head=gate)))
+    torch.testing.assert_close(heads[1], gate[..., None] * heads[0])
 
 
 def test_value_gates_equal_the_formula():
     gates, v = scrambled(ValueGates(CONFIG)), normal(B, T, H, D)
     e, x = normal(B, T, H * D, seed=1), normal(B, T, H * D, seed=2)
-    output = gates(v, e, x)
+    output = gates(v, e, x, LayerGates())
     for h in range(H):
         gate = 2 / (1 + torch.exp(-(x[..., :6] @ gates.weight[h, :6] + e[..., :6] @ gates.weight[h, 6:])))
         torch.testing.assert_close(output[:, :, h], v[:, :, h] + gate[..., None] * e[..., h * D:(h + 1) * D])
+    given, halves = ValueGates(CONFIG, own=False), normal(B, T, 2, seed=3)
+    for h in range(H):
+        expected = v[:, :, h] + halves[..., h // (H // 2), None] * e[..., h * D:(h + 1) * D]
+        torch.testing.assert_close(given(v, e, x, LayerGates(value=halves))[:, :, h], expected)
 
 
 def test_exclusive_heads_remove_the_projection_onto_their_value():
-    heads, y, v = ExclusiveHeads(CONFIG).double(), normal(B, T, H, D), normal(B, T, H, D, seed=1)
-    assert torch.equal(heads(y, v), y)
-    heads.alpha.data.fill_(20.0)
-    assert (heads(y, v) * v).sum(-1).abs().max() < 1e-10
-    heads.alpha.data.fill_(math.atanh(0.25))
-    torch.testing.assert_close((heads(y, v) * v).sum(-1), 0.75 * (y * v).sum(-1))
+    y, v, alpha = normal(B, T, H, D), normal(B, T, H, D, seed=1), torch.zeros(B, T, H, dtype=torch.float64)
+    assert torch.equal(exclusive_heads(y, v, alpha), y)
+    assert (exclusive_heads(y, v, alpha + 20) * v).sum(-1).abs().max() < 1e-10
+    torch.testing.assert_close((exclusive_heads(y, v, alpha + math.atanh(0.25)) * v).sum(-1), 0.75 * (y * v).sum(-1))
 
 
 def test_paired_heads_attend_to_the_keys_of_both_heads():
@@ -103,16 +108,16 @@ def test_still_dimensions_are_those_that_rotary_does_not_rotate():
 @pytest.mark.parametrize("window", [1, 3, 6, 7, 30])
 @pytest.mark.parametrize("second", [0, 3, 6])
 def test_dynamic_heads_equal_the_loop(window, second):
-    heads = scrambled(DynamicHeads(replace(CONFIG, dynamic_window=window)))
-    q, k, v, x = normal(1, T, H, D), normal(1, T, H, D, seed=1), normal(1, T, H, D, seed=2), normal(1, T, H * D, seed=3)
+    heads = DynamicHeads(replace(CONFIG, dynamic_window=window))
+    q, k, v, ab = normal(1, T, H, D), normal(1, T, H, D, seed=1), normal(1, T, H, D, seed=2), normal(1, T, 2 * H, seed=3)
     starts = torch.arange(T)[None] == second if second else None
-    output = heads((q, k, v), x, starts, 0.3)
+    output = heads((q, k, v), ab, starts, 0.3)
     for t in range(T):
         first = max(t - window + 1, 0 if t < second else second)
         attention = torch.stack([torch.stack([0.3 * q[0, t, g] @ k[0, s, g] for s in range(first, t + 1)]).softmax(0)
                                  for g in range(H)])
-        read, write = (heads.weight @ x[0, t]).chunk(2)
-        read = (1 + read) / (1 + read).square().mean().sqrt()
+        read, write = ab[0, t].chunk(2)
+        read = read / read.square().mean().sqrt()
         mixed = read @ attention
         for h in range(H):
             expected = write[h] * sum(w * v[0, s, h] for w, s in zip(mixed, range(first, t + 1), strict=True))
@@ -121,26 +126,28 @@ def test_dynamic_heads_equal_the_loop(window, second):
 
 def test_yarn_lowers_only_low_frequencies_and_sharpens_the_softmax():
     config = replace(CONFIG, head_dim=16, dim=32, rotary_base=1e4, window_tokens=512, yarn=True)
-    rotary = Rotary(config, 64, first_window=512)
-    frequency, slowed = rotary.frequency, yarn_frequencies(rotary.frequency, 512, 1024)
+    rotary = Rotary(config, 64)
+    frequency, slowed = rotary.frequency, yarn_frequencies(rotary.frequency, (512, 1024))
     turns = 512 * frequency / (2 * math.pi)
     torch.testing.assert_close(slowed[turns > 32], frequency[turns > 32])
     torch.testing.assert_close(slowed[turns < 1], frequency[turns < 1] / 2)
     between = (turns > 1) & (turns < 32)
     slowing = slowed[between] / frequency[between]
     assert between.any() and (slowing < 1).all() and (slowing > 0.5).all()
-    assert yarn_softmax_factor(512, 1024) == pytest.approx(1 + 0.2 * math.log(2))
-    assert yarn_softmax_factor(512, 512) == 1.0
-    plain, x = Rotary(config, 64), torch.randn(1, 9, 2, 16)
+    assert yarn_softmax_factor((512, 1024)) == pytest.approx(1 + 0.2 * math.log(2))
+    assert yarn_softmax_factor((512, 512)) == yarn_softmax_factor((512,)) == 1.0
+    plain, x = Rotary(replace(config, yarn=False), 64), torch.randn(1, 9, 2, 16)
     torch.testing.assert_close(rotary(x, 512), plain(x))
+    torch.testing.assert_close(rotary(x, None), plain(x))
     assert (rotary(x, 2048) - plain(x)).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize(("flag", "value"), [("head_gates", True), ("xsa", True), ("dynamic_heads", (0,)),
-                                             ("projection_gains", True)])
-def test_gradients_reach_techniques_that_start_as_the_identity(flag, value):
-    attention = Attention(replace(CONFIG, zero_init_projections=False, **{flag: value}), T, mixes_value_embed=False,
-                          attend=attend_sdpa)
-    attention(torch.randn(1, T, H * D), LayerInputs()).square().sum().backward()
-    new = {name: p for name, p in attention.named_parameters() if name.split(".")[0] not in "qkv" and "out" not in name}
-    assert new and all(p.grad.abs().max() > 1e-6 for p in new.values())
+def test_yarn_grows_through_its_windows_one_after_another():
+    assert windows_until(None, (4, 8, 32)) == (4,) and windows_until(99, (4, 8, 32)) == (4, 8, 32)
+    assert windows_until(8, (4, 8, 32)) == (4, 8) and windows_until(9, (4,)) == (4, 9)
+    frequency = torch.linspace(1.0, 0.01, 5)
+    twice = yarn_frequencies(yarn_frequencies(frequency, (64, 128)), (128, 512))
+    torch.testing.assert_close(yarn_frequencies(frequency, (64, 128, 512)), twice)
+    assert (twice - yarn_frequencies(frequency, (64, 512))).abs().max() > 1e-3
+    factor = yarn_softmax_factor((64, 128, 512))
+    assert factor == pytest.approx((1 + 0.2 * math.log(2)) * (1 + 0.2 * math.log(4)))

@@ -31,6 +31,14 @@ def on(name: str) -> dict:
 
 
 LINEAR_BIASES = in_blocks(*(f"attention.{n}.bias" for n in ("q", "k", "v", "out")), "mlp.up.bias", "mlp.down.bias")
+
+
+def network(prefix: str, *, learned_scale: bool = False) -> set[str]:
+    return {f"{prefix}.network.{name}" for name in ("up", "down", "bias", *(["scale"] if learned_scale else []))}
+
+
+GATES = network("token_gates.0", learned_scale=True)
+MIXTURES = network("streams.inputs.1") | network("streams.inputs.2")
 # By flag: the settings to change in PLAIN, the parameters that this adds, and those that it removes.
 FLAGS: dict[str, tuple[dict, set[str], set[str]]] = {
     "no_positions": ({"position": "none"}, set(), {"positions"}),
@@ -45,6 +53,7 @@ FLAGS: dict[str, tuple[dict, set[str], set[str]]] = {
     "biases": (on("biases"), LINEAR_BIASES | {"head.bias"}, set()),
     "norm_embedding": (on("norm_embedding"), set(), set()),
     "zero_init": (on("zero_init_projections"), set(), set()),
+    "zero_mlp": ({"zero_init_projections": True, "zero_attention_out": False}, set(), set()),
     "init_gain": ({"init_gain": 0.7}, set(), set()),
     "embed_std": ({"embed_std": 0.3}, set(), set()),
     "tied_head": (on("tied_head"), set(), {"head.weight"}),
@@ -52,9 +61,12 @@ FLAGS: dict[str, tuple[dict, set[str], set[str]]] = {
     "rational": ({"softcap": "rational", "softcap_value": 2.0}, set(), set()),
     "x0_skip": (on("x0_skip"), in_blocks("skip"), set()),
     "smear": (on("smear"), {"smear.gate", "smear.strength"}, set()),
+    "smear_first": ({"smear_first": True, "smear": True, "norm_embedding": True}, {"smear.gate", "smear.strength"}, set()),
     "value_embed": ({"value_embeds": 1}, {"value_embeds.0", "blocks.1.attention.mix_value.weight"}, set()),
     "value_embeds": ({"value_embeds": 2},
                      {"value_embeds.0", "value_embeds.1"} | in_blocks("attention.mix_value.weight"), set()),
+    "value_embed_std": ({"value_embeds": 1, "value_embed_std": 0.2},
+                        {"value_embeds.0", "blocks.1.attention.mix_value.weight"}, set()),
     "bigram": (on("bigram_buckets"), {"ngrams.0.table"}, set()),
     "window": (on("window_tokens"), set(), set()),
     "document_mask": (on("document_mask"), set(), set()),
@@ -65,11 +77,16 @@ FLAGS: dict[str, tuple[dict, set[str], set[str]]] = {
     "vocab_multiple": ({"vocab_multiple": 1}, set(), set()),
     "long_window": (on("long_window_tokens"), set(), set()),
     "yarn": (on("yarn"), set(), {"positions"}),
-    "head_gates": (on("head_gates"), in_blocks("attention.gates.weight"), set()),
-    "xsa": (on("xsa"), in_blocks("attention.exclusive.alpha"), set()),
+    "yarn_windows": (on("yarn_windows"), set(), {"positions"}),
+    "head_gates": (on("head_gates"), GATES, set()),
+    "head_gate_layers": (on("head_gate_layers"), GATES, set()),
+    "gate_layers": ({"gate_layers": (0, 1), "head_gates": True},
+                    GATES | network("token_gates.1", learned_scale=True), set()),
+    "xsa": (on("xsa"), GATES, set()),
+    "xsa_layers": (on("xsa_layers"), GATES, set()),
     "paired_heads": (on("paired_heads"), set(), set()),
     "key_offset": (on("key_offset"), set(), {"positions"}),
-    "dynamic_heads": ({"dynamic_heads": (0,), "dynamic_window": 5}, {"blocks.0.attention.dynamic.weight"}, set()),
+    "dynamic_heads": ({"dynamic_heads": (0,), "dynamic_window": 5}, GATES, set()),
     "attention_free": (on("attention_free"), set(), {f"blocks.1.attention.{n}.weight" for n in ("q", "k", "v", "out")}),
     "shared_attention_input": (on("shared_attention_input"), set(), set()),
     "projection_gains": (on("projection_gains"), in_blocks("attention.gains"), set()),
@@ -77,14 +94,16 @@ FLAGS: dict[str, tuple[dict, set[str], set[str]]] = {
                     {"value_embeds.0", "blocks.0.attention.mix_value.weight"}, set()),
     "bigram_signs": (on("bigram_signs"), {"ngrams.0.table"}, set()),
     "ngram_orders": (on("ngram_orders"), {f"ngrams.{i}.table" for i in range(3)}, set()),
-    "inject": ({"inject": True, "bigram_buckets": 37}, {"ngrams.0.table", "ngram_share"} | in_blocks("inject.weight"),
-               set()),
-    "inject_start_alone": (on("inject"), in_blocks("inject.weight"), set()),
+    "inject": ({"inject": True, "bigram_buckets": 37}, {"ngrams.0.table"} | GATES, set()),
+    "inject_start_alone": (on("inject"), GATES, set()),
     "residual_growth": (on("residual_growth"), in_blocks("add1.weight", "add2.weight"), set()),
-    "skips": ({"skips": ("0>1",), "skip_weight": 0.3}, {"streams.skips.0"}, set()),
+    "skips": ({"skips": ("0>1",), "skip_weight": 0.3}, GATES, set()),
     "backout": (on("backout"), {"streams.backout"}, set()),
-    "denseformer": ({"dense": "denseformer"}, {f"streams.mixtures.{i}.weight" for i in range(2)}, set()),
-    "mudd": (on("dense"), {f"streams.mixtures.{i}.{n}" for i in range(2) for n in ("weight", "up", "down")}, set()),
+    "denseformer": ({"dense": "denseformer"}, {f"streams.inputs.{i}.weight" for i in (1, 2)}, set()),
+    "mudd": (on("dense"), MIXTURES, set()),
+    "dense_skips": (on("dense_skips"), MIXTURES, set()),
+    "dense_gates": (on("dense_gates"), MIXTURES | GATES | {"value_embeds.0", "blocks.0.add1.weight", "blocks.0.add2.weight"},
+                    set()),
     "asymmetric": ({"softcap": "asymmetric"}, set(), set()),
     "mtp": (on("mtp_weights"), set(), set()),
     "prefix_loss": (on("prefix_loss"), set(), set()),
@@ -107,11 +126,13 @@ TOGETHER = {
                       full_attention_layers=(1,)),
     "sphere+swiglu": replace(PLAIN, qk_norm=True, norm_embedding=True, geometry="sphere", activation="swiglu"),
     "record": replace(RICH, position="half_rotary", norm_gains=False, biases=False, document_mask=True, window_tokens=3,
-                      full_attention_layers=(1,), long_window_tokens=6, yarn=True, head_gates=True, xsa=True,
+                      full_attention_layers=(1,), long_window_tokens=6, yarn=True, yarn_windows=(4, 6), head_gates=True,
+                      head_gate_layers=(1,), xsa=True, xsa_layers=(1,), gate_layers=(0, 2), smear_first=True,
                       paired_heads=(2,), key_offset=True, dynamic_heads=(1,), dynamic_window=4,
                       shared_attention_input=1, projection_gains=True,
                       value_gates=True, bigram_signs=11, ngram_orders=(3,), inject=True, residual_growth=1.1, skips=("0>2",),
-                      backout=1, dense="mudd", softcap="asymmetric", x0_skip=False, attention_free=(0,),
+                      backout=1, dense="mudd", dense_skips=("in>2", "0>2", "0>3=-0.5", "ve0>3"), dense_gates=(2,),
+                      softcap="asymmetric", x0_skip=False, attention_free=(0,),
                       value_embeds=1, value_embed_layers=(2,)),
     "learned+no_norms": replace(RICH, position="learned", norm_gains=False, norm_embedding=False, softcap="tanh"),
 }
@@ -191,9 +212,11 @@ def test_flag_adds_only_its_own_parameters(changes, added, removed):
     assert plain - model == removed
 
 
-OTHER_START = {"zero_init", "init_gain", "embed_std", "bfloat16_embedding", "bfloat16_matrices"}
+OTHER_START = {"zero_init", "zero_mlp", "init_gain", "embed_std", "bfloat16_embedding", "bfloat16_matrices"}
 DRAWS = {"no_positions", "rotary", "half_rotary", "swiglu", "value_embed", "value_embeds", "bfloat16_tables",
-         "yarn", "key_offset", "attention_free", "value_gates", "mudd"}  # not PLAIN's random numbers
+         "yarn", "yarn_windows", "key_offset", "attention_free", "value_gates", "value_embed_std", "mudd", "dense_skips",
+         "dense_gates", "head_gates", "head_gate_layers", "gate_layers", "xsa", "xsa_layers", "dynamic_heads", "inject",
+         "inject_start_alone", "skips"}  # not PLAIN's random numbers
 OTHER_SHAPE = {"mlp_dim", "vocab_multiple"}
 SAME_DRAWS = [name for name in FLAGS if name not in OTHER_START | OTHER_SHAPE | DRAWS]
 
@@ -212,9 +235,9 @@ def with_plain_weights(changes: dict) -> tuple[GPT, GPT]:
     return plain, model
 
 
-@pytest.mark.parametrize("name", ["norm_gains", "biases", "x0_skip", "smear", "bigram", "zero_init",
-                                  "init_gain", "embed_std", "head_gates", "xsa", "dynamic_heads", "projection_gains",
-                                  "bigram_signs", "ngram_orders", "inject", "denseformer", "mudd"])
+@pytest.mark.parametrize("name", ["norm_gains", "biases", "x0_skip", "smear", "bigram", "zero_init", "zero_mlp", "init_gain",
+                                  "embed_std", "xsa", "xsa_layers", "dynamic_heads", "bigram_signs", "ngram_orders",
+                                  "inject", "denseformer", "mudd"])
 def test_technique_that_starts_neutral_changes_no_logit(name):
     plain, model = with_plain_weights(FLAGS[name][0])
     assert torch.equal(model(some_tokens(2, 12)), plain(some_tokens(2, 12)))
@@ -243,8 +266,8 @@ def test_technique_set_to_do_nothing_changes_no_logit(changes):
 
 
 # These act on the initial weights, on memory or on training only; shared_attention_input has no effect in two layers.
-WITHOUT_EFFECT_ON_LOGITS = {"zero_init", "init_gain", "embed_std", "mtp", "prefix_loss", "sampled_softmax", "kernels",
-          "shared_attention_input"}
+WITHOUT_EFFECT_ON_LOGITS = {"zero_init", "zero_mlp", "init_gain", "embed_std", "value_embed_std", "mtp", "prefix_loss",
+                            "sampled_softmax", "kernels", "shared_attention_input"}
 
 
 @pytest.mark.parametrize("name", [name for name in FLAGS if name not in WITHOUT_EFFECT_ON_LOGITS | OTHER_SHAPE])
