@@ -1,7 +1,7 @@
 """Load the public record's script on a CPU: its definitions, in float32, with plain formulas in place of its kernels.
 
 The script (modded-nanogpt's train_gpt.py, commit f411b3d3) stands outside this repository. It is read as text, changed by
-`SUBSTITUTIONS` and executed up to its training loop. What is left out: imports, devices, FP8, data files, and every statement
+`SUBSTITUTIONS`, and its definitions are executed. What is left out: imports, devices, FP8, data files, and every statement
 that acts. What comes in its place: one rank, torch.compile as the identity, and the functions of `STAND_INS` below.
 
     record = load_record(Path("train_gpt.py"), dim=96, vocab_tokens=256, bigram_buckets=250)
@@ -120,7 +120,7 @@ def attention_weights(q: Tensor, k: Tensor, scale: float, visible: Tensor) -> Te
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, softmax_scale: float,
                      window_size: tuple[int, int], **_: object) -> Tensor:
-    """Return causal attention within documents, (T, H, D); the window is FlashAttention's: that many keys before one's own."""
+    """Return causal attention within documents, (T, H, D); of FlashAttention's window: so many keys before one's own."""
     weights = attention_weights(q, k, softmax_scale, in_reach(cu_seqlens_q, len(q), window_size[0]))
     return torch.einsum("hij,jhd->ihd", weights, v).contiguous()
 
