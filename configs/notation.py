@@ -176,6 +176,7 @@ def _between(value: float, right: Knot, share: float) -> float:
 
 
 # ---- NAME=NUMBER: a number for the tensors whose dotted name contains NAME as whole words, such as mlp.down=4 -------------
+# A name that fits no tensor is an error. `smear.gate?=0.01`, with a question mark, may fit none: that technique may be off.
 
 
 def parse_by_name(words: tuple[str, ...]) -> dict[str, float]:
@@ -194,8 +195,8 @@ def parse_by_name(words: tuple[str, ...]) -> dict[str, float]:
 
 
 def is_named(key: str, name: str) -> bool:
-    """True if a dotted name contains `key` as whole words: mlp.down in blocks.0.mlp.down.weight."""
-    return f".{key}." in f".{name}."
+    """True if a dotted name contains `key`, without a final ?, as whole words: mlp.down in blocks.0.mlp.down.weight."""
+    return f".{key.removesuffix('?')}." in f".{name}."
 
 
 def number_of(name: str, numbers: dict[str, float], default: float) -> float:
@@ -204,9 +205,9 @@ def number_of(name: str, numbers: dict[str, float], default: float) -> float:
 
 
 def unmatched_keys(numbers: Mapping[str, float], names: Iterable[str]) -> list[str]:
-    """Return the keys that are part of no tensor's name."""
+    """Return the keys, without those that end with ?, that are part of no tensor's name."""
     all_names = list(names)  # `names` may be an iterator, and is read once for each key
-    return [key for key in numbers if not any(is_named(key, name) for name in all_names)]
+    return [key for key in numbers if not key.endswith("?") and not any(is_named(key, name) for name in all_names)]
 
 
 # ---- SOURCE>TARGET: a skip connection from the output of one layer to the input of a later one ----------------------------

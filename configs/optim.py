@@ -35,7 +35,8 @@ class Extra:
     """Settings of every rule that few runs need."""
 
     lr_factors: tuple[str, ...] = technique((), off=())
-    """Factors of lr, as NAME=FACTOR, for tensors with NAME in their name: mlp.down=4 (speedrun, 2025: down projections)."""
+    """Factors of lr, as NAME=FACTOR, for tensors with NAME in their name: mlp.down=4 (speedrun, 2025: down projections).
+    NAME?=FACTOR: the model may have no such tensor."""
     blocks: tuple[str, ...] = technique((), off=())
     """Numbers of blocks of rows, as NAME=COUNT, into which matrices with NAME in their name are cut; each block is updated
     as a matrix of its own. attention.q=3: one block per pair of six heads (speedrun, 2026)."""
@@ -94,7 +95,7 @@ class RuleConfig(Graft):
         "decoupled", name="cautious_decay", off="decoupled", only=("cautious",))
     """Form of the weight decay. decoupled: W -= lr wd W; independent: W -= wd (lr / peak lr) W; corrected:
     W -= wd lr (lr / peak lr) W (Defazio 2025, arXiv 2506.02285); cautious: decoupled, only where update and weight agree in
-    sign (Chen et al. 2025, arXiv 2510.12402)."""
+    sign (Chen et al. 2025, arXiv 2510.12402); an update of 0 agrees, but not for Adam (as in the speedrun)."""
     constraint: Literal["none", "hyperball", "sphere", "radial", "stiefel"] = "none"
     """Constraint on the weights. hyperball: each matrix keeps its initial Frobenius norm (Wen et al. 2025, MuonH and AdamH);
     sphere: vectors along the model dimension have length 1 (nGPT, Loshchilov et al. 2024, arXiv 2410.01131); radial: only

@@ -12,8 +12,9 @@ from configs.schema import Data, Identity, Log, Model, Run, Schedule, Train, wit
 
 STEPS, STAGES = 1285, (423, 847, 1270)  # the record's steps, and the first step of its stages 2 to 4
 # The record multiplies lr by 1, 1.52 and 1.73 in stages 1 to 3, as the batch grows to two and three times its first size,
-# and from step 508 mixes linearly towards 0.15, which is the lr of stage 4: at step 846 it is 0.912, at 847 1.027.
-LR = "0=1 hold 423=1.52 508=1.52 846=0.912 hold 847=1.027 1270=0.15 100%=0.15"
+# and from step 508 to 1270 mixes linearly towards 0.15, which is the lr of stage 4: 1.52 (1 - t) + 0.15 t with
+# t = 338 / 762 at step 846, 1.73 (1 - t) + 0.15 t with t = 339 / 762 at step 847.
+LR = "0=1 hold 423=1.52 508=1.52 846=0.91230971 hold 847=1.0270866 1270=0.15 100%=0.15"
 
 
 def stages(first: float, *later: float) -> str:
@@ -33,13 +34,15 @@ def record_optim() -> Optim:
     adam = Adam(lr=0.008, beta1=0.5, beta2=0.95, eps=1e-10, weight_decay=0.006, decay="cautious", update_every=2)
     table = replace(adam, lr=0.6, beta1=0.75, weight_decay=0.015, **exact)
     small = replace(adam, lr=0.008, beta1=0.9, beta2=0.99, weight_decay=0.0)
-    # mlp.down: the record stores it in the shape of mlp.up, whose unit is (m/n)^.5 = 2, and doubles its lr. Here its unit is
-    # 1, so that the factor is 4. Queries and keys are orthogonalised in 3 blocks, one per pair of heads.
-    matrix = NorMuon(unit="at_least_one", normalise="longer", lr=0.023, beta2=0.9, eps=1e-10, weight_decay=0.0276,
+    gate = replace(small, extra=Extra(lr_factors=("smear.gate?=0.01", "streams.mixtures?=0.25")))
+    # The record multiplies lr by (m/n)^.5 = 2 for mlp.up and for mlp.down, which it stores in the same shape, and by 2 again
+    # for mlp.down. As factors of lr these act on the decay too; a unit of the step would not. Queries and keys are
+    # orthogonalised in 3 blocks, one per pair of heads.
+    matrix = NorMuon(unit="spectral", normalise="longer", lr=0.023, beta2=0.9, eps=1e-10, weight_decay=0.0276,
                      decay="cautious", **exact,
-                     extra=Extra(blocks=("attention.q=3", "attention.k=3"), lr_factors=("mlp.down=4",)))
+                     extra=Extra(blocks=("attention.q=3", "attention.k=3"), lr_factors=("mlp.up=2", "mlp.down=4")))
     return Optim(matrix=matrix, embed=adam, head=adam, value_embed=table,
-                 bigram_embed=replace(table, extra=Extra(sparse_rows=True)), gate=small, scalar=replace(small, lr=0.04),
+                 bigram_embed=replace(table, extra=Extra(sparse_rows=True)), gate=gate, scalar=replace(small, lr=0.04),
                  gain=small, bias=small)
 
 
@@ -74,7 +77,7 @@ def speedrun() -> Run:
                           mtp="0=2 423=1 847=0", prefix_loss="0=1 423=1 847=0",
                           max_document_tokens=stages(896 / 2048, 1)),
         train=Train(steps=STEPS, batch_tokens=131_072, micro_tokens=16_384, val_every_steps=250,
-                    tied_until_frac=STAGES[1] / STEPS),
+                    tied_until_frac=(STAGES[1] + 1) / STEPS),  # the first Adam step of stage 3 is the last tied one
         log=Log(every_steps=25),
     )
 

@@ -153,7 +153,7 @@ def equilibrium_angle(group: ParamGroup, values: Values) -> float | None:
     gradients, Muon turns the weights by 1.1 times and a sign by 1.2 times as much. None without decay, with cautious decay,
     and for constrained weights.
     """
-    if group.step.decay in ("none", "cautious") or not _is_random_walk(group.config):
+    if group.step.decay in ("none", "cautious", "cautious_moving") or not _is_random_walk(group.config):
         return None
     config, hyper = group.config, Hyper.at(group.config, values, 1)
     if config.rule in BETA1_RULES:

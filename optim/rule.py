@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from configs.optim import RuleConfig
+from configs.optim import Adam, RuleConfig
 from optim.constraint import Constraint, Scope
 from optim.schedule import Values
 
@@ -73,7 +73,8 @@ class Step:
     """Weight decay: none; decoupled W <- (1 - lr wd) W (Loshchilov & Hutter 2017, arXiv 1711.05101); independent
     (1 - wd lr / peak_lr), so that wd does not depend on the peak; corrected (1 - lr wd lr / peak_lr) (Defazio 2025,
     arXiv 2506.02285); cautious: decoupled, only in elements with D W >= 0, where the step shrinks the weight anyway (Chen et
-    al. 2025, arXiv 2510.12402)."""
+    al. 2025, arXiv 2510.12402); cautious_moving, for Adam: only with D W > 0, so that
+    rows of tokens that never occurred rest."""
     peak_lr: float = 0.0
     """Learning rate before the schedule."""
     constraint: Constraint | None = None
@@ -93,7 +94,9 @@ class Step:
             constraint = load_class(CONSTRAINTS[constraint_name]).build(config)
         if extra.radial_brake or extra.row_floor:
             shape = load_class("optim.zoo.radial:Shape")(extra.radial_brake, extra.row_floor)
-        return cls(config.decay if config.weight_decay else "none", config.lr, constraint, config.rounding, shape)
+        decay = config.decay if config.weight_decay else "none"
+        decay = "cautious_moving" if decay == "cautious" and isinstance(config, Adam) else decay
+        return cls(decay, config.lr, constraint, config.rounding, shape)
 
     def with_axis(self, axis: int) -> "Step":
         """Return this step for tensors whose model dimension is `axis`, -1 or -2."""
@@ -145,6 +148,8 @@ class Step:
             weights.mul_(1 - hyper.lr * hyper.weight_decay * hyper.lr / self.peak_lr)
         elif self.decay == "cautious":
             weights.sub_(weights * (direction * weights >= 0) * (hyper.lr * hyper.weight_decay))
+        elif self.decay == "cautious_moving":
+            weights.sub_(weights * (direction * weights > 0) * (hyper.lr * hyper.weight_decay))
 
     def float32_weights(self, param: Tensor, state: dict[str, Tensor]) -> Tensor:
         """Return the weights in float32: a float32 parameter itself, else a copy, with the remainder if there is one."""

@@ -1,12 +1,13 @@
 """Step: decay and rounding; and the second moment that rules share."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from configs.optim import Adam, Steepest
+from configs.optim import Adam, NorMuon, Steepest
 from optim.rule import Step, update_second_moment
 from tests.optim.oracle import gaussian, hyper, train
 
@@ -86,12 +87,13 @@ def decayed(kind: str, W: Tensor, D: Tensor, lr: float, wd: float, peak: float) 
     weights = []
     for w, d in zip(W.flatten().tolist(), D.flatten().tolist(), strict=True):
         shrink = {"none": 0, "decoupled": lr * wd, "independent": wd * lr / peak,
-                  "corrected": wd * lr * lr / peak, "cautious": lr * wd * (w * d >= 0)}[kind]
+                  "corrected": wd * lr * lr / peak, "cautious": lr * wd * (w * d >= 0),
+                  "cautious_moving": lr * wd * (w * d > 0)}[kind]
         weights.append(w - shrink * w - lr * d)
     return torch.tensor(weights, dtype=torch.float64).view_as(W)
 
 
-@pytest.mark.parametrize("kind", DECAYS)
+@pytest.mark.parametrize("kind", [*DECAYS, "cautious_moving"])
 def test_decay_is_its_formula(kind):
     W, D = gaussian(1, 6, 9), gaussian(1, 6, 9, seed=1)
     D[0, 0], W[0, 1] = 0, 0
@@ -108,6 +110,14 @@ def test_rules_apply_every_decay(kind, rule):
     config = rule(decay=kind, weight_decay=0.4, lr=0.1)
     expected = decayed(kind, W, G.sign(), 0.03, 0.4, 0.1)
     torch.testing.assert_close(train(config, W, [G], lr=lambda step: 0.03).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("config", "rests"), [(Adam(), True), (NorMuon(), False)])
+def test_cautious_decay_of_adam_leaves_rows_alone_that_never_had_a_gradient(config, rests):
+    W, G = gaussian(1, 6, 9), gaussian(1, 6, 9, seed=1)
+    G[:, 2] = 0
+    after = train(replace(config, lr=0.1, decay="cautious", weight_decay=0.4), W, [G])
+    assert torch.equal(after[:, 2], W[:, 2]) == rests and not torch.equal(after[:, 1], W[:, 1])
 
 
 @pytest.mark.parametrize("kind", DECAYS)
