@@ -24,8 +24,16 @@ from configs.model import Model
 from configs.notation import DenseSkip, parse_dense_skips, parse_skips
 from kernels import Paths, choose_paths
 from kernels.attention import KERNELS, Mask, choose_kernel, document_index, use_flash
-from kernels.cross_entropy import fused_cross_entropy, softcap
-from kernels.fp8 import Fp8Product
+from kernels.cross_entropy import (
+    AuxLossWeights,
+    Softcap,
+    head_cross_entropy,
+    sampled_cross_entropy,
+    softcap,
+    softcap_cross_entropy,
+    stack_targets,
+)
+from kernels.fp8 import Fp8Head, Fp8Product
 from kernels.mlp import linear_relu2
 from kernels.norms import rms_norm, unit
 
@@ -55,7 +63,11 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out). Weights are cast at use: they may be stored in another dtype than the activations."""
-        return self.product(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return self.product(x, self.matrix().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def matrix(self) -> Tensor:
+        """The matrix of the map, (out, in)."""
+        return self.weight
 
 
 class Norm(nn.Module):
@@ -361,9 +373,9 @@ class ScaledLinear(Linear):
         super().__init__(fan_in, fan_out, config=config, role=role)
         self.scale, self.constant = scale or Scale(fan_out), constant
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        return F.linear(x, (self.weight * (self.scale() * self.constant)[:, None]).to(x.dtype))
+    def matrix(self) -> Tensor:
+        """The matrix of the map, (out, in)."""
+        return self.weight * (self.scale() * self.constant)[:, None]
 
 
 class SphereStep(nn.Module):
@@ -497,20 +509,21 @@ class GPT(nn.Module):
             self.head = Linear(config.dim, padded, config=config, zero=True, role="head")
         self.register_buffer("prefix_of", torch.tensor(prefix_of) if config.prefix_loss else None, persistent=False)
         self.paths = Paths()
-        if on_cuda or config.fp8 != "none":  # choose_paths raises ValueError for fp8 on a CPU
+        if on_cuda or config.fp8 in ("head", "head_mlp"):  # choose_paths raises ValueError for these on a CPU
             self.paths = choose_paths(config, torch.device("cuda" if on_cuda else "cpu"), dtype)
-        if self.paths.relu2 == "triton" or config.fp8 != "none":
+        self.fp8_head = Fp8Head(config) if self.paths.fp8 != "none" else None
+        if self.paths.relu2 == "triton" or self.paths.fp8 == "head_mlp":
             use_fast_products(self)
         # As tables by name, because copy.deepcopy drops attributes of parameters.
         self._roles = {name: param.role for name, param in self.named_parameters()}
         self._axes = {name: param.axis for name, param in self.named_parameters()}
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, *, window: int | None = None,
-                long_window: int | None = None, aux_weights: "AuxLossWeights | None" = None) -> Tensor:
+                long_window: int | None = None, aux_weights: AuxLossWeights | None = None) -> Tensor:
         """Token ids (B, T) -> logits (B, T, V), float32; with targets (B, T), the summed cross-entropy in nats, 0-D float32.
 
         `window` and `long_window`, in tokens, replace the configured sliding windows. With `aux_weights` the loss is the one
-        that training minimises: plus the configured auxiliary losses, or over sampled classes only.
+        that training minimises: plus the auxiliary losses that act in this step, or over sampled classes only.
         """
         if tokens_BT.size(1) > self.max_tokens:
             raise ValueError(f"a context of {tokens_BT.size(1)} tokens; this model was built for {self.max_tokens}")
@@ -605,24 +618,18 @@ class GPT(nn.Module):
         """Softcapped logits, (..., C) -> (..., V), float32, so that softcap and loss add no rounding of their own."""
         return softcap(self.raw_logits(x).float(), self.config.softcap, self.config.softcap_value)
 
-    def loss(self, x_BTC: Tensor, targets_BT: Tensor, aux_weights: "AuxLossWeights | None" = None) -> Tensor:
+    def loss(self, x_BTC: Tensor, targets_BT: Tensor, aux_weights: AuxLossWeights | None = None) -> Tensor:
         """Return the summed cross-entropy in nats, 0-D float32, of the normalised stream; `aux_weights` as in `forward`."""
-        config, targets_N = self.config, targets_BT.flatten()
-        if aux_weights is not None and config.sampled_softmax:
-            return sampled_cross_entropy(x_BTC.flatten(0, 1), self.head_weight, targets_N, config)
-        # The fused kernel stores no softcapped and no float32 logits, which the auxiliary losses need.
-        has_aux = aux_weights is not None and (config.mtp_weights or config.prefix_loss)
-        if self.paths.loss == "triton" and not has_aux:
-            z_NV = self.raw_logits(x_BTC.flatten(0, 1))
-            return fused_cross_entropy(z_NV, targets_N, config.softcap, config.softcap_value).sum()
-        logits_BTV = self.logits(x_BTC)
-        loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_N, reduction="sum")
-        if has_aux and config.mtp_weights:
-            loss = loss + multi_token_cross_entropy(logits_BTV, targets_BT, config.mtp_weights, aux_weights.mtp)
-        if has_aux and config.prefix_loss:
-            prefix = prefix_cross_entropy(logits_BTV.flatten(0, 1), targets_N, self.prefix_of)
-            loss = loss + config.prefix_loss * aux_weights.prefix * prefix
-        return loss
+        x_NC, cap = x_BTC.flatten(0, 1), Softcap(self.config.softcap, self.config.softcap_value)
+        if aux_weights is not None and aux_weights.classes is not None:
+            return sampled_cross_entropy(x_NC, self.head_weight, targets_BT.flatten(), aux_weights.classes, cap)
+        targets = stack_targets(targets_BT, aux_weights or AuxLossWeights(), self.prefix_of)
+        if self.paths.loss == "plain":
+            return softcap_cross_entropy(self.raw_logits(x_NC), *targets, cap)
+        if self.fp8_head is not None and torch.is_grad_enabled():
+            return self.fp8_head(x_NC, self.head_weight, *targets)
+        head = (self.embed, None) if self.head is None else (self.head.matrix(), self.head.bias)
+        return head_cross_entropy(x_NC, head, *targets, cap)
 
     @torch.no_grad()
     def generate(self, tokens_T: Tensor, count: int, *, temperature: float = 0.8, top_k: int = 50,
@@ -1036,62 +1043,16 @@ def gate_starts(config: Model, layer: int) -> dict[str, list[float]]:
     return starts
 
 
-# ---- Losses used in training only: `mtp_weights`, `prefix_loss`, `sampled_softmax` ---------------------------------------
-
-
-class AuxLossWeights(NamedTuple):
-    """Reach and weight of the auxiliary losses in one step, as 0-D tensors: changed Python numbers would recompile."""
-
-    mtp: Tensor
-    """Number of further tokens that are predicted; 1.5: the next but one, and the one after at half its weight."""
-    prefix: Tensor
-    """Factor of the prefix loss."""
-
-
-def multi_token_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, weights: tuple[float, ...], reach: Tensor) -> Tensor:
-    """Multi-token prediction with the same head, 0-D: sum over k of w_k clamp(reach - k + 1, 0, 1) times the cross-entropy
-    of the k-th token after the next, within the row (Gloeckle et al. 2024, arXiv 2404.19737; speedrun, Dec 2025)."""
-    total = logits_BTV.new_zeros(())
-    for k, weight in enumerate(weights, start=1):
-        loss = F.cross_entropy(logits_BTV[:, :-k].flatten(0, 1), targets_BT[:, k:].flatten(), reduction="sum")
-        total = total + weight * (reach - k + 1).clamp(0, 1) * loss
-    return total
-
-
-def prefix_cross_entropy(logits_NV: Tensor, targets_N: Tensor, prefix_of_V: Tensor) -> Tensor:
-    """Summed cross-entropy, 0-D, of the longest proper prefix of each target that is a token itself; targets without one are
-    skipped. It rewards tokens that begin with the right letters (speedrun, Jul 2026)."""
-    return F.cross_entropy(logits_NV, prefix_of_V[targets_N], reduction="sum", ignore_index=-1)
-
-
-def sampled_cross_entropy(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, config: Model) -> Tensor:
-    """Summed cross-entropy, 0-D, against `sampled_softmax` classes drawn uniformly without replacement.
-
-    Each drawn class stands for V / count classes, hence the added logarithm. The target is always included and its draw
-    masked, so that with all classes drawn this is the full cross-entropy (importance sampling: Bengio & Senecal 2003; Jean
-    et al. 2015, arXiv 1412.2007).
-    """
-    classes, count, cap = weight_VC.size(0), config.sampled_softmax, (config.softcap, config.softcap_value)
-    # On the CPU, whose generator's state a checkpoint saves.
-    drawn_S = torch.randperm(classes, device="cpu")[:count].to(targets_N.device)
-    target_N = softcap((x_NC * F.embedding(targets_N, weight_VC).to(x_NC.dtype)).sum(-1).float(), *cap)
-    others_NS = softcap(F.linear(x_NC, weight_VC[drawn_S].to(x_NC.dtype)).float(), *cap)
-    others_NS = (others_NS + math.log(classes / count)).masked_fill(drawn_S == targets_N[:, None], -math.inf)
-    return (torch.logsumexp(torch.cat((target_N[:, None], others_NS), dim=1), dim=1) - target_N).sum()
-
-
 # ---- Fast products: `fused`, `fp8` ---------------------------------------------------------------------------------------
 
 
 def use_fast_products(model: GPT) -> None:
     """Replace matrix products by the kernels that `model.paths` chose, in place; parameters stay as they are.
-    choose_paths never returns both kernels for one product, and the config rejects fp8 with a tied head or the sphere."""
+    choose_paths never returns both kernels for one product, nor fp8 for a tied head or the sphere."""
     config = model.config
     for mlp in (block.mlp for block in model.blocks):
         if model.paths.relu2 == "triton":
             mlp.up.product, mlp.activation = linear_relu2, nn.Identity()
-        for linear in (mlp.up, mlp.gate, mlp.down) if config.fp8 == "head_mlp" else ():
+        for linear in (mlp.up, mlp.gate, mlp.down) if model.paths.fp8 == "head_mlp" else ():
             if linear is not None:
-                linear.product = Fp8Product(config, gradients=False)
-    if config.fp8 != "none":
-        model.head.product = Fp8Product(config, gradients=True)
+                linear.product = Fp8Product(config)

@@ -39,12 +39,13 @@ from data.run.metrics import EQUILIBRIUM, metric_name
 from data.run.plan import format_groups, format_plan, format_schedule
 from data.sources import open_source
 from data.tokenizers import prefix_tokens
+from kernels.fp8 import reset_scales
 from model import GPT, AuxLossWeights
 from optim.comm import Comm, local_rank
 from optim.groups import build_groups
 from optim.hooks import build_hooks
 from optim.metrics import StepMetrics, equilibrium_angle
-from optim.schedule import Schedule, Values, is_due, is_validation_step
+from optim.schedule import Schedule, Values, graph_key, is_due, is_validation_step, loss_weights
 from optim.sharded import NonFiniteError, ShardedOptimizer
 
 CACHE = Path(__file__).resolve().parent / ".cache"
@@ -232,11 +233,12 @@ class Trainer:
         # Divided by the tokens of the global batch: the optimizer's sum over ranks is then the mean over all tokens.
         scale = 1 / values.batch_tokens if self.run.train.loss_reduction == "mean" else 1.0
         total = torch.zeros((), device=self.device)
-        # As tensors: a compiled model is compiled anew whenever a Python number changes.
-        aux_weights = AuxLossWeights(*(torch.full((), x, device=self.device) for x in (values.mtp, values.prefix_loss)))
-        for x, y in micro_batches(inputs, targets, self.run.train.micro_tokens):
+        aux = AuxLossWeights.of(*loss_weights(values, self.run.model), self.device)
+        for number, (x, y) in enumerate(micro_batches(inputs, targets, self.run.train.micro_tokens)):
             x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-            nats = self.model(x, y, aux_weights=aux_weights, **values.windows)
+            aux = aux.draw_classes(self.run.model.sampled_softmax, len(self.model.head_weight), device=self.device,
+                                   key=(self.run.run.seed, self.progress.step, number))
+            nats = self.model(x, y, aux_weights=aux, **values.windows)
             (nats * scale).backward()
             total += nats.detach()  # on the device: .item() here would wait for it in every micro-batch
         return total
@@ -320,12 +322,10 @@ class Trainer:
         return f"{plan}\n\n{self.group_table}\n"
 
     def warm_up(self) -> None:
-        """Compile every shape by steps on random tokens, then restore weights, optimizer state and the generator. Where rows
+        """Compile every shape by steps on random tokens, then restore weights, optimizer state and 8-bit scales. Where rows
         do not divide evenly among ranks, those with one row more compile that shape in the timed loop."""
-        snapshot, rng_state = self.optimizer.state.snapshot(), torch.get_rng_state()  # sampled softmax draws from it
-        generator = torch.Generator().manual_seed(0)
-        shapes = {(v.batch_tokens, v.sequence_tokens, v.window_tokens, v.long_window_tokens): v
-                  for v in map(self.schedule.values, range(self.run.train.steps))}
+        snapshot, generator = self.optimizer.state.snapshot(), torch.Generator().manual_seed(0)
+        shapes = {graph_key(v, self.run.model): v for v in map(self.schedule.values, range(self.run.train.steps))}
         for step, values in enumerate(shapes.values()):
             rows = max(1, values.batch_tokens // values.sequence_tokens // self.comm.world_size)
             tokens = torch.randint(self.source.vocab_size, (rows, values.sequence_tokens), generator=generator)
@@ -337,7 +337,7 @@ class Trainer:
                 x = next(micro_batches(tokens, tokens, self.run.train.micro_tokens))[0].to(self.device)
                 self.model(x, x, **values.windows)
         self.optimizer.state.restore(snapshot)
-        torch.set_rng_state(rng_state)
+        reset_scales(self.model)
 
 
 if __name__ == "__main__":

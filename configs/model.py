@@ -216,19 +216,21 @@ class Model:
     arXiv 1412.2007). 0: all classes."""
     fused: Literal["auto", "off"] = "auto"
     """Use fused Triton kernels for the loss, and for linear map + ReLU^2. auto: on CUDA with activations in bfloat16."""
-    fp8: Literal["none", "head", "head_mlp"] = "none"
+    fp8: Literal["none", "auto", "head", "head_mlp"] = "none"
     """Matrix products in 8-bit floats, in training only. head: the head's, forward and backward; head_mlp: also the MLP's,
-    forward (speedrun, 2025 and 2026). Needs compute capability 8.9."""
+    forward (speedrun, 2025 and 2026). Needs compute capability 8.9 and fused. auto: head_mlp where the model and the device
+    can, else none."""
     fp8_scales: Literal["static", "dynamic", "delayed"] = "dynamic"
-    """Largest entry that an 8-bit format covers. static: fp8_x_max and fp8_weight_max; dynamic: the tensor's own; delayed:
-    that of the previous pass times the headroom."""
+    """Largest entry that e4m3 covers. static: fp8_x_max and fp8_weight_max in the head, delayed in the MLP (speedrun);
+    dynamic: the tensor's own; delayed: that of the previous pass times the headroom."""
     fp8_x_max: float = 100.0
-    """Largest entry of a linear map's input under static scales (the speedrun's value for the head)."""
+    """Largest entry of the head's input under static scales (the speedrun's value)."""
     fp8_weight_max: float = 1.6
-    """Largest weight under static scales (the speedrun's value for the head)."""
+    """Largest weight of the head under static scales (the speedrun's value)."""
     fp8_grad_max: float = 0.0
-    """Largest gradient by a logit, the loss's factor included: 0.75 in the speedrun, divided by the tokens of a step if
-    train.loss_reduction is mean. 0: measured at each call."""
+    """Largest gradient of one token's loss by a logit that e5m2 covers: 96 in the speedrun, whose scale is 0.75 / 448. It
+    does not depend on train.loss_reduction, whose factor is applied afterwards. 0: the bound that the losses' weights and
+    the slope of softcap give."""
     fp8_x_headroom: float = 1.8
     """Headroom of the input under delayed scales: a factor of the previous largest entry (speedrun, 2026)."""
     fp8_weight_headroom: float = 1.12
@@ -244,15 +246,13 @@ class Model:
                  "--model.attention varlen packs documents: it needs --model.document_mask")
         raise_if(self.flash != "default" and self.attention not in ("sdpa", "varlen"),
                  f"flash {self.flash} serves --model.attention sdpa or varlen, got {self.attention}")
-        raise_if(self.fp8 == "none" and self.fp8_scales != "dynamic",
-                 f"fp8_scales {self.fp8_scales} has no effect without --model.fp8 head or head_mlp")
         self._check_layers()
         self._check_heads()
         self._check_losses()
         if self.geometry == "sphere":
             self._check_sphere()
-        if self.fp8 != "none":
-            self._check_fp8()
+        obstacle = self.fp8_obstacle()
+        raise_if(self.fp8 in ("head", "head_mlp") and bool(obstacle), f"fp8 {self.fp8} {obstacle}")
 
     def _check_layers(self) -> None:
         """Raise ValueError for a layer number that does not exist."""
@@ -300,11 +300,15 @@ class Model:
             flag = f"no_{name}" if needed is False else f"{name}{value}"
             raise_if(getattr(self, name) != needed, f"geometry sphere needs --model.{flag}, got {getattr(self, name)}")
 
-    def _check_fp8(self) -> None:
-        """Raise ValueError for models without 8-bit products, and for sizes that do not fit the hardware's tiles of 16."""
-        raise_if(self.tied_head, f"fp8 {self.fp8} needs a head of its own: --model.no_tied_head")
-        raise_if(self.geometry == "sphere", f"fp8 {self.fp8} belongs to geometry euclidean, got {self.geometry}")
+    def fp8_obstacle(self) -> str:
+        """Return why this model has no 8-bit products, or "": they belong to a head that is a matrix of its own, in sizes
+        that fit the hardware's tiles of 16."""
+        if self.tied_head:
+            return "needs a head of its own: --model.no_tied_head"
+        if self.geometry == "sphere" or self.biases:
+            return "needs a head without biases and scales: --model.no_biases --model.geometry euclidean"
         for name in ("dim", "mlp_dim", "vocab_multiple"):
             size = getattr(self, name) or 16  # mlp_dim None is 4 dim, which fits where dim does
-            raise_if(size % 16 != 0,
-                     f"fp8 {self.fp8} needs {name} divisible by 16, got {size}; nearest: {max(1, round(size / 16)) * 16}")
+            if size % 16 != 0:
+                return f"needs {name} divisible by 16, got {size}; nearest: {max(1, round(size / 16)) * 16}"
+        return ""

@@ -1,8 +1,8 @@
 """Presets of the speedrun's record recipe, for eight H100s down to a laptop.
 
-The record is KellerJordan/modded-nanogpt's number 89 of 17 July 2026: loss 3.28 in 73.8 s on 8 H100s. Not taken over are its
-8-bit products (--model.fp8 switches them on), embedding and head in bfloat16, and MUDD's connections into the attention
-values. The record computes all gates by two small networks; here each technique has its own.
+The record is KellerJordan/modded-nanogpt's number 89 of 17 July 2026: loss 3.28 in 73.8 s on 8 H100s. Not taken over are
+embedding and head in bfloat16, and MUDD's connections into the attention values. The record computes all gates by two small
+networks; here each technique has its own.
 """
 
 from dataclasses import replace
@@ -66,8 +66,8 @@ def speedrun() -> Run:
                     head_gates=True, head_gate_layers=(3, 10), attention_free=(6,), shared_attention_input=7,
                     projection_gains=True, residual_growth=1.1, skips=("3>6",), dynamic_heads=(10,), dense="mudd",
                     dense_skips=("in>10", "7>10", "in>11", "7>11=-0.5", "9>11", "ve0>11", "3>11"), dense_gates=(10,),
-                    mtp_weights=(0.5, 0.25), prefix_loss=0.25,
-                    matrix_dtype="bfloat16", table_dtype="bfloat16"),
+                    mtp_weights=(0.5, 0.25), prefix_loss=0.25, matrix_dtype="bfloat16", table_dtype="bfloat16",
+                    fp8="auto", fp8_scales="static", fp8_grad_max=96.0),
         optim=record_optim(),
         # Per stage, as in the record: batches of 131,072, 262,144 and 393,216 tokens; windows 128/384, 384/896, 640/1408 and
         # 768/1664; documents of up to 896 tokens, then 2048. The auxiliary losses fade out until stage 3.
@@ -99,7 +99,7 @@ def medium() -> Run:
         "model.shared_attention_input": None, "model.skips": (), "model.backout": 11, "model.dense": "denseformer",
         "model.dense_skips": ("3>8=0.18",), "model.dense_gates": (), "model.gate_layers": (0,), "model.xsa_layers": (),
         "model.head_gate_layers": (), "model.value_embed_std": None, "model.yarn_windows": (),
-        "model.mtp_weights": (), "model.prefix_loss": 0.0,
+        "model.mtp_weights": (), "model.prefix_loss": 0.0, "model.fp8": "none", "model.fp8_scales": "dynamic",
         # 0.018 is the record's 1.2 times lr, as in `record_optim`.
         "optim.matrix.lr": 0.015, "optim.matrix.weight_decay": 0.018, "optim.matrix.extra.blocks": (),
         "schedule": Schedule(lr=lr, weight_decay=lr, momentum="0=0.85 300=0.95 -50=0.95 100%=0.85",

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from configs.model import Model
+from kernels import cross_entropy, fp8
 
 # Compute capabilities with tensor cores for bfloat16 (Ampere) and for 8-bit floats (Ada, Hopper).
 TRITON_FROM, FP8_FROM = (8, 0), (8, 9)
@@ -23,15 +24,15 @@ class Paths(NamedTuple):
     """Path of softcap and cross-entropy."""
     relu2: str = "plain"
     """Path of the linear map with ReLU^2."""
-    fp8: bool = False
-    """True if matrix products are in 8-bit floats; of a device: if it has them."""
+    fp8: str = "none"
+    """Products in 8-bit floats: `none`, `head` or `head_mlp`; of a device: those that it has."""
     reason: str = "no CUDA device"
     """Properties of the device that decided, for the log."""
 
     def line(self) -> str:
         """Return the paths as one line for the log."""
         return (f"kernels: loss {self.loss}, linear + ReLU^2 {self.relu2}, "
-                f"8-bit products {'yes' if self.fp8 else 'no'} ({self.reason})")
+                f"8-bit products {self.fp8} ({self.reason})")
 
 
 def device_paths(device: torch.device) -> Paths:
@@ -42,21 +43,34 @@ def device_paths(device: torch.device) -> Paths:
     installed = importlib.util.find_spec("triton") is not None
     path = "triton" if installed and capability >= TRITON_FROM else "plain"
     reason = f"compute capability {capability[0]}.{capability[1]}, Triton {'installed' if installed else 'not installed'}"
-    return Paths(path, path, capability >= FP8_FROM and torch.version.hip is None, reason)
+    has_fp8 = capability >= FP8_FROM and torch.version.hip is None
+    return Paths(path, path, "head_mlp" if has_fp8 else "none", reason)
 
 
 def choose_paths(config: Model, device: torch.device, dtype: torch.dtype) -> Paths:
-    """Return the paths of a model whose activations have `dtype`: Triton kernels for bfloat16, plain lines otherwise.
+    """Return the paths of a model whose activations have `dtype`: Triton kernels for bfloat16, plain lines otherwise; and
+    define the operators that they use.
 
-    Raises ValueError if the config wants 8-bit products and the device has none.
+    Raises ValueError if the config asks for 8-bit products and the device or the loss cannot compute them.
     """
     here = device_paths(device)
-    if config.fp8 != "none" and not here.fp8:
+    fused = config.fused == "auto" and dtype is KERNEL_DTYPE
+    loss = here.loss if fused else "plain"
+    if config.fp8 == "auto":
+        wanted = here.fp8 if loss == "triton" and not config.fp8_obstacle() else "none"
+    else:
+        wanted = config.fp8
+    if wanted != "none" and here.fp8 == "none":
         raise ValueError(f"--model.fp8 {config.fp8} needs an NVIDIA GPU of compute capability 8.9 or later (Ada, Hopper), "
                          f"got {here.reason}; use --model.fp8 none here")
-    fused = config.fused == "auto" and dtype is KERNEL_DTYPE
+    if wanted != "none" and loss == "plain":
+        raise ValueError(f"--model.fp8 {config.fp8} needs the fused loss, which writes the 8-bit gradient: Triton, "
+                         f"activations in bfloat16 and --model.fused auto; got {config.fused}, {dtype}, {here.reason}")
+    if loss == "triton":
+        cross_entropy.define_operator()
+    if wanted != "none":
+        fp8.define_operator()
     # The MLP's kernel takes a weight matrix only: no bias, no learned factors of the sphere, no 8-bit weights.
-    matrix_only = not config.biases and config.geometry == "euclidean" and config.fp8 != "head_mlp"
-    return here._replace(loss=here.loss if fused else "plain",
-                         relu2=here.relu2 if fused and matrix_only and config.activation == "relu2" else "plain",
-                         fp8=config.fp8 != "none")
+    matrix_only = not config.biases and config.geometry == "euclidean" and wanted != "head_mlp"
+    return here._replace(loss=loss, fp8=wanted,
+                         relu2=here.relu2 if fused and matrix_only and config.activation == "relu2" else "plain")

@@ -1,7 +1,9 @@
 """Schedule: hyperparameters and sizes as a pure function of the step, so that a resumed run gets the right ones."""
 
+import math
 from typing import NamedTuple
 
+from configs.model import Model
 from configs.notation import evaluate_curve, parse_curve
 from configs.schema import Run, Train
 
@@ -34,6 +36,37 @@ class Values(NamedTuple):
     def windows(self) -> dict[str, int | None]:
         """Attention windows as keyword arguments of the model."""
         return {"window": self.window_tokens, "long_window": self.long_window_tokens}
+
+
+class GraphKey(NamedTuple):
+    """What a compiled training graph depends on, besides the model: a step with another key needs a graph of its own."""
+
+    batch_tokens: int
+    sequence_tokens: int
+    window_tokens: int | None
+    long_window_tokens: int | None
+    mtp_terms: int
+    """Number of further tokens that the loss predicts."""
+    prefix_loss: bool
+    """True if the prefix loss acts."""
+
+
+def graph_key(values: Values, config: Model) -> GraphKey:
+    """Return the key of the graph of a step with these values."""
+    mtp, prefix = loss_weights(values, config)
+    return GraphKey(values.batch_tokens, values.sequence_tokens, values.window_tokens, values.long_window_tokens, len(mtp),
+                    prefix > 0)
+
+
+def loss_weights(values: Values, config: Model) -> tuple[tuple[float, ...], float]:
+    """Return the weights of the further tokens that act, and that of the prefix loss, 0 if it does not act.
+
+    The k-th weight w_k is multiplied by clamp(reach - k + 1, 0, 1): a reach of 1.5 predicts the token after the next, and
+    the one after it at half its weight.
+    """
+    terms = config.mtp_weights[:max(0, math.ceil(values.mtp))]
+    mtp = tuple(weight * min(values.mtp - k + 1, 1.0) for k, weight in enumerate(terms, start=1))
+    return mtp, config.prefix_loss * values.prefix_loss
 
 
 class Schedule:
