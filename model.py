@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from configs.model import Model
 from configs.notation import parse_skips
 from kernels import Paths, choose_paths
-from kernels.attention import KERNELS, Mask, choose_kernel, document_index, use_flash
+from kernels.attention import KERNELS, Mask, choose_kernel, document_first, use_flash
 from kernels.cross_entropy import fused_cross_entropy, softcap
 from kernels.fp8 import Fp8Product
 from kernels.mlp import linear_relu2
@@ -143,6 +143,8 @@ class LayerInputs(NamedTuple):
     """Sliding window in tokens; None: no window."""
     starts: Tensor | None = None
     """(B, T) bool: true where a document begins, if attention stays within documents."""
+    first: Tensor | None = None
+    """(B, T) int64: position of the first token of each token's document, if attention stays within documents."""
     value_embed: Tensor | None = None
     """(B, T, C): second token embedding, mixed into the values."""
     x0: Tensor | None = None
@@ -435,7 +437,9 @@ class GPT(nn.Module):
         if config.prefix_loss and prefix_of is None:
             raise ValueError("prefix_loss needs a tokenizer whose tokens have prefixes; use --model.prefix_loss 0")
         self.config, self.vocab_size, self.document_start, self.dtype = config, vocab_size, document_start, dtype
-        self.max_tokens, self.kernel = max_tokens, choose_kernel(config, on_cuda)
+        self.max_tokens = max_tokens
+        self.kernel, reason = choose_kernel(config, on_cuda, dtype)
+        self.kernel_note = f"attention {self.kernel}: {reason}"
         if config.flash != "default":
             use_flash(config, on_cuda)
         on_sphere = config.geometry == "sphere"
@@ -494,12 +498,13 @@ class GPT(nn.Module):
 
         # Masks: causal, within the layer's sliding window and within the document.
         starts_BT = tokens_BT == self.document_start if self.config.document_mask else None
+        first_BT = None if starts_BT is None else document_first(starts_BT)
         windows = self.windows(window, long_window)
-        masks = self.masks(tokens_BT, starts_BT, windows)
+        masks = self.masks(tokens_BT, first_BT, windows)
 
         # Embeddings: the residual stream before the first block.
         x_BTC, ngrams_BTC = self.embed_tokens(tokens_BT, starts_BT)
-        inputs = LayerInputs(starts=starts_BT, x0=x_BTC, ngrams=ngrams_BTC)
+        inputs = LayerInputs(starts=starts_BT, first=first_BT, x0=x_BTC, ngrams=ngrams_BTC)
 
         # Blocks. `history` holds the stream before the first block and after each; only `streams` reads it.
         history = [x_BTC]
@@ -529,16 +534,16 @@ class GPT(nn.Module):
         return [long_window if window is not None and has_long_window(self.config, i) else window
                 for i in range(self.config.layers)]
 
-    def masks(self, tokens_BT: Tensor, starts_BT: Tensor | None, windows: list[int | None]) -> list[Mask]:
-        """Return each layer's attention mask; layers with the same window share one, as a mask may cost O(T^2) to build."""
-        document_BT, tokens = None if starts_BT is None else document_index(starts_BT), tokens_BT.size(1)
+    def masks(self, tokens_BT: Tensor, first_BT: Tensor | None, windows: list[int | None]) -> list[Mask]:
+        """Return each layer's attention mask; layers with the same window share one."""
+        tokens, paired_first = tokens_BT.size(1), None
+        if self.config.paired_heads and first_BT is not None:  # two heads are interleaved token by token, see pair_heads
+            paired_first = 2 * first_BT.repeat_interleave(2, dim=1)
         masks: dict[tuple[int | None, bool], Mask] = {}
         kinds = [(window, i in self.config.paired_heads) for i, window in enumerate(windows)]
         for window, paired in dict.fromkeys(kinds):
-            length, document = tokens, document_BT
-            if paired:  # two heads are interleaved token by token, see pair_heads
-                length, document = 2 * tokens, None if document_BT is None else document_BT.repeat_interleave(2, dim=1)
-            masks[window, paired] = KERNELS[self.kernel].mask(length, window, document, tokens_BT.device)
+            length, first = (2 * tokens, paired_first) if paired else (tokens, first_BT)
+            masks[window, paired] = KERNELS[self.kernel].mask(length, window, first, tokens_BT.device)
         return [masks[kind] for kind in kinds]
 
     def embed_tokens(self, tokens_BT: Tensor, starts_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
