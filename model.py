@@ -24,6 +24,7 @@ from configs.notation import parse_skips
 from kernels import Paths, choose_paths
 from kernels.attention import KERNELS, Mask, choose_kernel, document_first, use_flash
 from kernels.cross_entropy import fused_cross_entropy, softcap
+from kernels.dynamic_heads import dynamic_heads, fused_dynamic_heads
 from kernels.fp8 import Fp8Product
 from kernels.mlp import linear_relu2
 from kernels.norms import rms_norm, unit
@@ -268,7 +269,7 @@ class Attention(nn.Module):
         # Attend: softmax(scale q k^T + mask) v.
         y_BTHD = self.attend(q, k, v, inputs.mask, scale)
         if self.dynamic is not None:
-            y_BTHD = y_BTHD + self.dynamic((q, k, v), x_BTC, inputs.starts, scale)
+            y_BTHD = y_BTHD + self.dynamic((q, k, v), x_BTC, inputs.first, scale)
         if self.paired:
             y_BTHD = unpair_heads(y_BTHD)
         if self.exclusive is not None:
@@ -480,7 +481,7 @@ class GPT(nn.Module):
         self.paths = Paths()
         if on_cuda or config.fp8 != "none":  # choose_paths raises ValueError for fp8 on a CPU
             self.paths = choose_paths(config, torch.device("cuda" if on_cuda else "cpu"), dtype)
-        if self.paths.relu2 == "triton" or config.fp8 != "none":
+        if "triton" in (self.paths.relu2, self.paths.dynamic_heads) or config.fp8 != "none":
             use_fast_products(self)
         # As tables by name, because copy.deepcopy drops attributes of parameters.
         self._roles = {name: param.role for name, param in self.named_parameters()}
@@ -737,49 +738,20 @@ class DynamicHeads(nn.Module):
         b_h(t) sum_s [sum_g a_g(t) A_g(t, s)] v_h(s),    a = rms_norm(1 + W_a x), b = W_b x, starting at b = 0.
 
     Xiao et al. 2024 (arXiv 2405.08553) in the speedrun's form of 2026: rank one, weights a and b of the query's token only,
-    over the last w = `dynamic_window` tokens, with a softmax of its own. Computed in blocks of w queries, each of which sees
-    its own block and the one before: B H T 2w attention weights are stored, not B H T^2.
+    over the last w = `dynamic_window` tokens, with a softmax of its own.
     """
 
     def __init__(self, config: Model) -> None:
         super().__init__()
         self.window = config.dynamic_window
         self.weight = parameter(torch.zeros(2 * config.dim // config.head_dim, config.dim), "gate")
+        self.mix = dynamic_heads  # use_fast_products replaces it where the device has a faster kernel
 
-    def forward(self, qkv_BTHD: tuple[Tensor, Tensor, Tensor], x_BTC: Tensor, starts_BT: Tensor | None,
+    def forward(self, qkv_BTHD: tuple[Tensor, Tensor, Tensor], x_BTC: Tensor, first_BT: Tensor | None,
                 scale: float) -> Tensor:
         """Queries, keys, values (B, T, H, D) and the layer's input (B, T, C) -> the addition to y, (B, T, H, D)."""
-        T, w = x_BTC.size(1), min(self.window, x_BTC.size(1))
-        q, k, v = (in_blocks(x.float(), w) for x in qkv_BTHD)  # (B, N, w, H, D)
         a_BTH, b_BTH = F.linear(x_BTC, self.weight.to(x_BTC.dtype)).float().chunk(2, dim=-1)
-        scores_BNHts = torch.einsum("bnthd,bnshd->bnhts", q, with_previous(k)) * scale
-        attention = scores_BNHts.masked_fill(~local_mask(T, w, starts_BT, q.device), -torch.inf).softmax(-1)
-        mixed = torch.einsum("bnth,bnhts->bnts", in_blocks(rms_norm(1 + a_BTH), w), attention)
-        y = torch.einsum("bnts,bnshd->bnthd", mixed, with_previous(v)).flatten(1, 2)[:, :T]
-        return (y * b_BTH[..., None]).type_as(qkv_BTHD[2])
-
-
-def in_blocks(x_BT: Tensor, size: int) -> Tensor:
-    """Cut into blocks of `size` tokens, padded with zeros at the end: (B, T, ...) -> (B, N, size, ...)."""
-    missing = -x_BT.size(1) % size
-    return F.pad(x_BT, (0, 0) * (x_BT.ndim - 2) + (0, missing)).unflatten(1, (-1, size))
-
-
-def with_previous(x_BNw: Tensor) -> Tensor:
-    """Prepend to each block the block before it, zeros to the first: (B, N, w, ...) -> (B, N, 2w, ...)."""
-    return torch.cat((torch.cat((torch.zeros_like(x_BNw[:, :1]), x_BNw[:, :-1]), dim=1), x_BNw), dim=2)
-
-
-def local_mask(tokens: int, window: int, starts_BT: Tensor | None, device: torch.device) -> Tensor:
-    """Return the mask of blockwise attention, (B or 1, N, 1, w, 2w): true where query i sees key j of its own block or the
-    one before, that is i - window < j <= i, j >= 0, and both in the same document."""
-    i = in_blocks(torch.arange(-(-tokens // window) * window, device=device)[None], window)[..., None]
-    j = torch.cat((i - window, i), dim=2).transpose(2, 3)
-    visible = (j <= i) & (i - j < window) & (j >= 0)
-    if starts_BT is not None:
-        document = in_blocks(document_index(starts_BT), window)
-        visible = visible & (document[..., None] == with_previous(document)[:, :, None])
-    return visible[:, :, None]
+        return self.mix(qkv_BTHD, (rms_norm(1 + a_BTH), b_BTH), first_BT=first_BT, window=self.window, scale=scale)
 
 
 # ---- Hashed embeddings: `bigram_signs`, `inject` -------------------------------------------------------------------------
@@ -941,9 +913,12 @@ def sampled_cross_entropy(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, co
 
 
 def use_fast_products(model: GPT) -> None:
-    """Replace matrix products by the kernels that `model.paths` chose, in place; parameters stay as they are.
+    """Replace plain lines by the kernels that `model.paths` chose, in place; parameters stay as they are.
     choose_paths never returns both kernels for one product, and the config rejects fp8 with a tied head or the sphere."""
     config = model.config
+    for module in model.modules() if model.paths.dynamic_heads == "triton" else ():
+        if isinstance(module, DynamicHeads):
+            module.mix = fused_dynamic_heads
     for mlp in (block.mlp for block in model.blocks):
         if model.paths.relu2 == "triton":
             mlp.up.product, mlp.activation = linear_relu2, nn.Identity()

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from configs.model import Model
+from kernels.dynamic_heads import LONGEST_WINDOW
 
 # Compute capabilities with tensor cores for bfloat16 (Ampere) and for 8-bit floats (Ada, Hopper).
 TRITON_FROM, FP8_FROM = (8, 0), (8, 9)
@@ -27,10 +28,12 @@ class Paths(NamedTuple):
     """True if matrix products are in 8-bit floats; of a device: if it has them."""
     reason: str = "no CUDA device"
     """Properties of the device that decided, for the log."""
+    dynamic_heads: str = "plain"
+    """Path of dynamic head composition."""
 
     def line(self) -> str:
         """Return the paths as one line for the log."""
-        return (f"kernels: loss {self.loss}, linear + ReLU^2 {self.relu2}, "
+        return (f"kernels: loss {self.loss}, linear + ReLU^2 {self.relu2}, dynamic heads {self.dynamic_heads}, "
                 f"8-bit products {'yes' if self.fp8 else 'no'} ({self.reason})")
 
 
@@ -42,7 +45,7 @@ def device_paths(device: torch.device) -> Paths:
     installed = importlib.util.find_spec("triton") is not None
     path = "triton" if installed and capability >= TRITON_FROM else "plain"
     reason = f"compute capability {capability[0]}.{capability[1]}, Triton {'installed' if installed else 'not installed'}"
-    return Paths(path, path, capability >= FP8_FROM and torch.version.hip is None, reason)
+    return Paths(path, path, capability >= FP8_FROM and torch.version.hip is None, reason, path)
 
 
 def choose_paths(config: Model, device: torch.device, dtype: torch.dtype) -> Paths:
@@ -57,6 +60,9 @@ def choose_paths(config: Model, device: torch.device, dtype: torch.dtype) -> Pat
     fused = config.fused == "auto" and dtype is KERNEL_DTYPE
     # The MLP's kernel takes a weight matrix only: no bias, no learned factors of the sphere, no 8-bit weights.
     matrix_only = not config.biases and config.geometry == "euclidean" and config.fp8 != "head_mlp"
+    # Sizes that Triton can tile, and a window that fits the registers.
+    tiled = config.head_dim >= 16 and config.head_dim & (config.head_dim - 1) == 0 and config.dynamic_window <= LONGEST_WINDOW
     return here._replace(loss=here.loss if fused else "plain",
                          relu2=here.relu2 if fused and matrix_only and config.activation == "relu2" else "plain",
-                         fp8=config.fp8 != "none")
+                         fp8=config.fp8 != "none",
+                         dynamic_heads=here.dynamic_heads if fused and tiled and config.dynamic_heads else "plain")

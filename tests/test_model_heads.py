@@ -105,8 +105,8 @@ def test_still_dimensions_are_those_that_rotary_does_not_rotate():
 def test_dynamic_heads_equal_the_loop(window, second):
     heads = scrambled(DynamicHeads(replace(CONFIG, dynamic_window=window)))
     q, k, v, x = normal(1, T, H, D), normal(1, T, H, D, seed=1), normal(1, T, H, D, seed=2), normal(1, T, H * D, seed=3)
-    starts = torch.arange(T)[None] == second if second else None
-    output = heads((q, k, v), x, starts, 0.3)
+    first_BT = torch.where(torch.arange(T) < second, 0, second)[None] if second else None
+    output = heads((q, k, v), x, first_BT, 0.3)
     for t in range(T):
         first = max(t - window + 1, 0 if t < second else second)
         attention = torch.stack([torch.stack([0.3 * q[0, t, g] @ k[0, s, g] for s in range(first, t + 1)]).softmax(0)
