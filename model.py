@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from configs.model import Model
 from configs.notation import DenseSkip, parse_dense_skips, parse_skips
 from kernels import Paths, choose_paths
-from kernels.attention import KERNELS, Mask, choose_kernel, document_index, use_flash
+from kernels.attention import KERNELS, Mask, choose_kernel, document_first, use_flash
 from kernels.cross_entropy import (
     AuxLossWeights,
     Softcap,
@@ -33,6 +33,7 @@ from kernels.cross_entropy import (
     softcap_cross_entropy,
     stack_targets,
 )
+from kernels.dynamic_heads import dynamic_heads, fused_dynamic_heads
 from kernels.fp8 import Fp8Head, Fp8Product
 from kernels.mlp import linear_relu2
 from kernels.norms import rms_norm, unit
@@ -158,6 +159,8 @@ class LayerInputs(NamedTuple):
     """Cosines and sines of the rotary embedding, which layers share; None: the layer's own."""
     starts: Tensor | None = None
     """(B, T) bool: true where a document begins, if attention stays within documents."""
+    first: Tensor | None = None
+    """(B, T) int64: position of the first token of each token's document, if attention stays within documents."""
     value_embed: Tensor | None = None
     """(B, T, C): second token embedding, mixed into the values."""
     x0: Tensor | None = None
@@ -258,7 +261,8 @@ class Attention(nn.Module):
         self.mix_value = None
         if mixes_value_embed:
             self.mix_value = ValueGates(config, own=layer not in config.dense_gates) if config.value_gates else ValueMix()
-        self.dynamic = DynamicHeads(config) if layer in config.dynamic_heads else None
+        # Dynamic head composition; use_fast_products replaces the plain lines where the device has a faster kernel.
+        self.mix_heads, self.dynamic_window = dynamic_heads, config.dynamic_window
         # One factor before q, k, v and one after `out` (speedrun, 2025). With QK norm the first acts on v alone.
         self.gains = parameter(torch.tensor([0.5, 1.0]), "scalar") if config.projection_gains else None
 
@@ -286,8 +290,10 @@ class Attention(nn.Module):
             k = offset_keys(k, self.rotary.unrotated_D, inputs.starts)
         # Attend: softmax(scale q k^T + mask) v.
         y_BTHD = self.attend(q, k, v, inputs.mask, scale)
-        if self.dynamic is not None:
-            y_BTHD = y_BTHD + self.dynamic((q, k, v), gates.dynamic, inputs.starts, scale)
+        if gates.dynamic is not None:
+            a_BTH, b_BTH = gates.dynamic.float().chunk(2, dim=-1)
+            y_BTHD = y_BTHD + self.mix_heads((q, k, v), (rms_norm(a_BTH), b_BTH), first_BT=inputs.first,
+                                             window=self.dynamic_window, scale=scale)
         if self.paired:
             y_BTHD = unpair_heads(y_BTHD)
         if gates.xsa is not None:
@@ -467,7 +473,9 @@ class GPT(nn.Module):
         if config.prefix_loss and prefix_of is None:
             raise ValueError("prefix_loss needs a tokenizer whose tokens have prefixes; use --model.prefix_loss 0")
         self.config, self.vocab_size, self.document_start, self.dtype = config, vocab_size, document_start, dtype
-        self.max_tokens, self.kernel = max_tokens, choose_kernel(config, on_cuda)
+        self.max_tokens = max_tokens
+        self.kernel, reason = choose_kernel(config, on_cuda, dtype)
+        self.kernel_note = f"attention {self.kernel}: {reason}"
         if config.flash != "default":
             use_flash(config, on_cuda)
         on_sphere = config.geometry == "sphere"
@@ -512,7 +520,7 @@ class GPT(nn.Module):
         if on_cuda or config.fp8 in ("head", "head_mlp"):  # choose_paths raises ValueError for these on a CPU
             self.paths = choose_paths(config, torch.device("cuda" if on_cuda else "cpu"), dtype)
         self.fp8_head = Fp8Head(config) if self.paths.fp8 != "none" else None
-        if self.paths.relu2 == "triton" or self.paths.fp8 == "head_mlp":
+        if "triton" in (self.paths.relu2, self.paths.dynamic_heads) or self.paths.fp8 == "head_mlp":
             use_fast_products(self)
         # As tables by name, because copy.deepcopy drops attributes of parameters.
         self._roles = {name: param.role for name, param in self.named_parameters()}
@@ -530,15 +538,16 @@ class GPT(nn.Module):
 
         # Masks: causal, within the layer's sliding window and within the document.
         starts_BT = tokens_BT == self.document_start if self.config.document_mask else None
+        first_BT = None if starts_BT is None else document_first(starts_BT)
         windows = self.windows(window, long_window)
-        masks = self.masks(tokens_BT, starts_BT, windows)
+        masks = self.masks(tokens_BT, first_BT, windows)
 
         # Embeddings: the residual stream before the first block. YaRN follows the long window on all layers.
         x_BTC, x0_BTC, ngrams_BTC, gates = self.embed_tokens(tokens_BT, starts_BT)
         value_embeds = [F.embedding(tokens_BT, table).to(self.dtype) for table in self.value_embeds]
         yarn_window = long_window or self.config.long_window_tokens or windows[0]
         rotations = self.rotations(tokens_BT.size(1), yarn_window) if self.config.yarn else [None] * len(self.blocks)
-        base = LayerInputs(starts=starts_BT, x0=x0_BTC, ngrams=ngrams_BTC, yarn_window=yarn_window)
+        base = LayerInputs(starts=starts_BT, first=first_BT, x0=x0_BTC, ngrams=ngrams_BTC, yarn_window=yarn_window)
 
         # Blocks. `history` holds the stream before the first block and after each; only `streams` reads it.
         history = [x_BTC]
@@ -569,16 +578,16 @@ class GPT(nn.Module):
         return [long_window if window is not None and has_long_window(self.config, i) else window
                 for i in range(self.config.layers)]
 
-    def masks(self, tokens_BT: Tensor, starts_BT: Tensor | None, windows: list[int | None]) -> list[Mask]:
-        """Return each layer's attention mask; layers with the same window share one, as a mask may cost O(T^2) to build."""
-        document_BT, tokens = None if starts_BT is None else document_index(starts_BT), tokens_BT.size(1)
+    def masks(self, tokens_BT: Tensor, first_BT: Tensor | None, windows: list[int | None]) -> list[Mask]:
+        """Return each layer's attention mask; layers with the same window share one."""
+        tokens, paired_first = tokens_BT.size(1), None
+        if self.config.paired_heads and first_BT is not None:  # two heads are interleaved token by token, see pair_heads
+            paired_first = 2 * first_BT.repeat_interleave(2, dim=1)
         masks: dict[tuple[int | None, bool], Mask] = {}
         kinds = [(window, i in self.config.paired_heads) for i, window in enumerate(windows)]
         for window, paired in dict.fromkeys(kinds):
-            length, document = tokens, document_BT
-            if paired:  # two heads are interleaved token by token, see pair_heads
-                length, document = 2 * tokens, None if document_BT is None else document_BT.repeat_interleave(2, dim=1)
-            masks[window, paired] = KERNELS[self.kernel].mask(length, window, document, tokens_BT.device)
+            length, first = (2 * tokens, paired_first) if paired else (tokens, first_BT)
+            masks[window, paired] = KERNELS[self.kernel].mask(length, window, first, tokens_BT.device)
         return [masks[kind] for kind in kinds]
 
     def rotations(self, tokens: int, window: int | None) -> list[tuple[Tensor, Tensor] | None]:
@@ -772,56 +781,6 @@ def unpair_heads(x_BTHD: Tensor) -> Tensor:
     return x_BTHD.reshape(B, T // 2, 2 * H, D)
 
 
-class DynamicHeads(nn.Module):
-    """Dynamic head composition: mix the attention weights A_g(t, s) of all heads g and add to the output y_h(t)
-
-        b_h(t) sum_s [sum_g a_g(t) A_g(t, s)] v_h(s),    a = rms_norm(1 + W_a x), b = W_b x, starting at b = 0.
-
-    Xiao et al. 2024 (arXiv 2405.08553) in the speedrun's form of 2026: rank one, weights a and b of the query's token only,
-    over the last w = `dynamic_window` tokens, with a softmax of its own. Computed in blocks of w queries, each of which sees
-    its own block and the one before: B H T 2w attention weights are stored, not B H T^2.
-    """
-
-    def __init__(self, config: Model) -> None:
-        super().__init__()
-        self.window = config.dynamic_window
-
-    def forward(self, qkv_BTHD: tuple[Tensor, Tensor, Tensor], coefficients: Tensor, starts_BT: Tensor | None,
-                scale: float) -> Tensor:
-        """Queries, keys, values (B, T, H, D), and a before its norm and b side by side, (B, T, 2 H) -> (B, T, H, D)."""
-        T, w = coefficients.size(1), min(self.window, coefficients.size(1))
-        q, k, v = (in_blocks(x.float(), w) for x in qkv_BTHD)  # (B, N, w, H, D)
-        a_BTH, b_BTH = coefficients.float().chunk(2, dim=-1)
-        scores_BNHts = torch.einsum("bnthd,bnshd->bnhts", q, with_previous(k)) * scale
-        attention = scores_BNHts.masked_fill(~local_mask(T, w, starts_BT, q.device), -torch.inf).softmax(-1)
-        mixed = torch.einsum("bnth,bnhts->bnts", in_blocks(rms_norm(a_BTH), w), attention)
-        y = torch.einsum("bnts,bnshd->bnthd", mixed, with_previous(v)).flatten(1, 2)[:, :T]
-        return (y * b_BTH[..., None]).type_as(qkv_BTHD[2])
-
-
-def in_blocks(x_BT: Tensor, size: int) -> Tensor:
-    """Cut into blocks of `size` tokens, padded with zeros at the end: (B, T, ...) -> (B, N, size, ...)."""
-    missing = -x_BT.size(1) % size
-    return F.pad(x_BT, (0, 0) * (x_BT.ndim - 2) + (0, missing)).unflatten(1, (-1, size))
-
-
-def with_previous(x_BNw: Tensor) -> Tensor:
-    """Prepend to each block the block before it, zeros to the first: (B, N, w, ...) -> (B, N, 2w, ...)."""
-    return torch.cat((torch.cat((torch.zeros_like(x_BNw[:, :1]), x_BNw[:, :-1]), dim=1), x_BNw), dim=2)
-
-
-def local_mask(tokens: int, window: int, starts_BT: Tensor | None, device: torch.device) -> Tensor:
-    """Return the mask of blockwise attention, (B or 1, N, 1, w, 2w): true where query i sees key j of its own block or the
-    one before, that is i - window < j <= i, j >= 0, and both in the same document."""
-    i = in_blocks(torch.arange(-(-tokens // window) * window, device=device)[None], window)[..., None]
-    j = torch.cat((i - window, i), dim=2).transpose(2, 3)
-    visible = (j <= i) & (i - j < window) & (j >= 0)
-    if starts_BT is not None:
-        document = in_blocks(document_index(starts_BT), window)
-        visible = visible & (document[..., None] == with_previous(document)[:, :, None])
-    return visible[:, :, None]
-
-
 # ---- Hashed embeddings: `bigram_signs`, `inject` -------------------------------------------------------------------------
 
 INJECT_START = 0.05  # initial weight of the n-gram embeddings wherever they are added (speedrun, 2026)
@@ -986,7 +945,7 @@ class LayerGates(NamedTuple):
     xsa: Tensor | None = None
     """(B, T, H): alpha of ExclusiveHeads."""
     dynamic: Tensor | None = None
-    """(B, T, 2 H): a, before its norm, and b of DynamicHeads."""
+    """(B, T, 2 H): a, before its norm, and b of kernels/dynamic_heads.py."""
     inject: Tensor | None = None
     """(B, T, 2): weights of x0 and of the n-gram embeddings; (B, T, 1) without n-grams."""
     skip: Tensor | None = None
@@ -1047,9 +1006,12 @@ def gate_starts(config: Model, layer: int) -> dict[str, list[float]]:
 
 
 def use_fast_products(model: GPT) -> None:
-    """Replace matrix products by the kernels that `model.paths` chose, in place; parameters stay as they are.
+    """Replace plain lines by the kernels that `model.paths` chose, in place; parameters stay as they are.
     choose_paths never returns both kernels for one product, nor fp8 for a tied head or the sphere."""
     config = model.config
+    if model.paths.dynamic_heads == "triton":
+        for attention in (block.attention for block in model.blocks if block.attention is not None):
+            attention.mix_heads = fused_dynamic_heads
     for mlp in (block.mlp for block in model.blocks):
         if model.paths.relu2 == "triton":
             mlp.up.product, mlp.activation = linear_relu2, nn.Identity()

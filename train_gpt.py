@@ -314,10 +314,10 @@ class Trainer:
         model, train, values = self.model, self.run.train, self.last_values()
         state_bytes = sum(t.nbytes for b in self.optimizer.banks for t in (b.weights, b.grads, *b.state.values()))
         plan = format_plan(
-            self.run, self.source, notes=[model.paths.line()] if self.device.type == "cuda" else [], dtype=model.dtype,
-            kernel=model.kernel, compiled=self.compiled, world_size=self.comm.world_size, device=device_name(self.device),
-            parameters=self.parameters, flops_per_token=model.flops_per_token(values.sequence_tokens, **values.windows),
-            total_tokens=self.schedule.tokens_before(train.steps), state_bytes=state_bytes,
+            self.run, self.source, notes=[model.paths.line(), model.kernel_note] if self.device.type == "cuda" else [],
+            dtype=model.dtype, kernel=model.kernel, compiled=self.compiled, device=device_name(self.device),
+            world_size=self.comm.world_size, total_tokens=self.schedule.tokens_before(train.steps), state_bytes=state_bytes,
+            flops_per_token=model.flops_per_token(values.sequence_tokens, **values.windows), parameters=self.parameters,
             activation_bytes=model.activation_bytes(min(train.micro_tokens, train.batch_tokens // self.comm.world_size)))
         return f"{plan}\n\n{self.group_table}\n"
 

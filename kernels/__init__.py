@@ -11,6 +11,7 @@ import torch
 
 from configs.model import Model
 from kernels import cross_entropy, fp8
+from kernels.dynamic_heads import LONGEST_WINDOW
 
 # Compute capabilities with tensor cores for bfloat16 (Ampere) and for 8-bit floats (Ada, Hopper).
 TRITON_FROM, FP8_FROM = (8, 0), (8, 9)
@@ -28,10 +29,12 @@ class Paths(NamedTuple):
     """Products in 8-bit floats: `none`, `head` or `head_mlp`; of a device: those that it has."""
     reason: str = "no CUDA device"
     """Properties of the device that decided, for the log."""
+    dynamic_heads: str = "plain"
+    """Path of dynamic head composition."""
 
     def line(self) -> str:
         """Return the paths as one line for the log."""
-        return (f"kernels: loss {self.loss}, linear + ReLU^2 {self.relu2}, "
+        return (f"kernels: loss {self.loss}, linear + ReLU^2 {self.relu2}, dynamic heads {self.dynamic_heads}, "
                 f"8-bit products {self.fp8} ({self.reason})")
 
 
@@ -44,7 +47,7 @@ def device_paths(device: torch.device) -> Paths:
     path = "triton" if installed and capability >= TRITON_FROM else "plain"
     reason = f"compute capability {capability[0]}.{capability[1]}, Triton {'installed' if installed else 'not installed'}"
     has_fp8 = capability >= FP8_FROM and torch.version.hip is None
-    return Paths(path, path, "head_mlp" if has_fp8 else "none", reason)
+    return Paths(path, path, "head_mlp" if has_fp8 else "none", reason, path)
 
 
 def choose_paths(config: Model, device: torch.device, dtype: torch.dtype) -> Paths:
@@ -72,5 +75,8 @@ def choose_paths(config: Model, device: torch.device, dtype: torch.dtype) -> Pat
         fp8.define_operator()
     # The MLP's kernel takes a weight matrix only: no bias, no learned factors of the sphere, no 8-bit weights.
     matrix_only = not config.biases and config.geometry == "euclidean" and wanted != "head_mlp"
+    # Sizes that Triton can tile, and a window that fits the registers.
+    tiled = config.head_dim >= 16 and config.head_dim & (config.head_dim - 1) == 0 and config.dynamic_window <= LONGEST_WINDOW
     return here._replace(loss=loss, fp8=wanted,
-                         relu2=here.relu2 if fused and matrix_only and config.activation == "relu2" else "plain")
+                         relu2=here.relu2 if fused and matrix_only and config.activation == "relu2" else "plain",
+                         dynamic_heads=here.dynamic_heads if fused and tiled and config.dynamic_heads else "plain")

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from configs.optim import Optim
 from configs.presets import track3
 from configs.schema import Model
+from kernels import attention
 from kernels.attention import choose_kernel, use_flash
 from model import GPT, mean_span
 
@@ -355,7 +356,7 @@ def test_cuda_kernels_are_refused_on_other_devices(kernel):
     config = replace(RICH, attention=kernel)
     with pytest.raises(ValueError, match=f"attention {kernel} trains on CUDA only; use sdpa"):
         build(config)
-    assert choose_kernel(config, on_cuda=True) == kernel
+    assert choose_kernel(config, on_cuda=True)[0] == kernel
 
 
 def test_flash_attention_is_activated_once_and_refused_with_the_reason(monkeypatch):
@@ -364,7 +365,9 @@ def test_flash_attention_is_activated_once_and_refused_with_the_reason(monkeypat
         if name == "FA4":
             raise ImportError("no module named flash_attn.cute")
 
-    activated, config = [], replace(RICH, attention="varlen", flash="FA3")
+    activated, config = [], replace(RICH, attention="sdpa", flash="FA3")
+    monkeypatch.setattr(attention, "PROBED", torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate, raising=False)
     use_flash(config, on_cuda=True)
     build(RICH)  # flash=default activates nothing
@@ -384,4 +387,4 @@ def test_flash_attention_is_activated_once_and_refused_with_the_reason(monkeypat
     ({"document_mask": True, "attention": "sdpa"}, True, "sdpa"),
 ])
 def test_auto_chooses_the_kernel_by_masks_and_device(changes, on_cuda, kernel):
-    assert choose_kernel(replace(PLAIN, **changes), on_cuda) == kernel
+    assert choose_kernel(replace(PLAIN, **changes), on_cuda)[0] == kernel

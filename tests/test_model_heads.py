@@ -8,9 +8,10 @@ import torch
 
 from configs.schema import Model
 from kernels.attention import attend_sdpa, dense_mask
+from kernels.dynamic_heads import dynamic_heads
+from kernels.norms import rms_norm
 from model import (
     Attention,
-    DynamicHeads,
     LayerGates,
     LayerInputs,
     Rotary,
@@ -108,19 +109,16 @@ def test_still_dimensions_are_those_that_rotary_does_not_rotate():
 @pytest.mark.parametrize("window", [1, 3, 6, 7, 30])
 @pytest.mark.parametrize("second", [0, 3, 6])
 def test_dynamic_heads_equal_the_loop(window, second):
-    heads = DynamicHeads(replace(CONFIG, dynamic_window=window))
-    q, k, v, ab = normal(1, T, H, D), normal(1, T, H, D, seed=1), normal(1, T, H, D, seed=2), normal(1, T, 2 * H, seed=3)
-    starts = torch.arange(T)[None] == second if second else None
-    output = heads((q, k, v), ab, starts, 0.3)
+    q, k, v, a, b = (normal(*shape, seed=i) for i, shape in enumerate([(1, T, H, D)] * 3 + [(1, T, H)] * 2))
+    first_BT = torch.where(torch.arange(T) < second, 0, second)[None] if second else None
+    output = dynamic_heads((q, k, v), (rms_norm(a), b), first_BT=first_BT, window=window, scale=0.3)
     for t in range(T):
         first = max(t - window + 1, 0 if t < second else second)
         attention = torch.stack([torch.stack([0.3 * q[0, t, g] @ k[0, s, g] for s in range(first, t + 1)]).softmax(0)
                                  for g in range(H)])
-        read, write = ab[0, t].chunk(2)
-        read = read / read.square().mean().sqrt()
-        mixed = read @ attention
+        mixed = a[0, t] / a[0, t].square().mean().sqrt() @ attention
         for h in range(H):
-            expected = write[h] * sum(w * v[0, s, h] for w, s in zip(mixed, range(first, t + 1), strict=True))
+            expected = b[0, t, h] * sum(w * v[0, s, h] for w, s in zip(mixed, range(first, t + 1), strict=True))
             torch.testing.assert_close(output[0, t, h], expected, atol=1e-5, rtol=1e-5)
 
 

@@ -1,11 +1,26 @@
 """Masks and attention kernels, compared with loops over pairs of tokens."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention.flex_attention import create_block_mask
 
-from kernels.attention import attend_flex, attend_sdpa, dense_mask, document_index, flex_mask, varlen_mask
+from configs.model import Model
+from kernels import attention
+from kernels.attention import (
+    attend_flex,
+    attend_sdpa,
+    choose_kernel,
+    dense_mask,
+    document_first,
+    flex_mask,
+    use_flash,
+    varlen_mask,
+)
 
 CPU = torch.device("cpu")
 
@@ -28,7 +43,7 @@ def visible_by_boundaries(boundaries: list[int], left: int, rows: int, tokens: i
     visible = torch.zeros(rows * tokens, rows * tokens, dtype=torch.bool)
     for start, stop in zip(boundaries, boundaries[1:], strict=False):
         for i in range(start, stop):
-            visible[i, max(start, i - left):i + 1] = True
+            visible[i, start if left < 0 else max(start, i - left):i + 1] = True
     return visible
 
 
@@ -40,17 +55,17 @@ def starts_and_window(draw) -> tuple[torch.Tensor, int | None]:
 
 
 @given(starts_and_window())
-def test_documents_are_numbered_from_start_to_start(case):
+def test_documents_reach_from_start_to_start(case):
     starts, _ = case
-    for flags, numbers in zip(starts.tolist(), document_index(starts).tolist(), strict=True):
-        assert numbers == [sum(flags[:t + 1]) for t in range(len(flags))]
+    for flags, first in zip(starts.tolist(), document_first(starts).tolist(), strict=True):
+        assert first == [max([0, *(s for s in range(t + 1) if flags[s])]) for t in range(len(flags))]
 
 
 @settings(deadline=None)
 @given(starts_and_window())
 def test_dense_mask_equals_the_loop(case):
     starts, window = case
-    document = document_index(starts)
+    document = document_first(starts)
     assert torch.equal(dense_mask(starts.size(1), window, document, CPU),
                        visible_by_loop(starts.size(1), window, document.tolist()))
 
@@ -69,8 +84,9 @@ def test_plain_causal_attention_builds_no_mask():
 def test_flex_mask_equals_the_dense_mask(case, by_document):
     starts, window = case
     rows, tokens = starts.shape
-    document = document_index(starts) if by_document else torch.zeros_like(starts, dtype=torch.int64)
+    document = document_first(starts) if by_document else torch.zeros_like(starts, dtype=torch.int64)
     mask = flex_mask(tokens, window, document if by_document else None, CPU)
+    assert mask.seq_lengths == (tokens, tokens)
     b, i, j = torch.arange(rows)[:, None, None], torch.arange(tokens)[:, None], torch.arange(tokens)
     visible = mask.mask_mod(b, torch.tensor(0), i, j).expand(rows, tokens, tokens)
     assert torch.equal(visible[:, None], visible_by_loop(tokens, window, document.tolist()))
@@ -81,11 +97,73 @@ def test_flex_mask_equals_the_dense_mask(case, by_document):
 def test_varlen_mask_equals_the_dense_mask(case):
     starts, window = case
     rows, tokens = starts.shape
-    document = document_index(starts)
+    document = document_first(starts)
     boundaries, left = varlen_mask(tokens, window, document, CPU)
     assert boundaries.dtype == torch.int32
     expected = torch.block_diag(*visible_by_loop(tokens, window, document.tolist())[:, 0]).bool()
     assert torch.equal(visible_by_boundaries(boundaries.tolist(), left, rows, tokens), expected)
+
+
+@st.composite
+def many_blocks(draw) -> tuple[int, int | None, torch.Tensor | None]:
+    """Tokens, window and document starts over several of FlexAttention's blocks, the last one partial or not."""
+    tokens, rows = draw(st.sampled_from([1, 127, 128, 129, 256, 500, 640]) | st.integers(1, 700)), draw(st.integers(1, 2))
+    window = draw(st.none() | st.sampled_from([1, 127, 128, 129, 256, 1000]) | st.integers(1, 700))
+    if draw(st.booleans()):
+        return tokens, window, None
+    places = draw(st.lists(st.tuples(st.integers(0, rows - 1), st.integers(0, tokens - 1)), max_size=12))
+    starts = torch.zeros(rows, tokens, dtype=torch.bool)
+    for row, place in places:
+        starts[row, place] = True
+    return tokens, window, document_first(starts)
+
+
+def blocks(mask, name: str) -> list[list[list[int]]]:
+    """The blocks that a table of the mask lists, by sequence and block."""
+    counts, indices = getattr(mask, f"{name}_num_blocks"), getattr(mask, f"{name}_indices")
+    assert counts.dtype == indices.dtype == torch.int32 and indices.min() >= 0 and indices.max() < indices.size(-1)
+    return [[sorted(row[:count].tolist()) for row, count in zip(rows, of_row, strict=True)]
+            for rows, of_row in zip(indices[:, 0], counts[:, 0], strict=True)]
+
+
+@settings(deadline=None, max_examples=150)
+@given(many_blocks())
+def test_flex_tables_equal_those_of_create_block_mask(case):
+    tokens, window, first = case
+    mask = flex_mask(tokens, window, first, CPU)
+    twin = create_block_mask(mask.mask_mod, None if first is None else len(first), None, tokens, tokens, device="cpu")
+    for name in ("kv", "full_kv", "q", "full_q"):
+        assert blocks(mask, name) == blocks(twin, name), name
+        assert getattr(mask, f"{name}_indices").shape == getattr(twin, f"{name}_indices").shape
+
+
+def random_documents(seed: int, share: float, *shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
+
+
+@pytest.mark.parametrize("make", [flex_mask, varlen_mask])
+def test_masks_compile_once_for_any_number_of_documents(make):
+    """One graph, without breaks, for batches with 1 to about 30 documents; and no sort in it."""
+    graphs = CompileCounterWithBackend("eager")
+
+    @torch.compile(backend=graphs, fullgraph=True, dynamic=False)
+    def tensors(starts):
+        mask = make(1024, 256, document_first(starts), CPU)
+        return mask[0] if make is varlen_mask else (mask.kv_indices, mask.q_indices, mask.full_q_num_blocks)
+
+    for seed, share in enumerate([0.0, 0.001, 0.01, 0.03]):
+        tensors(random_documents(seed, share, 1, 1024))
+    assert graphs.frame_count == 1 and "sort" not in graphs.graphs[0].code.replace("searchsorted", "")
+
+
+def test_more_documents_than_varlen_has_room_for_are_an_error():
+    starts = torch.zeros(2, 256, dtype=torch.bool)
+    starts[:, :18] = True  # 36 documents; room for 2 + 32 + 512 // 256
+    boundaries, _ = varlen_mask(256, None, document_first(starts), CPU)
+    assert boundaries.numel() == 37 and boundaries[-1] == 512 and boundaries[-2] < 512
+    starts[1, 20] = True
+    with pytest.raises(RuntimeError, match="more than 36 documents in a pass of 512 tokens.*use --model.attention flex"):
+        varlen_mask(256, None, document_first(starts), CPU)
 
 
 # ---- Kernels ---------------------------------------------------------------------------------------------------------
@@ -104,7 +182,7 @@ def case_of_kernels(tokens: int = 13):
     q, k, v = (normal(2, tokens, 3, 16, seed=seed) for seed in range(3))
     starts = torch.zeros(2, tokens, dtype=torch.bool)
     starts[0, [4, 9]] = starts[1, 0] = starts[1, 7] = True
-    return (q, k, v), document_index(starts)
+    return (q, k, v), document_first(starts)
 
 
 @pytest.mark.parametrize("window", [None, 1, 3])
@@ -127,3 +205,69 @@ def test_flex_equals_sdpa(tokens, window, by_document):
     shared = (tokens, window, document if by_document else None, CPU)
     expected = attend_sdpa(*qkv, dense_mask(*shared), 0.3)
     torch.testing.assert_close(attend_flex(*qkv, flex_mask(*shared), 0.3), expected, atol=1e-5, rtol=0)
+
+
+# ---- The choice ------------------------------------------------------------------------------------------------------
+
+
+PACKED = Model(document_mask=True, window_tokens=4)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A pretended H100 with FlashAttention 3. Returns the list of activated and restored versions."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", calls.append, raising=False)
+    monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", lambda: calls.append("restored"), raising=False)
+    monkeypatch.setattr(attention, "PROBED", torch.device("cpu"))
+    monkeypatch.setitem(attention.KERNELS, "varlen", attention.KERNELS["varlen"]._replace(attend=attend_as_varlen))
+    return calls
+
+
+def attend_as_varlen(q, k, v, mask, scale):
+    boundaries, left = mask
+    assert (boundaries[-1], left, q.dtype) == (32, 15, torch.bfloat16)
+    return attend_sdpa(q, k, v, None, scale)
+
+
+def fail_to_launch(*_):
+    raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with ...")
+
+
+def test_auto_takes_flash_attention_3_where_it_launches(hopper):
+    assert choose_kernel(PACKED, on_cuda=True) == ("varlen", "FlashAttention 3 runs here")
+    assert hopper == ["FA3"]
+
+
+def test_auto_falls_back_where_flash_attention_3_fails_at_its_launch(hopper, monkeypatch):
+    broken = attention.KERNELS["varlen"]._replace(attend=fail_to_launch)
+    monkeypatch.setitem(attention.KERNELS, "varlen", broken)
+    kernel, reason = choose_kernel(PACKED, on_cuda=True)
+    assert kernel == "flex" and reason == ("FlashAttention 3 does not run here "
+                                           "(CUDA error: no kernel image is available for execution on the device)")
+    assert hopper == ["FA3", "restored"]
+    with pytest.raises(ValueError, match="flash FA3: its package is missing or does not run here .*no kernel image"):
+        use_flash(replace(PACKED, attention="varlen", flash="FA3"), on_cuda=True)
+
+
+def test_auto_falls_back_where_flash_attention_3_is_not_installed(hopper, monkeypatch):
+    def missing(version):
+        raise ImportError("No module named 'flash_attn_interface'")
+
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", missing)
+    kernel, reason = choose_kernel(PACKED, on_cuda=True)
+    assert kernel == "flex" and "No module named 'flash_attn_interface'" in reason and not hopper
+
+
+@pytest.mark.parametrize(("capability", "dtype", "changes", "kernel"), [
+    ((8, 9), torch.bfloat16, {}, "flex"), ((12, 0), torch.bfloat16, {}, "flex"), ((9, 0), torch.float32, {}, "flex"),
+    ((9, 0), torch.bfloat16, {"document_mask": False}, "flex"), ((9, 0), torch.bfloat16, {"attention": "sdpa"}, "sdpa"),
+    ((9, 0), torch.bfloat16, {"document_mask": False, "window_tokens": None}, "sdpa")])
+def test_nothing_is_launched_where_flash_attention_3_cannot_help(hopper, monkeypatch, capability, dtype, changes, kernel):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert choose_kernel(replace(PACKED, **changes), on_cuda=True, dtype=dtype)[0] == kernel
+    assert choose_kernel(replace(PACKED, attention="auto"), on_cuda=False)[0] == "sdpa"
+    assert not hopper

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import Model
-from kernels import choose_paths, cross_entropy, device_paths, mlp
+from kernels import Paths, choose_paths, cross_entropy, device_paths, mlp
 from model import GPT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,7 +94,7 @@ def pretend_cuda(monkeypatch, capability: tuple[int, int], *, triton: bool = Tru
 
 
 def test_cpus_take_the_plain_paths():
-    assert device_paths(CPU) == ("plain", "plain", False, "device cpu")
+    assert device_paths(CPU) == Paths(reason="device cpu")
     assert "loss plain" in device_paths(CPU).line() and "device cpu" in device_paths(CPU).line()
 
 

@@ -1,0 +1,100 @@
+"""Dynamic head composition: the kernels equal their plain twin, compile for GPUs, and are used where they fit."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+from configs.model import Model
+from kernels import choose_paths, dynamic_heads
+from kernels.dynamic_heads import fused_dynamic_heads
+from model import GPT
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = Model(layers=2, dim=64, head_dim=16, document_mask=True, dynamic_heads=(1,), dynamic_window=20)
+SHARED = {80: 166_912, 89: 101_376, 90: 232_448}  # bytes of shared memory that one program may use, by capability
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+@needs_triton
+def test_the_kernels_in_tritons_interpreter():
+    command = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreted_dynamic_heads.py"]
+    process = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout
+    assert "skipped" not in process.stdout
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("window", [112, dynamic_heads.LONGEST_WINDOW])
+@pytest.mark.parametrize("number", range(3), ids=["forward", "by_queries", "by_keys"])
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_the_kernels_compile_for_gpus(number, window, capability, tmp_path, monkeypatch):
+    """At the record's sizes, without a GPU: tensor cores, no spilled registers, and shared memory that exists."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = dynamic_heads.triton_kernels()[number]
+    _, sizes = dynamic_heads.launch_sizes(torch.empty(1, 16_384, 6, 128, device="meta"), window)
+    options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
+    types = {"first_ptr": "*i32", "T": "i32", "window": "i32", "scale": "fp32"}
+    types |= dict.fromkeys(("a_ptr", "logsum_ptr", "da_ptr"), "*fp32")
+    signature = {name: "constexpr" if name in sizes else types.get(name, "*bf16") for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] in "*i"}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=sizes, attrs=aligned)
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert "mma" in binary.asm["ptx"] and binary.metadata.shared <= SHARED[capability]
+    (tmp_path / "kernel.cubin").write_bytes(binary.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(tmp_path / "kernel.cubin")]
+    assert re.findall(r"STACK:(\d+)", subprocess.run(command, capture_output=True, text=True).stdout) == ["0"]
+
+
+def build(config: Model) -> GPT:
+    torch.manual_seed(0)
+    return GPT(config, vocab_size=50, max_tokens=48, document_start=0, on_cuda=True, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(("changes", "path"), [
+    ({}, "triton"), ({"fused": "off"}, "plain"), ({"dynamic_heads": ()}, "plain"), ({"head_dim": 8}, "plain"),
+    ({"dim": 96, "head_dim": 48}, "plain"), ({"dynamic_window": 242}, "plain"), ({"dynamic_window": 241}, "triton")])
+def test_the_kernel_is_used_where_it_fits(changes, path, monkeypatch):
+    monkeypatch.setattr(kernels, "device_paths", lambda device: kernels.Paths(dynamic_heads="triton"))
+    config = replace(CONFIG, **changes)
+    assert choose_paths(config, torch.device("cuda"), torch.bfloat16).dynamic_heads == path
+    assert choose_paths(config, torch.device("cuda"), torch.float32).dynamic_heads == "plain"
+    for block, layer in zip(build(config).blocks, range(2), strict=True):
+        if layer in config.dynamic_heads:
+            assert (block.attention.dynamic.mix is fused_dynamic_heads) == (path == "triton")
+
+
+def test_nothing_of_the_size_of_attention_weights_is_saved():
+    """For the backward pass: queries, keys, values, and numbers per head and token."""
+    q, a = torch.empty(1, 256, 4, 16, device="meta", requires_grad=True), torch.empty(1, 256, 4, device="meta")
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        fused_dynamic_heads((q, q, q), (a, a), first_BT=None, window=112, scale=0.1)
+    assert saved and max(saved) == q.numel()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("window", [16, 112, 200])
+def test_the_kernels_on_the_gpu(window):
+    rng = torch.Generator().manual_seed(0)
+    q, k, v, dy = (torch.randn(2, 500, 6, 128, generator=rng).bfloat16().cuda().requires_grad_() for _ in range(4))
+    a, b = (torch.randn(2, 500, 6, generator=rng).cuda().requires_grad_() for _ in range(2))
+    options = {"first_BT": torch.arange(500, device="cuda")[None].expand(2, -1) // 90 * 90, "window": window, "scale": 0.1}
+    results = []
+    for function in (dynamic_heads.dynamic_heads, fused_dynamic_heads):
+        y = function((q, k, v), (a, b), **options)
+        results.append([y.detach(), *torch.autograd.grad(y, (q, k, v, a, b), dy)])
+    for twin, result in zip(*results, strict=True):
+        assert (result - twin).norm() < 0.01 * twin.norm()
