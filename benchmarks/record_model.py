@@ -4,12 +4,12 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import model as ours_module
 from configs.speedrun import speedrun
-from model import GPT, AuxLossWeights, Rotary, Smear, offset_keys
+from kernels.cross_entropy import AuxLossWeights
+from model import GPT, HASH, Smear, offset_keys
 
 TOKENS, START = 128, 255
 DOCUMENTS = (0, 37, 50, 104)
@@ -27,12 +27,14 @@ STAGES = {
     "validation": Case(short=48, long=120, grown=(56, 88, 104), mtp=(1.0,), prefix=0.0),
 }
 FIRST_LONG = 24
+SKIP_ROW = 28  # of the record's second gate network
 
 
 def model_section(record: SimpleNamespace) -> list[dict]:
-    """Return a row for each stage: the largest relative differences of logits, loss and gradients."""
+    """Return a row for each stage: the relative differences of logits, loss and all gradients together; the largest one of a
+    tensor's gradient, and of tensors of one or two numbers, whose gradients are sums that cancel."""
     rows = []
-    for name, case in STAGES.items():
+    for label, case in STAGES.items():
         theirs, ours = record_model(record, case), our_model(record)
         copy_weights(theirs, ours)
         tokens, targets, prefix = inputs(record)
@@ -40,11 +42,16 @@ def model_section(record: SimpleNamespace) -> list[dict]:
         theirs.prefix_table.copy_(prefix)
         their_logits, their_loss, their_grads = run_record(record, theirs, case, tokens, targets)
         our_logits, our_loss, our_grads = run_ours(ours, case, tokens, targets)
-        gradients = copy_weights_of(their_grads, ours)
-        apart = {key: distance(our_grads[key], gradients[key]) for key in our_grads}
-        worst = max(apart, key=apart.get)
-        rows.append({"case": name, "logits": distance(our_logits, their_logits), "loss": distance(our_loss, their_loss),
-                     "gradients": apart[worst], "of": worst})
+        gradients = renamed(their_grads, ours, skip=1 / theirs.scalars[23].detach().sigmoid())
+        # The record has one scale for both networks of gates.
+        our_grads["token_gates.0.network.scale"] += our_grads.pop("token_gates.4.network.scale")
+        apart = {name: distance(our_grads[name], gradients[name]) for name in our_grads}
+        tensors, scalars = ([name for name in apart if (our_grads[name].numel() > 2) == several] for several in (True, False))
+        worst = max(tensors, key=apart.get)
+        together = distance(*(torch.cat([grads[name].flatten() for name in apart]) for grads in (our_grads, gradients)))
+        rows.append({"case": label, "logits": distance(our_logits, their_logits),
+                     "loss": distance(our_loss, their_loss), "gradients": together, "worst": apart[worst], "of": worst,
+                     "scalars": max(apart[name] for name in scalars)})
     return rows
 
 
@@ -95,12 +102,20 @@ def run_record(record: SimpleNamespace, model: nn.Module, case: Case, tokens: Te
 
     loss_kernel.apply = staticmethod(keep_logits)
     try:
-        losses = model.train()(tokens.int(), targets, lengths, record.get_bigram_hash(tokens), arguments)
+        losses = model.train()(tokens.int(), targets, lengths, bigram_rows(record, tokens), arguments)
     finally:
         loss_kernel.apply = staticmethod(apply)
     loss = losses.sum()
     loss.backward()
     return seen["logits"], loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def bigram_rows(record: SimpleNamespace, tokens: Tensor) -> Tensor:
+    """Return the record's rows of the bigram table, but that of the second token as ours: the record hashes the number of the
+    reserved row there in place of the first token."""
+    rows = record.get_bigram_hash(tokens)
+    rows[1] = (HASH[0] * tokens[1] ^ HASH[1] * tokens[0]) % (record.bigram_buckets - 1)
+    return rows
 
 
 # ---- Ours ---------------------------------------------------------------------------------------------------------------
@@ -137,22 +152,18 @@ def rotate_pairs(x_BTHD: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
 def run_ours(model: GPT, case: Case, tokens: Tensor, targets: Tensor) -> tuple:
     """Return the same as `run_record`, of our model."""
     windows = {"window": case.short + 1, "long_window": case.long + 1}  # the record's do not count one's own key
+    weights = AuxLossWeights.of(case.mtp[1:], case.prefix, torch.device("cpu"))
     crossing = ours_module.offset_keys
     ours_module.offset_keys = lambda k, unrotated, starts: offset_keys(k, unrotated, None)
     heads: list[Tensor] = []
     head = model.head.register_forward_hook(lambda _module, _inputs, z: heads.append(z.detach().reshape(TOKENS, -1)))
     try:
-        loss = model(tokens[None], targets[None], aux_weights=aux_weights(case), **windows)
+        loss = model(tokens[None], targets[None], aux_weights=weights, **windows)
         loss.backward()
     finally:
         ours_module.offset_keys = crossing
         head.remove()
     return heads[0], loss.detach(), {name: p.grad for name, p in model.named_parameters()}
-
-
-def aux_weights(case: Case) -> AuxLossWeights:
-    """Return the weights of the auxiliary losses of a case."""
-    raise NotImplementedError
 
 
 # ---- Weights ------------------------------------------------------------------------------------------------------------
@@ -162,18 +173,14 @@ def aux_weights(case: Case) -> AuxLossWeights:
 def copy_weights(theirs: nn.Module, ours: GPT) -> None:
     """Copy the record's weights, and its table of signs, into our model."""
     ours.ngrams[0].signs.copy_(theirs.bigram_sign_table)
-    values = renamed({name: p.detach() for name, p in theirs.named_parameters()}, ours, skip_scale=True)
+    values = renamed({name: p.detach() for name, p in theirs.named_parameters()}, ours, skip=theirs.scalars[23].sigmoid())
     for name, param in ours.named_parameters():
         param.copy_(values[name])
 
 
-def copy_weights_of(grads: dict[str, Tensor], ours: GPT) -> dict[str, Tensor]:
-    """Return the record's gradients under our names and in our layout."""
-    return renamed(grads, ours, skip_scale=False)
-
-
-def renamed(theirs: dict[str, Tensor], ours: GPT, *, skip_scale: bool) -> dict[str, Tensor]:
-    """Return the record's tensors (weights or gradients) under our names."""
+def renamed(theirs: dict[str, Tensor], ours: GPT, *, skip: Tensor) -> dict[str, Tensor]:
+    """Return the record's weights, or their gradients, under our names and in our layout. The record multiplies the gate of
+    the skip by a learned factor, our gate contains it: `skip` is the factor, or for gradients its inverse."""
     dim, heads = ours.config.dim, 6
     scalars, resid, post = theirs["scalars"], theirs["resid_lambdas"], theirs["post_lambdas"]
     values = {"embed": theirs["embed.weight"], "head.weight": theirs["lm_head.weight"].T,
@@ -184,13 +191,14 @@ def renamed(theirs: dict[str, Tensor], ours: GPT, *, skip_scale: bool) -> dict[s
     query_key = theirs["qk_bank"][:60].view(10, 2, dim, dim)
     for layer in range(11):
         block = f"blocks.{layer}."
-        values |= {f"{block}mlp.up.weight": theirs["mlp_bank"][layer, 0], f"{block}mlp.down.weight": theirs["mlp_bank"][layer, 1].T,
-                   f"{block}add2.weight": torch.stack((resid[layer, 1], post[layer, 1]))}
+        values |= {f"{block}mlp.up.weight": theirs["mlp_bank"][layer, 0],
+                   f"{block}mlp.down.weight": theirs["mlp_bank"][layer, 1].T, f"{block}add2.weight": torch.stack((resid[layer, 1], post[layer, 1]))}
         if layer == 6:
             continue
         index = layer - (layer > 6)
         value, out = theirs["vo_bank"][2 * index:2 * index + 2]
-        values |= {f"{block}attention.q.weight": query_key[index, 0][order], f"{block}attention.k.weight": query_key[index, 1][order],
+        values |= {f"{block}attention.q.weight": query_key[index, 0][order],
+                   f"{block}attention.k.weight": query_key[index, 1][order],
                    f"{block}attention.v.weight": value, f"{block}attention.out.weight": out,
                    f"{block}attention.gains": scalars[2 * layer:2 * layer + 2],
                    f"{block}add1.weight": torch.stack((resid[layer, 0], post[layer, 0]))}
@@ -201,10 +209,11 @@ def renamed(theirs: dict[str, Tensor], ours: GPT, *, skip_scale: bool) -> dict[s
         values |= {f"streams.inputs.{layer}.network.{name}": theirs[f"mudd_{key}"][i][:size] for name, key, size in (
             ("up", "w1", None), ("down", "w2", count), ("bias", "b2", count))}
     for i, first in enumerate((0, 4)):
-        rows = gate_rows(ours, first)
-        network = f"token_gates.{first}.network."
-        values |= {f"{network}up": theirs["mudd_gate_w1"][i], f"{network}down": theirs["mudd_gate_w2"][i][rows],
-                   f"{network}bias": theirs["mudd_gate_b2"][i][rows], f"{network}scale": theirs["_mudd_gate_scale"]}
+        rows, network = gate_rows(ours, first), f"token_gates.{first}.network."
+        factor = torch.where(torch.tensor(rows) == SKIP_ROW, skip, 1.0) if first else torch.ones(len(rows))
+        values |= {f"{network}up": theirs["mudd_gate_w1"][i],
+                   f"{network}down": theirs["mudd_gate_w2"][i][rows] * factor[:, None],
+                   f"{network}bias": theirs["mudd_gate_b2"][i][rows] * factor, f"{network}scale": theirs["_mudd_gate_scale"]}
     return {name: values[name] for name, _ in ours.named_parameters()}
 
 
@@ -221,7 +230,7 @@ def rotary_order(head_dim: int, heads: int) -> Tensor:
 def gate_rows(ours: GPT, first: int) -> list[int]:
     """Return the record's row of each coefficient of TokenGates."""
     places = ({(1, "xsa"): 0, (3, "xsa"): 6, (3, "head"): 12, **{(layer, "inject"): 18 + 2 * layer for layer in range(4)}},
-              {(4, "xsa"): 0, (7, "xsa"): 6, (10, "head"): 12, (6, "skip"): 28, (10, "dynamic"): 29,
+              {(4, "xsa"): 0, (7, "xsa"): 6, (10, "head"): 12, (6, "skip"): SKIP_ROW, (10, "dynamic"): 29,
                **{(layer, "inject"): 18 + 2 * i for i, layer in enumerate((4, 5, 7, 8, 9))}})[first > 0]
     rows = []
     for layer, of_layer in ours.token_gates[str(first)].starts.items():

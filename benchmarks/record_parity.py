@@ -22,6 +22,7 @@ import tyro
 from torch import Tensor, nn
 
 from benchmarks import HERE, write_result
+from benchmarks.record_model import model_section
 from benchmarks.record_script import load_record
 from configs.optim import Optim
 from configs.speedrun import record_optim, speedrun
@@ -181,8 +182,12 @@ def kind_of(name: str) -> str:
 # ---- The page -----------------------------------------------------------------------------------------------------------
 
 # Name of a section > function that returns its rows. The page lists their columns as they come.
-SECTIONS: dict[str, Callable[[SimpleNamespace], Rows]] = {"optimizer": optimizer_section}
+SECTIONS: dict[str, Callable[[SimpleNamespace], Rows]] = {"model": model_section, "optimizer": optimizer_section}
 INTRODUCTIONS = {
+    "model": """The largest difference |ours - theirs| / |theirs| (Euclidean norms): of the logits, of the summed loss with further
+tokens and prefixes, of the gradients of all tensors together, of the tensor with the largest difference, and of tensors of one
+or two numbers, whose gradients are sums over all tokens that cancel. Four documents in a row of 128 tokens; windows, YaRN and
+loss weights as in the stages of the run, the last case with the final validation's longer window.""",
     "optimizer": f"""The largest difference |ours - theirs| / |theirs| (Frobenius norms) over {STEPS} steps from step 0 and
 from step 842: of one step's update, and of the weights afterwards. Cautious decay acts where update and weight agree in
 sign. Where an update is 0 up to rounding, one of the two may decay an entry and the other not: entries that differ by more than
@@ -208,6 +213,11 @@ DIFFERENCES = """
 | bfloat16 matrices, with the missing bits beside them | cut towards 0 | rounded to nearest; both are exact in float32 |
 | decay of gates | 0.005 lr^2, at most 3e-7 a step | none |
 | residual factors, before and after each layer | lr 0.04 and 0.008, b2 0.95 | one tensor `add`, lr 0.04, b2 0.99 |
+| window of w tokens | w keys before one's own | w with one's own |
+| smear, bigrams, key offset, further tokens | across document starts | within a document; across in the table above |
+| rotary positions of paired heads | head h at 2 t + h mod 2 | h < H/2 at 2 t, others at 2 t + 1, as they are attended |
+| bigram of a row's second token | hash of the reserved row's number | hash of both tokens |
+| scale of the gate networks; factor of the skip's gate | one for both; learned | one each; part of the gate |
 | embedding, head, value gates, MUDD | stored in bfloat16 | float32 |
 """
 

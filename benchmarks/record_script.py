@@ -65,6 +65,7 @@ def load_record(path: Path, *, dim: int, vocab_tokens: int, bigram_buckets: int)
     exec(compile(tree, str(path), "exec"), namespace)
     namespace["args"].bigram_vocab_size, namespace["args"].bigram_dim = bigram_buckets, dim
     namespace["new_model"] = lambda max_tokens: namespace["GPT"](vocab_tokens, LAYERS, HEADS, dim // HEADS, dim, max_tokens)
+    namespace |= {"dim": dim, "vocab_tokens": vocab_tokens, "bigram_buckets": bigram_buckets}
     return SimpleNamespace(**namespace)
 
 
