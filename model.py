@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from configs.model import Model
 from configs.notation import DenseSkip, parse_dense_skips, parse_skips
-from kernels import Paths, choose_paths
+from kernels import Paths, choose_paths, define_operators
 from kernels.attention import KERNELS, Mask, choose_kernel, document_first, use_flash
 from kernels.cross_entropy import (
     AuxLossWeights,
@@ -519,6 +519,7 @@ class GPT(nn.Module):
         self.paths = Paths()
         if on_cuda or config.fp8 in ("head", "head_mlp"):  # choose_paths raises ValueError for these on a CPU
             self.paths = choose_paths(config, torch.device("cuda" if on_cuda else "cpu"), dtype)
+            define_operators(self.paths)
         self.fp8_head = Fp8Head(config) if self.paths.fp8 != "none" else None
         if "triton" in (self.paths.relu2, self.paths.dynamic_heads) or self.paths.fp8 == "head_mlp":
             use_fast_products(self)

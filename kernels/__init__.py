@@ -51,8 +51,7 @@ def device_paths(device: torch.device) -> Paths:
 
 
 def choose_paths(config: Model, device: torch.device, dtype: torch.dtype) -> Paths:
-    """Return the paths of a model whose activations have `dtype`: Triton kernels for bfloat16, plain lines otherwise; and
-    define the operators that they use.
+    """Return the paths of a model whose activations have `dtype`: Triton kernels for bfloat16, plain lines otherwise.
 
     Raises ValueError if the config asks for 8-bit products and the device or the loss cannot compute them.
     """
@@ -69,10 +68,6 @@ def choose_paths(config: Model, device: torch.device, dtype: torch.dtype) -> Pat
     if wanted != "none" and loss == "plain":
         raise ValueError(f"--model.fp8 {config.fp8} needs the fused loss, which writes the 8-bit gradient: Triton, "
                          f"activations in bfloat16 and --model.fused auto; got {config.fused}, {dtype}, {here.reason}")
-    if loss == "triton":
-        cross_entropy.define_operator()
-    if wanted != "none":
-        fp8.define_operator()
     # The MLP's kernel takes a weight matrix only: no bias, no learned factors of the sphere, no 8-bit weights.
     matrix_only = not config.biases and config.geometry == "euclidean" and wanted != "head_mlp"
     # Sizes that Triton can tile, and a window that fits the registers.
@@ -80,3 +75,11 @@ def choose_paths(config: Model, device: torch.device, dtype: torch.dtype) -> Pat
     return here._replace(loss=loss, fp8=wanted,
                          relu2=here.relu2 if fused and matrix_only and config.activation == "relu2" else "plain",
                          dynamic_heads=here.dynamic_heads if fused and tiled and config.dynamic_heads else "plain")
+
+
+def define_operators(paths: Paths) -> None:
+    """Define the operators of these paths: before a model is compiled, as operators cannot be defined within."""
+    if paths.loss == "triton":
+        cross_entropy.define_operator()
+    if paths.fp8 != "none":
+        fp8.define_operator()

@@ -36,9 +36,9 @@ from kernels.operators import triton_operator, wrap_triton
 ASYMMETRIC = (23.0, 5.0, 7.5)  # height, shift and width of the speedrun's sigmoid, 2025
 IGNORED = -1  # target of a row in which a loss does not act
 GRADIENT_8_BIT = torch.float8_e5m2
-# Columns of a row that the kernel reads at a time, a power of two, and its warps. With 1,024 threads a program, two rows at
-# most are in flight on each multiprocessor: those of a whole H100 stay in its cache of 50 MB until the second pass.
-BLOCK, WARPS = 8192, 32
+# Columns of a row that the kernel reads at a time, a power of two, and its warps. Programs are large so that few are in
+# flight: rows of 100 kB, two to four on each of an H100's 132 multiprocessors, stay in its cache until the second pass.
+BLOCK, WARPS = 4096, 16
 
 
 class Softcap(NamedTuple):
@@ -178,7 +178,7 @@ def loss_and_grad(z_NV: Tensor, targets_KN: Tensor, weights_K: Tensor, cap: Soft
     The gradient has the dtype of z. With a `grad_scale` it is divided by it and rounded to 8 bits; entries beyond the
     format's largest number become that number. Without `with_grad` it is empty, (0, V).
     """
-    if not torch.compiler.is_compiling():  # choose_paths has defined it for compiled models
+    if not torch.compiler.is_compiling():  # define_operators has done it before
         define_operator()
     family, coefficients = softcap_family(*cap)
     return torch.ops.steepest.loss_and_grad(z_NV, targets_KN, weights_K, family, coefficients, grad_scale, with_grad)
@@ -238,7 +238,8 @@ def row_kernel() -> Callable:
     import triton.language as tl
 
     @triton.jit
-    def softcap_and_slope(z, height, shift, inverse_width, base, FAMILY: tl.constexpr):
+    def softcap_and_slope(z, height: tl.constexpr, shift: tl.constexpr, inverse_width: tl.constexpr, base: tl.constexpr,
+                          FAMILY: tl.constexpr):
         """y = softcap(z) and dy/dz. Multiplied by the inverse width: a division would cost as much as an exponential."""
         if FAMILY == "sigmoid":
             s = tl.sigmoid((z + shift) * inverse_width)
@@ -252,9 +253,11 @@ def row_kernel() -> Callable:
         return y, slope
 
     @triton.jit
-    def rows(z_ptr, targets_ptr, weights_ptr, loss_ptr, grad_ptr, count, columns, height, shift, inverse_width, base,
-             inverse_scale, FAMILY: tl.constexpr, TERMS: tl.constexpr, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr):
-        """Loss of one row and, WITH_GRAD, its gradient by z times inverse_scale."""
+    def rows(z_ptr, targets_ptr, weights_ptr, loss_ptr, grad_ptr, count, columns, height: tl.constexpr,
+             shift: tl.constexpr, inverse_width: tl.constexpr, base: tl.constexpr, inverse_scale: tl.constexpr,
+             FAMILY: tl.constexpr, TERMS: tl.constexpr, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr):
+        """Loss of one row and, WITH_GRAD, its gradient by z times inverse_scale. Numbers are constants: compiled graphs
+        would pass them in float64, and compute in it."""
         row = tl.program_id(0).to(tl.int64)  # row * columns exceeds 2^31 from 42,700 rows of 50,304 columns on
         z_ptr += row * columns
         targets_ptr += row
@@ -293,7 +296,7 @@ def row_kernel() -> Callable:
                     grad -= tl.where(index == tl.load(targets_ptr + k * count), tl.load(weights_ptr + k), 0.0)
                 grad *= slope * inverse_scale
                 if grad_ptr.dtype.element_ty == tl.float8e5:
-                    grad = tl.clamp(grad, -57344.0, 57344.0)  # else infinite
+                    grad = tl.clamp(grad, -57344.0, 57344.0).to(tl.float8e5, fp_downcast_rounding="rtne")  # else infinite
                 tl.store(grad_ptr + index, grad.to(grad_ptr.dtype.element_ty), mask=index < columns)
 
     return rows

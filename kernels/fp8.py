@@ -64,7 +64,7 @@ def product(A: Tensor, B: Tensor, scale_a: Tensor, scale_b: Tensor, *, dtype: to
 def transpose(x_MN: Tensor, multiple: int = 1) -> Tensor:
     """Return a row-major x^T by the kernel, (M, N) -> (N, M') in the same 8-bit dtype: M' is M rounded up to `multiple`, by
     columns of zeros, which add nothing to a sum over them. The plain twin is F.pad(x, ...).mT.contiguous()."""
-    if not torch.compiler.is_compiling():  # choose_paths has defined it for compiled models
+    if not torch.compiler.is_compiling():  # define_operators has done it before
         define_operator()
     return torch.ops.steepest.transpose(x_MN, multiple)
 
@@ -203,14 +203,15 @@ class Scaling(nn.Module):
 
     def __init__(self, kind: str, *, static: float, headroom: float) -> None:
         super().__init__()
-        self.kind, self.static, self.headroom = kind, static, headroom
+        self.kind, self.headroom = kind, headroom
+        self.register_buffer("static", scale_of(torch.tensor(static), FORWARD), persistent=False)
         self.register_buffer("previous_max", torch.zeros(()), persistent=False)
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """Return the scale of x, 0-D float32; delayed, also store the largest entry of x for the next pass."""
         if self.kind == "static":
-            return scale_of(x.new_full((), self.static, dtype=torch.float32), FORWARD)
+            return self.static
         largest = x.abs().amax().float()
         if self.kind == "dynamic":
             return scale_of(largest, FORWARD)
@@ -226,7 +227,7 @@ def scalings(config: Model, kind: str) -> tuple[Scaling, Scaling]:
 
 
 def reset_scales(model: nn.Module) -> None:
-    """Forget the largest entries of earlier passes, in place: the next pass of delayed scales is a first one."""
+    """Forget the largest entries of earlier passes, in place: the next pass under delayed scales is a first one."""
     for module in model.modules():
         if isinstance(module, Scaling):
             module.previous_max.zero_()

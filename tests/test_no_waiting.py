@@ -29,14 +29,14 @@ def steps_without_values(run: Run, count: int = 2) -> ShardedOptimizer:
     with torch.device("meta"):
         model = GPT(replace(run.model, attention="sdpa"), vocab_size=300, max_tokens=TOKENS, document_start=5,
                     prefix_of=[-1] * 300)
-        tokens, weights = torch.zeros(2, TOKENS, dtype=torch.long), AuxLossWeights(torch.ones(()), torch.ones(()))
+        tokens, weights = torch.zeros(2, TOKENS, dtype=torch.long), AuxLossWeights(torch.ones(2), torch.ones(1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Step, "project_start", lambda *_: None)  # it reads the initial weights, once
         groups = build_groups(dict(model.named_parameters()), model.roles(), run.optim, model.axes())
         optimizer = ShardedOptimizer(groups, Comm("meta"))
     values = Schedule(run).values(0)
     for step in range(count):
-        model(tokens, tokens, aux_weights=weights, **values.windows).backward()
+        model(tokens, tokens, aux_weights=weights if run.model.prefix_loss else None, **values.windows).backward()
         optimizer.step(values, step + 1)
         optimizer.zero_grad()
     return optimizer

@@ -17,6 +17,7 @@ import train_gpt
 from configs.cli import parse
 from data.run.checkpoint import load_checkpoint
 from data.run.metrics import SUMMARY_KEYS, read_metrics
+from kernels.fp8 import Scaling
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = str(ROOT / "train_gpt.py")
@@ -134,15 +135,44 @@ def test_a_dry_run_prints_the_plan_and_writes_no_files(text, capsys):
     assert not Path("runs").exists()
 
 
-def test_warm_up_restores_optimizer_state_and_random_state(text):
+def test_warm_up_restores_optimizer_state_and_random_state(text, monkeypatch):
     trainer = train_gpt.Trainer(parse(arguments("--model.sampled_softmax", "16")))  # this loss draws classes
+    trainer.model.scales = scales = Scaling("delayed", static=1.0, headroom=1.0)
+    forward = trainer.model.forward
+    # Each pass leaves its largest entry.
+    monkeypatch.setattr(trainer.model, "forward", lambda *args, **inputs: forward(*args, **inputs) * scales(torch.ones(3)))
     before = {name: tensor.clone() for name, tensor in trainer.optimizer.state.tensors().items()}
     state = torch.get_rng_state()
     trainer.warm_up()
     after = trainer.optimizer.state.tensors()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(state, torch.get_rng_state()) and not scales.previous_max
     assert all(not bank.grads.any() for bank in trainer.optimizer.banks)
+
+
+def test_classes_are_drawn_for_each_step_and_micro_batch(text, monkeypatch):
+    """Anew, and not from the generator that a checkpoint saves: a resumed run draws as the run without interruption."""
+    trainer, drawn = train_gpt.Trainer(parse(arguments("--model.sampled_softmax", "16", "--train.micro_tokens", "64"))), []
+    forward = trainer.model.forward
+    monkeypatch.setattr(trainer.model, "forward", lambda *args, aux_weights, **windows: (
+        drawn.append(tuple(aux_weights.classes.tolist())) or forward(*args, aux_weights=aux_weights, **windows)))
+    batches, state = trainer.start_batches(), torch.get_rng_state()
+    trainer.step(batches)
+    trainer.step(batches)
+    batches.close()
+    assert len(set(drawn)) == len(drawn) == 6 and all(len(set(classes)) == 16 for classes in drawn)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_terms_that_do_not_act_in_a_stage_are_not_in_its_graph(text, monkeypatch):
+    trainer = train_gpt.Trainer(parse(arguments("--model.mtp_weights", "0.5", "0.25", "--schedule.mtp", "0=1.5 6=1 7=0")))
+    weights = []
+    monkeypatch.setattr(trainer.model, "forward", lambda x, y, aux_weights, **windows: (
+        weights.append(aux_weights) or torch.zeros((), requires_grad=True)))
+    for step in (0, 6, 7):
+        trainer.gradients(*torch.zeros(2, 12, 16, dtype=torch.long), trainer.schedule.values(step))
+    assert [None if aux.mtp is None else aux.mtp.tolist() for aux in weights] == [[0.5, 0.125], [0.5], None]
+    assert all(aux.prefix is aux.classes is None for aux in weights)
 
 
 # ---- Interrupted and resumed ------------------------------------------------------------------------------------------

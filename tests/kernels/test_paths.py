@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from configs.model import SPHERE_NEEDS
 from configs.schema import Model
-from kernels import Paths, choose_paths, cross_entropy, device_paths, mlp
+from kernels import Paths, choose_paths, cross_entropy, device_paths, fp8, mlp
+from kernels.cross_entropy import Softcap
 from model import GPT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,16 +54,22 @@ def test_kernels_in_tritons_interpreter():
 def test_kernels_compile_for_gpus(tmp_path, monkeypatch):
     """Compile for Hopper without a GPU: the PTX spills no registers, and the product uses the tensor cores."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    bf16 = dict.fromkeys(("x_ptr", "w_ptr", "y_ptr", "z_ptr", "grad_ptr"), "*bf16")
-    types = bf16 | dict.fromkeys(("rows", "columns", "inner"), "i32") | {"targets_ptr": "*i64", "loss_ptr": "*fp32"}
+    types = dict.fromkeys(("x_ptr", "w_ptr", "y_ptr", "z_ptr"), "*bf16") | {
+        "targets_ptr": "*i64", "weights_ptr": "*fp32", "loss_ptr": "*fp32"}
+    types |= dict.fromkeys(("rows", "columns", "inner", "count", "padded_rows"), "i32")
     matrix = ptx(mlp.tile_kernel(), types, mlp.TILE)
     assert "wgmma.mma_async" in matrix and "local" not in matrix
-    for name in ("identity", "rational", "sigmoid"):
-        constants = {"FAMILY": name, "WITH_GRAD": True, "BLOCK": cross_entropy.BLOCK}
-        assert "local" not in ptx(cross_entropy.row_kernel(), types, constants)
+    for kind, gradient in (("none", "*bf16"), ("rational", "*bf16"), ("tanh", "*bf16"), ("asymmetric", "*fp8e5")):
+        family, numbers = cross_entropy.softcap_family(kind, 15.0)
+        constants = dict(zip(("height", "shift", "inverse_width", "base"), numbers, strict=True)) | {
+            "inverse_scale": 0.1, "FAMILY": family, "TERMS": 4, "WITH_GRAD": True, "BLOCK": cross_entropy.BLOCK}
+        rows = ptx(cross_entropy.row_kernel(), types | {"grad_ptr": gradient}, constants, warps=cross_entropy.WARPS)
+        assert "local" not in rows and "f64" not in rows and ("cvt.rn.satfinite.e5m2x2" in rows) == (gradient == "*fp8e5")
+    transposed = ptx(fp8.tile_kernel(), types | {"x_ptr": "*fp8e5", "y_ptr": "*fp8e5"}, {"SIDE": fp8.SIDE})
+    assert "ld.global.v4" in transposed and "st.global.v4" in transposed  # 16 bytes at a time
 
 
-def ptx(kernel, types: dict[str, str], constants: dict) -> str:
+def ptx(kernel, types: dict[str, str], constants: dict, warps: int = 8) -> str:
     from triton import compile as compiled
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -69,17 +77,20 @@ def ptx(kernel, types: dict[str, str], constants: dict) -> str:
     signature = {name: "constexpr" if name in constants else types.get(name, "fp32") for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] in "*i"}
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=aligned)
-    return compiled(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "num_stages": 3}).asm["ptx"]
+    return compiled(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": 3}).asm["ptx"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_kernels_on_the_gpu():
     """bfloat16 at the speedrun's sizes, compared with float64 on the same device."""
     z = (8 * gaussian(64, 50304)).bfloat16().cuda().requires_grad_()
-    targets = torch.arange(64).cuda()
-    grad, = torch.autograd.grad(cross_entropy.fused_cross_entropy(z, targets, "tanh", 15.0).sum(), z)
-    twin, = torch.autograd.grad(cross_entropy.softcap_cross_entropy(z.double(), targets, "tanh", 15.0), z)
-    assert relative_error(grad, twin) < 0.01
+    targets, weights, cap = torch.arange(-2, 126).view(2, 64).cuda(), torch.tensor([1, 0.5]).cuda(), Softcap("tanh", 15.0)
+    twin, = torch.autograd.grad(cross_entropy.softcap_cross_entropy(z.double(), targets.clamp_min(-1), weights, cap), z)
+    for scale, error in ((0.0, 0.01), (2e-5, 0.1)):
+        _, grad = cross_entropy.loss_and_grad(z.detach(), targets, weights, cap, with_grad=True, grad_scale=scale)
+        assert relative_error(grad.float() * (scale or 1), twin) < error
+    g8 = torch.randn(70, 50).to(torch.float8_e5m2).cuda()
+    assert torch.equal(fp8.transpose(g8).float(), g8.float().mT)
     x, w = (gaussian(*shape).bfloat16().cuda() for shape in ((500, 768), (3072, 768)))
     assert relative_error(mlp.linear_relu2(x, w), mlp.plain_linear_relu2(x.double(), w)) < 0.01
 
@@ -98,19 +109,19 @@ def test_cpus_take_the_plain_paths():
     assert "loss plain" in device_paths(CPU).line() and "device cpu" in device_paths(CPU).line()
 
 
-@pytest.mark.parametrize(("capability", "path", "fp8"), [((7, 5), "plain", False), ((8, 0), "triton", False),
-                                                         ((8, 9), "triton", True), ((9, 0), "triton", True)])
-def test_paths_follow_the_capability(capability, path, fp8, monkeypatch):
+@pytest.mark.parametrize(("capability", "path", "products"), [
+    ((7, 5), "plain", "none"), ((8, 0), "triton", "none"), ((8, 9), "triton", "head_mlp"), ((9, 0), "triton", "head_mlp")])
+def test_paths_follow_the_capability(capability, path, products, monkeypatch):
     pretend_cuda(monkeypatch, capability)
     here = device_paths(CUDA)
-    assert (here.loss, here.relu2, here.fp8) == (path, path, fp8)
+    assert (here.loss, here.relu2, here.fp8) == (path, path, products)
     assert f"compute capability {capability[0]}.{capability[1]}" in here.line()
 
 
 def test_without_triton_the_plain_paths_run_and_one_line_says_so(monkeypatch):
     pretend_cuda(monkeypatch, (9, 0), triton=False)
     here = device_paths(CUDA)
-    assert here[:3] == ("plain", "plain", True) and "Triton not installed" in here.line()
+    assert here[:3] == ("plain", "plain", "head_mlp") and "Triton not installed" in here.line()
 
 
 @pytest.mark.parametrize(("changes", "expected"), [
@@ -121,7 +132,24 @@ def test_paths_follow_the_model(changes, expected, monkeypatch):
     pretend_cuda(monkeypatch, (9, 0))
     config = replace(SMALL, **changes)
     assert choose_paths(config, CUDA, torch.bfloat16)[:2] == expected
-    assert choose_paths(config, CUDA, torch.float32)[:2] == ("plain", "plain")
+    assert choose_paths(replace(config, fp8="none"), CUDA, torch.float32)[:2] == ("plain", "plain")
+
+
+@pytest.mark.parametrize(("capability", "changes", "dtype", "products"), [
+    ((9, 0), {}, torch.bfloat16, "head_mlp"), ((8, 9), {}, torch.bfloat16, "head_mlp"), ((8, 6), {}, torch.bfloat16, "none"),
+    ((9, 0), {}, torch.float32, "none"), ((9, 0), {"fused": "off"}, torch.bfloat16, "none"),
+    ((9, 0), {"tied_head": True}, torch.bfloat16, "none"), ((9, 0), {"biases": True}, torch.bfloat16, "none")])
+def test_automatic_8_bit_products_need_the_device_and_the_model(capability, changes, dtype, products, monkeypatch):
+    pretend_cuda(monkeypatch, capability)
+    paths = choose_paths(replace(SMALL, fp8="auto", **changes), CUDA, dtype)
+    assert paths.fp8 == products and f"8-bit products {products} (compute capability" in paths.line()
+
+
+def test_automatic_8_bit_products_change_nothing_on_cpus():
+    tokens = torch.arange(32).view(2, 16)
+    models = [build(replace(SMALL, fp8=products)) for products in ("auto", "none")]
+    assert models[0].paths == models[1].paths and models[0].fp8_head is None
+    assert torch.equal(*(model(tokens, tokens) for model in models))
 
 
 def test_on_cpus_fused_changes_nothing():
@@ -134,19 +162,26 @@ def test_on_cpus_fused_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("fp8", ["head", "head_mlp"])
-def test_8_bit_is_refused_where_the_device_has_none(fp8, monkeypatch):
-    with pytest.raises(ValueError, match=f"fp8 {fp8} needs an NVIDIA GPU of compute capability 8.9 .* got device cpu"):
-        build(replace(SMALL, fp8=fp8))
+@pytest.mark.parametrize("products", ["head", "head_mlp"])
+def test_8_bit_is_refused_where_the_device_has_none(products, monkeypatch):
+    with pytest.raises(ValueError, match=f"fp8 {products} needs an NVIDIA GPU of compute capability 8.9 .* got device cpu"):
+        build(replace(SMALL, fp8=products))
     pretend_cuda(monkeypatch, (8, 6))
     with pytest.raises(ValueError, match="got compute capability 8.6"):
-        build(replace(SMALL, fp8=fp8), on_cuda=True)
+        build(replace(SMALL, fp8=products), on_cuda=True)
+
+
+@pytest.mark.parametrize(("changes", "dtype"), [({"fused": "off"}, torch.bfloat16), ({}, torch.float32)])
+def test_8_bit_is_refused_without_the_fused_loss(changes, dtype, monkeypatch):
+    pretend_cuda(monkeypatch, (9, 0))
+    with pytest.raises(ValueError, match="--model.fp8 head needs the fused loss"):
+        choose_paths(replace(SMALL, fp8="head", **changes), CUDA, dtype)
 
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"fp8": "head", "tied_head": True}, "needs a head of its own"),
-    ({"fp8": "head", "geometry": "sphere"}, "belongs to geometry euclidean"),
-    ({"fp8_scales": "static"}, "no effect without --model.fp8"),
+    ({"fp8": "head", "geometry": "sphere"} | SPHERE_NEEDS, "fp8 head needs a head without biases and scales"),
+    ({"fp8": "head_mlp", "biases": True}, "fp8 head_mlp needs a head without biases"),
     ({"fp8": "head_mlp", "mlp_dim": 100}, "mlp_dim divisible by 16, got 100; nearest: 96"),
     ({"fp8": "head", "vocab_multiple": 1}, "vocab_multiple divisible by 16, got 1; nearest: 16"),
     ({"fp8_x_max": 0.0}, "fp8_x_max must be positive, got 0.0"), ({"fp8_grad_max": -1.0}, "fp8_grad_max"),

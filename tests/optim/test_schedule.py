@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configs.presets import PRESETS
 from configs.schema import Data, Model, Run, Schedule, Train
 from optim.schedule import Schedule as Planned
-from optim.schedule import Values, is_due, is_validation_step
+from optim.schedule import Values, graph_key, is_due, is_validation_step, loss_weights
 
 
 def planned(*, steps=100, batch=4096, sequence=128, window=None, **curves) -> Planned:
@@ -52,6 +53,22 @@ def test_batches_grow_by_whole_sequences():
     schedule = planned(steps=10, batch=8 * 16, sequence=16, batch_tokens="0=0.5 40%=1")
     assert [schedule.values(step).batch_tokens // 16 for step in range(6)] == [4, 5, 6, 7, 8, 8]
     assert [schedule.values(step).batch_tokens % 16 for step in range(6)] == [0] * 6
+
+
+@pytest.mark.parametrize(("reach", "weights"), [(0.0, ()), (-1.0, ()), (0.5, (0.25,)), (1.0, (0.5,)), (1.5, (0.5, 0.1)),
+                                                (2.0, (0.5, 0.2)), (99.0, (0.5, 0.2))])
+def test_further_tokens_act_as_far_as_the_reach_goes(reach, weights):
+    values = planned().values(0)._replace(mtp=reach, prefix_loss=0.5)
+    assert loss_weights(values, Model(mtp_weights=(0.5, 0.2), prefix_loss=0.25)) == (pytest.approx(weights), 0.125)
+    assert loss_weights(values, Model()) == ((), 0.0)
+
+
+def test_the_speedrun_has_four_graphs():
+    """Two further tokens in stage 1, one in stage 2; the prefix loss in both."""
+    run = PRESETS["speedrun"]()
+    keys = list(dict.fromkeys(graph_key(Planned(run).values(step), run.model) for step in range(run.train.steps)))
+    assert [(key.batch_tokens // 131_072, key.mtp_terms, key.prefix_loss) for key in keys] == [
+        (1, 2, True), (2, 1, True), (3, 0, False), (3, 0, False)]
 
 
 curves = st.lists(st.tuples(st.integers(0, 60), st.floats(0, 3)), min_size=1, max_size=4).map(
