@@ -30,7 +30,8 @@ PROBED = torch.device("cuda")  # where FlashAttention is launched before it is c
 def document_first(starts_BT: Tensor) -> Tensor:
     """Return the position of the first token of each token's document, from flags that are True where a document opens:
     (B, T) int64. What stands before the first flag is a document too."""
-    return torch.where(starts_BT, torch.arange(starts_BT.size(1), device=starts_BT.device), 0).cummax(dim=1).values
+    opened_BT = starts_BT.cumsum(dim=1)
+    return torch.searchsorted(opened_BT, opened_BT)  # where the number of opened documents became what it is here
 
 
 def dense_mask(tokens: int, window: int | None, first_BT: Tensor | None, device: torch.device) -> Tensor | None:
