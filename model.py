@@ -24,8 +24,9 @@ from configs.notation import parse_skips
 from kernels import Paths, choose_paths
 from kernels.attention import KERNELS, Mask, choose_kernel, document_index, use_flash
 from kernels.cross_entropy import fused_cross_entropy, softcap
+from kernels.embedding import rows
 from kernels.fp8 import Fp8Product
-from kernels.mlp import linear_relu2
+from kernels.mlp import Fp8ReLU2MLP, relu2_mlp
 from kernels.norms import rms_norm, unit
 
 # ---- Act one: linear maps and norms -------------------------------------------------------------------------------------
@@ -106,10 +107,7 @@ class NgramEmbedding(nn.Module):
             starts = F.pad(starts_BT, (before, 0))
             crosses = crosses | sum(starts[:, before - k:starts.size(1) - k] for k in range(before)).bool()
         bucket, sign_row = bucket.masked_fill(crosses, last_row), sign_row.masked_fill(crosses, 0)
-        # A sparse gradient on CPUs is added row by row into the existing buffer; a dense one would first fill a second table
-        # with zeros in every micro-batch. Inductor cannot compile sparse gradients.
-        sparse = self.table.grad is not None and self.table.device.type == "cpu" and not torch.compiler.is_compiling()
-        vectors = F.embedding(bucket, self.table, sparse=sparse)
+        vectors = rows(self.table, bucket, sparse=True)
         return vectors if self.signs is None else vectors * F.embedding(sign_row % len(self.signs), self.signs)
 
 
@@ -301,9 +299,12 @@ class MLP(nn.Module):
         self.gate = first(config.dim, hidden, config=config) if config.activation == "swiglu" else None
         self.down = Linear(hidden, config.dim, config=config, zero=True, axis=-2)
         self.activation = ACTIVATIONS[config.activation]
+        self.fused = None  # use_fast_products sets it to a kernel for the whole layer
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
+        if self.fused is not None:
+            return self.fused(x_BTC, self.up.weight.to(x_BTC.dtype), self.down.weight.to(x_BTC.dtype))
         hidden = self.up(x_BTC)
         hidden = self.activation(hidden) if self.gate is None else self.activation(self.gate(x_BTC)) * hidden
         return self.down(hidden)
@@ -506,7 +507,7 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             embed_BTC = None
             if i in self.value_layers:
-                embed_BTC = F.embedding(tokens_BT, self.value_embeds[self.value_layers.index(i)]).to(self.dtype)
+                embed_BTC = rows(self.value_embeds[self.value_layers.index(i)], tokens_BT).to(self.dtype)
             inputs = inputs._replace(mask=masks[i], window=windows[i], value_embed=embed_BTC)
             if self.streams is None:
                 x_BTC = block(x_BTC, inputs)
@@ -543,7 +544,7 @@ class GPT(nn.Module):
 
     def embed_tokens(self, tokens_BT: Tensor, starts_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Token ids (B, T) -> the stream before the first block and the sum of n-gram embeddings or None, (B, T, C)."""
-        x_BTC = F.embedding(tokens_BT, self.embed).to(self.dtype)
+        x_BTC = rows(self.embed, tokens_BT).to(self.dtype)
         if self.positions is not None:
             x_BTC = x_BTC + self.positions[:tokens_BT.size(1)].to(self.dtype)
         x_BTC = self.norm_embed(x_BTC)
@@ -936,14 +937,14 @@ def sampled_cross_entropy(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, co
 
 
 def use_fast_products(model: GPT) -> None:
-    """Replace matrix products by the kernels that `model.paths` chose, in place; parameters stay as they are.
-    choose_paths never returns both kernels for one product, and the config rejects fp8 with a tied head or the sphere."""
+    """Replace matrix products by the kernels that `model.paths` chose, in place; parameters stay as they are. The config
+    rejects fp8 with a tied head or the sphere."""
     config = model.config
     for mlp in (block.mlp for block in model.blocks):
         if model.paths.relu2 == "triton":
-            mlp.up.product, mlp.activation = linear_relu2, nn.Identity()
+            mlp.fused = Fp8ReLU2MLP(config.fp8_x_headroom) if config.fp8 == "head_mlp" else relu2_mlp
         for linear in (mlp.up, mlp.gate, mlp.down) if config.fp8 == "head_mlp" else ():
-            if linear is not None:
+            if linear is not None and mlp.fused is None:
                 linear.product = Fp8Product(config, gradients=False)
     if config.fp8 != "none":
         model.head.product = Fp8Product(config, gradients=True)

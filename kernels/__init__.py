@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from configs.model import Model
+from kernels.mlp import fits
 
 # Compute capabilities with tensor cores for bfloat16 (Ampere) and for 8-bit floats (Ada, Hopper).
 TRITON_FROM, FP8_FROM = (8, 0), (8, 9)
@@ -55,8 +56,8 @@ def choose_paths(config: Model, device: torch.device, dtype: torch.dtype) -> Pat
         raise ValueError(f"--model.fp8 {config.fp8} needs an NVIDIA GPU of compute capability 8.9 or later (Ada, Hopper), "
                          f"got {here.reason}; use --model.fp8 none here")
     fused = config.fused == "auto" and dtype is KERNEL_DTYPE
-    # The MLP's kernel takes a weight matrix only: no bias, no learned factors of the sphere, no 8-bit weights.
-    matrix_only = not config.biases and config.geometry == "euclidean" and config.fp8 != "head_mlp"
+    # The MLP's kernel takes weight matrices only: no biases, no learned factors of the sphere; of sizes that it can load.
+    matrix_only = not config.biases and config.geometry == "euclidean" and fits(config.dim, config.mlp_dim or 4 * config.dim)
     return here._replace(loss=here.loss if fused else "plain",
                          relu2=here.relu2 if fused and matrix_only and config.activation == "relu2" else "plain",
                          fp8=config.fp8 != "none")
