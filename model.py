@@ -34,8 +34,9 @@ from kernels.cross_entropy import (
     stack_targets,
 )
 from kernels.dynamic_heads import dynamic_heads, fused_dynamic_heads
+from kernels.embedding import rows
 from kernels.fp8 import Fp8Head, Fp8Product
-from kernels.mlp import linear_relu2
+from kernels.mlp import Fp8ReLU2MLP, relu2_mlp
 from kernels.norms import rms_norm, unit
 
 # ---- Act one: linear maps and norms -------------------------------------------------------------------------------------
@@ -62,9 +63,12 @@ class Linear(nn.Module):
         self.bias = parameter(torch.zeros(fan_out), "bias") if config.biases else None
         self.product = F.linear  # use_fast_products replaces it where the device has a faster kernel
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out). Weights are cast at use: they may be stored in another dtype than the activations."""
-        return self.product(x, self.matrix().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+    def forward(self, x: Tensor, gain: Tensor | int = 1) -> Tensor:
+        """(..., in) -> (..., out), y = gain W x (+ b). Weights are cast at use: they may be stored in another dtype than the
+        activations. The gain multiplies W, which has fewer entries than x and y: its gradient then reads neither."""
+        weight = self.matrix().to(x.dtype)
+        weight = weight if isinstance(gain, int) else gain * weight
+        return self.product(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
     def matrix(self) -> Tensor:
         """The matrix of the map, (out, in)."""
@@ -120,10 +124,7 @@ class NgramEmbedding(nn.Module):
             starts = F.pad(starts_BT, (before, 0))
             crosses = crosses | sum(starts[:, before - k:starts.size(1) - k] for k in range(before)).bool()
         bucket, sign_row = bucket.masked_fill(crosses, last_row), sign_row.masked_fill(crosses, 0)
-        # A sparse gradient on CPUs is added row by row into the existing buffer; a dense one would first fill a second table
-        # with zeros in every micro-batch. Inductor cannot compile sparse gradients.
-        sparse = self.table.grad is not None and self.table.device.type == "cpu" and not torch.compiler.is_compiling()
-        vectors = F.embedding(bucket, self.table, sparse=sparse)
+        vectors = rows(self.table, bucket, sparse=True)
         return vectors if self.signs is None else vectors * F.embedding(sign_row % len(self.signs), self.signs)
 
 
@@ -270,7 +271,8 @@ class Attention(nn.Module):
         """(B, T, C) -> (B, T, C)."""
         # Project to queries, keys and values, (B, T, H, D) each; mix the value embeddings in.
         gates = inputs.gates or LayerGates()
-        q, k, v = self.project(x_BTC if self.gains is None else self.gains[0].to(x_BTC.dtype) * x_BTC)
+        gain_in, gain_out = (1, 1) if self.gains is None else self.gains.to(x_BTC.dtype)
+        q, k, v = self.project(x_BTC, gain_in)
         if self.mix_value is not None:
             v = self.mix_value(v, inputs.value_embed, x_BTC, gates)
         if gates.values is not None:
@@ -301,17 +303,18 @@ class Attention(nn.Module):
         if gates.head is not None:
             y_BTHD = gates.head[..., None] * y_BTHD
         # Project back to the residual stream.
-        y_BTC = self.out(y_BTHD.reshape_as(x_BTC))
-        return y_BTC if self.gains is None else self.gains[1].to(y_BTC.dtype) * y_BTC
+        return self.out(y_BTHD.reshape_as(x_BTC), gain_out)
 
-    def project(self, x_BTC: Tensor) -> tuple[Tensor, ...]:
+    def project(self, x_BTC: Tensor, gain: Tensor | int = 1) -> tuple[Tensor, ...]:
         """(B, T, C) -> queries, keys and values, (B, T, H, D) each; on GPUs by one product, which reads x once."""
         maps = (self.q, self.k, self.v)
         if x_BTC.device.type == "cpu":
-            outputs = [linear(x_BTC) for linear in maps]
+            outputs = [linear(x_BTC, gain) for linear in maps]
         else:
             bias = None if self.q.bias is None else torch.cat([linear.bias for linear in maps]).to(x_BTC.dtype)
-            outputs = F.linear(x_BTC, torch.cat([linear.weight for linear in maps]).to(x_BTC.dtype), bias).chunk(3, dim=-1)
+            weight = torch.cat([linear.weight for linear in maps]).to(x_BTC.dtype)
+            weight = weight if isinstance(gain, int) else gain * weight
+            outputs = F.linear(x_BTC, weight, bias).chunk(3, dim=-1)
         return tuple(x.unflatten(-1, (-1, self.head_dim)) for x in outputs)
 
 
@@ -338,9 +341,12 @@ class MLP(nn.Module):
         self.gate = first(config.dim, hidden, config=config) if config.activation == "swiglu" else None
         self.down = Linear(hidden, config.dim, config=config, zero=True, axis=-2)
         self.activation = ACTIVATIONS[config.activation]
+        self.fused = None  # use_fast_products sets it to a kernel for the whole layer
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
+        if self.fused is not None:
+            return self.fused(x_BTC, self.up.weight.to(x_BTC.dtype), self.down.weight.to(x_BTC.dtype))
         hidden = self.up(x_BTC)
         hidden = self.activation(hidden) if self.gate is None else self.activation(self.gate(x_BTC)) * hidden
         return self.down(hidden)
@@ -545,7 +551,7 @@ class GPT(nn.Module):
 
         # Embeddings: the residual stream before the first block. YaRN follows the long window on all layers.
         x_BTC, x0_BTC, ngrams_BTC, gates = self.embed_tokens(tokens_BT, starts_BT)
-        value_embeds = [F.embedding(tokens_BT, table).to(self.dtype) for table in self.value_embeds]
+        value_embeds = [rows(table, tokens_BT).to(self.dtype) for table in self.value_embeds]
         yarn_window = long_window or self.config.long_window_tokens or windows[0]
         rotations = self.rotations(tokens_BT.size(1), yarn_window) if self.config.yarn else [None] * len(self.blocks)
         base = LayerInputs(starts=starts_BT, first=first_BT, x0=x0_BTC, ngrams=ngrams_BTC, yarn_window=yarn_window)
@@ -602,7 +608,7 @@ class GPT(nn.Module):
     def embed_tokens(self, tokens_BT: Tensor, starts_BT: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, dict]:
         """Token ids (B, T) -> the stream before the first block, x0, the sum of n-gram embeddings or None, (B, T, C) each,
         and the LayerGates by layer that are computed from x0."""
-        x_BTC = F.embedding(tokens_BT, self.embed).to(self.dtype)
+        x_BTC = rows(self.embed, tokens_BT).to(self.dtype)
         if self.positions is not None:
             x_BTC = x_BTC + self.positions[:tokens_BT.size(1)].to(self.dtype)
         first = self.config.smear_first
@@ -1008,14 +1014,14 @@ def gate_starts(config: Model, layer: int) -> dict[str, list[float]]:
 
 def use_fast_products(model: GPT) -> None:
     """Replace plain lines by the kernels that `model.paths` chose, in place; parameters stay as they are.
-    choose_paths never returns both kernels for one product, nor fp8 for a tied head or the sphere."""
+    choose_paths rejects fp8 for a tied head or the sphere."""
     config = model.config
     if model.paths.dynamic_heads == "triton":
         for attention in (block.attention for block in model.blocks if block.attention is not None):
             attention.mix_heads = fused_dynamic_heads
     for mlp in (block.mlp for block in model.blocks):
         if model.paths.relu2 == "triton":
-            mlp.up.product, mlp.activation = linear_relu2, nn.Identity()
+            mlp.fused = Fp8ReLU2MLP(config.fp8_x_headroom) if model.paths.fp8 == "head_mlp" else relu2_mlp
         for linear in (mlp.up, mlp.gate, mlp.down) if model.paths.fp8 == "head_mlp" else ():
-            if linear is not None:
+            if linear is not None and mlp.fused is None:
                 linear.product = Fp8Product(config)

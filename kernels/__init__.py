@@ -12,6 +12,7 @@ import torch
 from configs.model import Model
 from kernels import cross_entropy, fp8
 from kernels.dynamic_heads import LONGEST_WINDOW
+from kernels.mlp import fits
 
 # Compute capabilities with tensor cores for bfloat16 (Ampere) and for 8-bit floats (Ada, Hopper).
 TRITON_FROM, FP8_FROM = (8, 0), (8, 9)
@@ -68,8 +69,8 @@ def choose_paths(config: Model, device: torch.device, dtype: torch.dtype) -> Pat
     if wanted != "none" and loss == "plain":
         raise ValueError(f"--model.fp8 {config.fp8} needs the fused loss, which writes the 8-bit gradient: Triton, "
                          f"activations in bfloat16 and --model.fused auto; got {config.fused}, {dtype}, {here.reason}")
-    # The MLP's kernel takes a weight matrix only: no bias, no learned factors of the sphere, no 8-bit weights.
-    matrix_only = not config.biases and config.geometry == "euclidean" and wanted != "head_mlp"
+    # The MLP's kernel takes weight matrices only: no biases, no learned factors of the sphere; of sizes that it can load.
+    matrix_only = not config.biases and config.geometry == "euclidean" and fits(config.dim, config.mlp_dim or 4 * config.dim)
     # Sizes that Triton can tile, and a window that fits the registers.
     tiled = config.head_dim >= 16 and config.head_dim & (config.head_dim - 1) == 0 and config.dynamic_window <= LONGEST_WINDOW
     return here._replace(loss=loss, fp8=wanted,

@@ -10,6 +10,9 @@ from collections.abc import Callable
 import torch
 
 
+DEFINED: set[str] = set()
+
+
 def interpreted() -> bool:
     """True if kernels run in Triton's interpreter, on the CPU; chosen before Triton is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -21,10 +24,14 @@ def wrap_triton(kernel: Callable) -> Callable:
     return kernel if interpreted() else torch.library.wrap_triton(kernel)
 
 
-def triton_operator(name: str, launch: Callable, *, shapes: Callable) -> None:
-    """Define torch.ops.<name>. `launch` allocates the outputs, launches kernels by `wrap_triton` and changes no argument;
-    `shapes`, of the same signature, only allocates: all that a compiler can run of an interpreted kernel."""
+def triton_operator(name: str, launch: Callable, *, shapes: Callable, mutates: tuple[str, ...] = ()) -> None:
+    """Define torch.ops.<name>, unless it is defined. `launch` allocates the outputs, launches kernels by `wrap_triton` and
+    changes only the arguments named in `mutates`; `shapes`, of the same signature, only allocates: all that a compiler can
+    run of an interpreted kernel."""
+    if name in DEFINED:
+        return
+    DEFINED.add(name)
     if interpreted():
-        torch.library.custom_op(name, launch, mutates_args=()).register_fake(shapes)
+        torch.library.custom_op(name, launch, mutates_args=mutates).register_fake(shapes)
     else:
-        torch.library.triton_op(name, launch, mutates_args=())
+        torch.library.triton_op(name, launch, mutates_args=mutates)

@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kernels.operators import triton_operator, wrap_triton
+
 TILE = {"SIDE": 128, "INNER": 64}
 LEAST_ROWS = 256  # two tiles per side; smaller products run in one wave of programs, and half the work takes as long
 
@@ -48,7 +50,7 @@ def tile_kernel() -> Callable:
     import triton.language as tl
 
     @triton.jit
-    def tile(x_ptr, y_ptr, out_ptr, m, n, alpha, beta, WITH_Y: tl.constexpr, SIDE: tl.constexpr, INNER: tl.constexpr):
+    def tile(x_ptr, y_ptr, out_ptr, m, n, alpha, beta, SIDE: tl.constexpr, INNER: tl.constexpr):
         """One tile of out = alpha x x^T + beta y, SIDE x SIDE, and its mirror image."""
         # Programs above the diagonal return at once: their tile is the transpose of one below.
         if tl.program_id(1) > tl.program_id(0):
@@ -68,7 +70,7 @@ def tile_kernel() -> Callable:
         j = tl.trans(j)
         inside = (i < m) & (j < m)
         total = alpha * total
-        if WITH_Y:
+        if y_ptr is not None:
             total += beta * tl.load(y_ptr + batch * m * m + i * m + j, mask=inside, other=0.0).to(tl.float32)
         out = total.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + i * m + j, out, mask=inside)
@@ -77,23 +79,30 @@ def tile_kernel() -> Callable:
     return tile
 
 
-@torch.library.custom_op("steepest::symmetric_product", mutates_args=())
 def symmetric_product(X_Kmn: Tensor, Y_Kmm: Tensor | None, alpha: float, beta: float) -> Tensor:
     """Return beta Y + alpha X X^T with a symmetric Y (None: 0): (K, m, n), (K, m, m) -> (K, m, m), summed in float32.
 
     Runs the kernel: on CUDA, or in Triton's interpreter.
     """
-    X_Kmn, Y_Kmm = X_Kmn.contiguous(), None if Y_Kmm is None else Y_Kmm.contiguous()
-    count, m, n = X_Kmn.shape
-    out_Kmm = X_Kmn.new_empty(count, m, m)
-    tiles = -(-m // TILE["SIDE"])
-    # Without Y any pointer will do, as WITH_Y removes the load at compile time.
-    tile_kernel()[(tiles, tiles, count)](X_Kmn, out_Kmm if Y_Kmm is None else Y_Kmm, out_Kmm, m, n, alpha, beta,
-                                         WITH_Y=Y_Kmm is not None, **TILE, num_warps=8, num_stages=3)
-    return out_Kmm
+    define_operator()
+    Y_Kmm = None if Y_Kmm is None else Y_Kmm.contiguous()
+    return torch.ops.steepest.symmetric_product(X_Kmn.contiguous(), Y_Kmm, alpha, beta)
 
 
-@symmetric_product.register_fake
-def _(X_Kmn: Tensor, Y_Kmm: Tensor | None, alpha: float, beta: float) -> Tensor:
-    del Y_Kmm, alpha, beta
-    return X_Kmn.new_empty(X_Kmn.size(0), X_Kmn.size(1), X_Kmn.size(1))
+@torch.compiler.assume_constant_result  # not traced, but called at once: the operator must exist before its graph
+def define_operator() -> None:
+    """Define torch.ops.steepest.symmetric_product, at the first call."""
+    kernel = tile_kernel()
+
+    def symmetric_product(X_Kmn: Tensor, Y_Kmm: Tensor | None, alpha: float, beta: float) -> Tensor:
+        out_Kmm, (count, m, n) = shape(X_Kmn, Y_Kmm, alpha, beta), X_Kmn.shape
+        tiles = -(-m // TILE["SIDE"])
+        wrap_triton(kernel)[(tiles, tiles, count)](X_Kmn, Y_Kmm, out_Kmm, m, n, alpha, beta, **TILE, num_warps=8,
+                                                   num_stages=3)
+        return out_Kmm
+
+    def shape(X_Kmn: Tensor, Y_Kmm: Tensor | None, alpha: float, beta: float) -> Tensor:
+        del Y_Kmm, alpha, beta
+        return X_Kmn.new_empty(X_Kmn.size(0), X_Kmn.size(1), X_Kmn.size(1))
+
+    triton_operator("steepest::symmetric_product", symmetric_product, shapes=shape)
