@@ -109,7 +109,7 @@ def test_still_dimensions_are_those_that_rotary_does_not_rotate():
 @pytest.mark.parametrize("window", [1, 3, 6, 7, 30])
 @pytest.mark.parametrize("second", [0, 3, 6])
 def test_dynamic_heads_equal_the_loop(window, second):
-    q, k, v, a, b = (normal(*shape, seed=i) for i, shape in enumerate([(1, T, H, D)] * 3 + [(1, T, H)] * 2))
+    q, k, v, a, b = (normal(*shape, seed=i).float() for i, shape in enumerate([(1, T, H, D)] * 3 + [(1, T, H)] * 2))
     first_BT = torch.where(torch.arange(T) < second, 0, second)[None] if second else None
     output = dynamic_heads((q, k, v), (rms_norm(a), b), first_BT=first_BT, window=window, scale=0.3)
     for t in range(T):
