@@ -2,8 +2,11 @@
 // hold shapes only. pretend.py builds and loads it.
 //
 // torch asks two registries about a device: one holds the guard, which switches devices and streams, the other holds the
-// hooks, which say what exists. Every answer is device 0, its default stream, and success.
+// hooks, which say what exists. Every answer is device 0, its default stream, and success. A third function chooses the
+// kernel of scaled_dot_product_attention, which without it would be the plain products and a stored matrix of scores.
+#include <ATen/SDPBackend.h>
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <ATen/native/transformers/attention.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 namespace {
@@ -54,3 +57,16 @@ C10_REGISTER_GUARD_IMPL(CUDA, IdleGuard)
 namespace at {
 C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, IdleHooks)
 }
+
+namespace at::native {
+
+// What CUDA builds choose by default: FlashAttention for 16-bit numbers without a mask, else the memory-efficient kernel.
+int64_t choose_attention(const Tensor& q, const Tensor&, const Tensor&, const std::optional<Tensor>& mask, double, bool,
+                         std::optional<double>, bool) {
+  bool flash = c10::isReducedFloatingType(q.scalar_type()) && !(mask && mask->defined()) && q.size(-1) <= 256;
+  return static_cast<int64_t>(flash ? at::SDPBackend::flash_attention : at::SDPBackend::efficient_attention);
+}
+
+REGISTER_CUDA_DISPATCH(_fused_sdp_choice_stub, &choose_attention)
+
+}  // namespace at::native
