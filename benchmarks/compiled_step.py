@@ -10,7 +10,7 @@ is written anew. All presets take about an hour on two cores. One stage's traini
 The schema of compiled_step.json; bytes and launches are for one rank:
 
     {"command", "environment", "presets": {"speedrun": {
-        "capability": "9.0", "layers": 11, "triton": false,
+        "capability": "9.0", "layers": 11, "triton": "none",
         "state_bytes": {"8": ..., "1": ...},        weights, gradients and optimizer state of a rank, by world size
         "stages": [{
             "first_step": 847, "steps": 423, "batch_tokens": 393216, "sequence_tokens": 16384, "rows": 1,
@@ -24,8 +24,9 @@ The schema of compiled_step.json; bytes and launches are for one rank:
             "collectives": [["reduce_scatter", 28311552], ...]}],   bytes of the whole bank; rows of sparse banks left out
                    "1": [...]}}}}
 
-`graphs` are those compiled in this pass (a graph that was compiled before is used again), `peak_bytes` the memory that the
-pass takes at most beside what was there before. `eager` is what torch does outside compiled graphs. A TALLY is
+`graphs` are those compiled in this pass (a graph that was compiled before is used again), `graphs_again`, beside it, those
+compiled when it is repeated with the values of another step, which should be none; `peak_bytes` is the memory that the pass
+takes at most beside what was there before. `eager` is what torch does outside compiled graphs. A TALLY is
 
     {"bytes": ...,            read and written by Inductor's kernels and by our own; products and `other` are apart
      "launches": ...,         of everything: triton, own, other, products
@@ -48,7 +49,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -79,8 +80,8 @@ class Arguments:
     """Number of layers, 5 for presets that name layers; none: the preset's own."""
     capability: str = "9.0"
     """Compute capability: 8.0, 8.9 or 9.0."""
-    triton: bool = False
-    """Also compile each kernel by Triton, which shows its shared memory and takes most of the time."""
+    triton: Literal["none", "own", "all"] = "none"
+    """Kernels that Triton compiles, which shows their shared memory; all: it takes most of the time."""
     save: bool = False
     """Write compiled_step.json and compiled_step.md."""
 
@@ -91,7 +92,7 @@ def measure(preset: str, args: Arguments, flags: list[str]) -> dict[str, Any]:
         out = Path(folder) / "record.json"
         command = [sys.executable, "-m", "tests.gpu_free.measure", preset, "--out", str(out),
                    "--capability", args.capability,
-                   *(["--triton"] if args.triton else []), *(["--layers", str(args.layers)] if args.layers else [])]
+                   "--triton", args.triton, *(["--layers", str(args.layers)] if args.layers else [])]
         for name in ("stages", "passes", "worlds"):
             command += [f"--{name}", *map(str, getattr(args, name))] if getattr(args, name) else []
         if subprocess.run([*command, "--", *flags], cwd=HERE.parent).returncode:

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from tests.gpu_free.replay import Recorder, Tally
     from train_gpt import Trainer
 
-Pass = Literal["training", "validation", "update"]
-MOST_STAGES = 16
+Pass = Literal["training", "validation", "update", "sampling"]
+MOST_STAGES = 8  # each is compiled twice, for training and for validation, which takes minutes
+SAMPLED_TOKENS = 4
 
 # Fields in which `speedrun_cpu` differs from `speedrun` because it is small; the others name layers, for a model of five.
 SIZES = {"dim", "head_dim", "embed_std", "matrix_dtype", "table_dtype", "bigram_buckets", "bigram_signs", "ngram_orders",
@@ -44,15 +45,15 @@ class Arguments:
     stages: tuple[int, ...] = ()
     """Stages of the schedule, 1 the first; none: all."""
     passes: tuple[Pass, ...] = ("training", "validation", "update")
-    """training: forward and backward; validation: forward alone; update: the optimizer's step."""
+    """training: forward and backward; validation: forward alone; update: the optimizer's step; sampling: a few tokens."""
     worlds: tuple[int, ...] = (8, 1)
     """World sizes of the update; the first one also decides the tokens of a pass."""
     layers: int | None = None
     """Number of layers, 5 for presets that name layers; none: the preset's own."""
     capability: str = "9.0"
     """Compute capability: 8.0, 8.9 or 9.0."""
-    triton: bool = False
-    """Also compile each kernel by Triton, which shows its shared memory and takes most of the time."""
+    triton: Literal["none", "own", "all"] = "none"
+    """Kernels that Triton compiles, which shows their shared memory; all: it takes most of the time."""
 
 
 def with_layers(run: Run, layers: int) -> Run:
@@ -88,7 +89,7 @@ def measure(args: Arguments, flags: list[str]) -> dict[str, Any]:
 
     run = parse_row(args.preset, flags)
     run = with_layers(run, args.layers) if args.layers else run
-    stages, recorder = stages_of(run), Recorder(compile_triton=args.triton)
+    stages, recorder = stages_of(run), Recorder(args.triton)
     result = {"capability": args.capability, "layers": run.model.layers, "triton": args.triton, "state_bytes": {},
               "stages": [], "update": {}}
     for world_size in args.worlds:
@@ -116,10 +117,15 @@ def stage_record(trainer: "Trainer", recorder: "Recorder", first: int, steps: in
               "windows": trainer.model.windows(values.window_tokens, values.long_window_tokens)}
     if "training" in passes:
         record["training"] = noted(recorder, lambda: trainer.gradients(tokens, tokens, values))
+        at_last = trainer.schedule.values(first + steps - 1)
+        record["training"]["graphs_again"] = noted(recorder, lambda: trainer.gradients(tokens, tokens, at_last))["graphs"]
     if "validation" in passes:
         with torch.no_grad():
             x = tokens.to(trainer.device)
             record["validation"] = noted(recorder, lambda: trainer.model(x, x, **values.windows))
+    if "sampling" in passes:
+        prompt = torch.zeros(SAMPLED_TOKENS, dtype=torch.int64, device=trainer.device)
+        record["sampling"] = noted(recorder, lambda: trainer.model.generate(prompt, SAMPLED_TOKENS, **values.windows))
     return record
 
 
@@ -143,12 +149,18 @@ def by_kind(tallies: list["Tally"]) -> dict[str, "Tally"]:
 
 def update_records(trainer: "Trainer", recorder: "Recorder", values: "Values") -> list[dict[str, Any]]:
     """Return the records of one period of optimizer steps, from step 1: what rank 0 does, and the bytes it exchanges."""
-    records = []
-    for count in range(1, trainer.optimizer.period + 1):
+    optimizer, period, records = trainer.optimizer, trainer.optimizer.period, []
+
+    def step(count: int, values: "Values") -> dict[str, Any]:
         trainer.group.sent.clear()
-        record = noted(recorder, lambda: (trainer.optimizer.step(values, count), trainer.optimizer.zero_grad()))  # noqa: B023
-        due = sum(count % bank.update_every == 0 for bank in trainer.optimizer.banks)
-        records.append({"step": count, "banks": due, **record, "collectives": list(trainer.group.sent)})
+        return noted(recorder, lambda: (optimizer.step(values, count), optimizer.zero_grad()))
+
+    for count in range(1, period + 1):
+        due = sum(count % bank.update_every == 0 for bank in optimizer.banks)
+        records.append({"step": count, "banks": due, **step(count, values), "collectives": list(trainer.group.sent)})
+    last = trainer.schedule.values(trainer.run.train.steps - 1)
+    for record in records:
+        record["graphs_again"] = step(period + record["step"], last)["graphs"]
     return records
 
 

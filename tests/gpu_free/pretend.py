@@ -30,15 +30,24 @@ LIMITS = {"8.0": (166_912, 108, 80), "8.9": (101_376, 128, 24), "9.0": (232_448,
 
 
 def missing() -> str | None:
-    """Return why this machine cannot pretend, or None if it can: it needs a C++ compiler and Triton."""
+    """Return why this machine cannot pretend, or None if it can."""
     if shutil.which("g++") is None:
         return "g++ is not installed"
-    return None if importlib.util.find_spec("triton") else "Triton is not installed"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    # A CUDA build registers a real guard and real hooks, and torch takes only one of each.
+    is_cuda_build = (torch_folder() / "lib/libtorch_cuda.so").exists()
+    return "this torch is built for CUDA; pretending needs the CPU wheel" if is_cuda_build else None
 
 
-def build_guard(torch_dir: Path, cache_dir: Path = ROOT / ".cache" / "gpu_free") -> Path:
+def torch_folder() -> Path:
+    """Return the folder of the package, without importing it."""
+    return Path(importlib.util.find_spec("torch").origin).parent
+
+
+def build_guard(cache_dir: Path = ROOT / ".cache" / "gpu_free") -> Path:
     """Compile guard.cpp against torch's own headers, once for each version of both; return the library."""
-    version = importlib.metadata.version("torch")
+    version, torch_dir = importlib.metadata.version("torch"), torch_folder()
     digest = hashlib.sha256(GUARD.read_bytes() + f"{version} {torch_dir}".encode()).hexdigest()[:12]
     library = cache_dir / f"guard-{digest}.so"
     if not library.exists():
@@ -56,8 +65,7 @@ def pretend(capability: str = "9.0") -> None:
     """Make torch believe in a CUDA device of this compute capability, one of LIMITS. Call it before `import torch`."""
     # One process, no caches: every kernel is compiled here and now, with this driver.
     os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-    torch_dir = Path(importlib.util.find_spec("torch").origin).parent
-    for library in (torch_dir / "lib/libc10.so", torch_dir / "lib/libtorch_cpu.so", build_guard(torch_dir)):
+    for library in (torch_folder() / "lib/libc10.so", torch_folder() / "lib/libtorch_cpu.so", build_guard()):
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     properties = device_properties(capability)
     patch_torch(properties)

@@ -161,9 +161,10 @@ class Memory:
 class Recorder(TorchDispatchMode):
     """While it is entered, every graph that is compiled and run is noted, and every operator between graphs."""
 
-    def __init__(self, *, compile_triton: bool = False) -> None:
+    def __init__(self, triton: str = "none") -> None:
+        """triton: kernels that Triton compiles: none, `own` alone, or all, which takes most of the time."""
         super().__init__()
-        self.compile_triton, self.memory = compile_triton, Memory()
+        self.triton, self.memory = triton, Memory()
         self.compiled: list[str] = []
         """Names of the graphs compiled so far."""
         self.tallies: list[Tally] = []
@@ -189,8 +190,10 @@ class Recorder(TorchDispatchMode):
         recorder = self
 
         def triton(self: AsyncCompile, name: str, source: str, device_str: str = "cuda") -> Kernel:
-            shared = shared_bytes(compile_kernel(self, name, source, device_str)) if recorder.compile_triton else None
-            return Kernel(recorder, name, source, shared)
+            kernel = Kernel(recorder, name, source)
+            if recorder.triton == "all" or recorder.triton == "own" and kernel.bytes is None:
+                kernel.shared = shared_bytes(compile_kernel(self, name, source, device_str))
+            return kernel
 
         def compile_to_module(self: GraphLowering) -> Any:
             kind = "backward" if self.is_backward else "inference" if self.is_inference else "forward"
@@ -198,7 +201,7 @@ class Recorder(TorchDispatchMode):
 
         def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
             shared = None
-            if recorder.compile_triton:
+            if recorder.triton != "none":
                 mocks = [MockTensor(x.dtype, x.shape) if isinstance(x, Tensor) else x for x in args]
                 shared = launch(self, *mocks, grid=grid, warmup=True, **options).metadata.shared
             recorder.launched.append(shared)
@@ -265,7 +268,7 @@ class Recorder(TorchDispatchMode):
             self.launched: list[int | None] = []
             OPDEFS[f"steepest::{name}"]._init_fn(*args, **kwargs)  # its own lines, to see which kernels they launch
             add(tally.own, name, bytes_moved(f"steepest::{name}", tensors), count=len(self.launched),
-                shared=max((x for x in self.launched if x), default=None))
+                shared=max((x for x in self.launched if x is not None), default=None))
         else:
             moved = sum(map(tensor_bytes, tensors))
             add(tally.other, name, moved)
@@ -286,8 +289,11 @@ class Recorder(TorchDispatchMode):
 class Kernel:
     """A Triton kernel in generated code: it notes its launches."""
 
-    def __init__(self, recorder: Recorder, name: str, source: str, shared: int | None) -> None:
-        self.recorder, self.name, self.shared = recorder, name, shared
+    shared: int | None = None
+    """Shared memory in bytes, if Triton has compiled it."""
+
+    def __init__(self, recorder: Recorder, name: str, source: str) -> None:
+        self.recorder, self.name = recorder, name
         gigabytes = re.search(r"'kernel_num_gb': ([0-9.e+-]+)", source)
         self.bytes = float(gigabytes[1]) * 1e9 if gigabytes else None
         # A kernel of ours, launched through wrap_triton, keeps its function's name in the source.
