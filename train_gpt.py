@@ -236,7 +236,7 @@ class Trainer:
         aux_weights = AuxLossWeights(*(torch.full((), x, device=self.device) for x in (values.mtp, values.prefix_loss)))
         for x, y in micro_batches(inputs, targets, self.run.train.micro_tokens):
             x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-            nats = self.model(x, y, aux_weights=aux_weights, **values.windows)
+            nats = self.model(x, y, aux_weights=aux_weights, longest_document=values.max_document_tokens, **values.windows)
             (nats * scale).backward()
             total += nats.detach()  # on the device: .item() here would wait for it in every micro-batch
         return total
@@ -320,15 +320,15 @@ class Trainer:
         return f"{plan}\n\n{self.group_table}\n"
 
     def warm_up(self) -> None:
-        """Compile every shape by steps on random tokens, then restore weights, optimizer state and the generator. Where rows
-        do not divide evenly among ranks, those with one row more compile that shape in the timed loop."""
-        snapshot, rng_state = self.optimizer.state.snapshot(), torch.get_rng_state()  # sampled softmax draws from it
-        generator = torch.Generator().manual_seed(0)
-        shapes = {(v.batch_tokens, v.sequence_tokens, v.window_tokens, v.long_window_tokens): v
+        """Compile every shape by steps on random tokens, in documents of training's length, then restore weights, optimizer
+        state and generator. Where rows do not divide evenly among ranks, those with one more compile in the timed loop."""
+        snapshot, rng_state = self.optimizer.state.snapshot(), torch.get_rng_state()
+        shapes = {(v.batch_tokens, v.sequence_tokens, v.window_tokens, v.long_window_tokens, v.max_document_tokens): v
                   for v in map(self.schedule.values, range(self.run.train.steps))}
         for step, values in enumerate(shapes.values()):
             rows = max(1, values.batch_tokens // values.sequence_tokens // self.comm.world_size)
-            tokens = torch.randint(self.source.vocab_size, (rows, values.sequence_tokens), generator=generator)
+            tokens = torch.randint(self.source.vocab_size, (rows, values.sequence_tokens))
+            tokens[:, ::values.max_document_tokens or values.sequence_tokens] = self.source.document_start or 0
             for _ in range(self.run.train.warmup_steps):
                 self.gradients(tokens, tokens, values)
                 self.optimizer.step(values, (step + 1) * self.optimizer.period)  # a count at which every group is updated

@@ -61,7 +61,8 @@ def choose_paths(config: Model, device: torch.device, dtype: torch.dtype) -> Pat
     # The MLP's kernel takes a weight matrix only: no bias, no learned factors of the sphere, no 8-bit weights.
     matrix_only = not config.biases and config.geometry == "euclidean" and config.fp8 != "head_mlp"
     # Sizes that Triton can tile, and a window that fits the registers.
-    tiled = config.head_dim >= 16 and config.head_dim & (config.head_dim - 1) == 0 and config.dynamic_window <= LONGEST_WINDOW
+    power_of_2 = config.head_dim & (config.head_dim - 1) == 0
+    tiled = config.head_dim >= 16 and power_of_2 and config.dynamic_window <= LONGEST_WINDOW
     return here._replace(loss=here.loss if fused else "plain",
                          relu2=here.relu2 if fused and matrix_only and config.activation == "relu2" else "plain",
                          fp8=config.fp8 != "none",

@@ -27,8 +27,8 @@ class Values(NamedTuple):
     """Number of further tokens that multi-token prediction predicts."""
     prefix_loss: float = 1.0
     """Multiplies the weight of the prefix loss."""
-    max_document_tokens: int = 2048
-    """Length to which longer documents are clipped."""
+    max_document_tokens: int | None = None
+    """Length to which longer documents are clipped; None: the order clips none."""
 
     @property
     def windows(self) -> dict[str, int | None]:
@@ -42,9 +42,10 @@ class Schedule:
     def __init__(self, run: Run) -> None:
         self.total_steps = run.train.steps
         self._curves = {name: parse_curve(text) for name in Values._fields if (text := getattr(run.schedule, name))}
+        clips = run.data.order == "documents"
         self._base = {"batch_tokens": run.train.batch_tokens, "sequence_tokens": run.data.sequence_tokens,
                       "window_tokens": run.model.window_tokens, "long_window_tokens": run.model.long_window_tokens,
-                      "max_document_tokens": run.data.max_document_tokens}
+                      "max_document_tokens": run.data.max_document_tokens if clips else None}
 
     def values(self, step: int) -> Values:
         """Return the values of optimizer step 0, 1, ..., total_steps - 1."""
@@ -61,7 +62,7 @@ class Schedule:
         tokens = self._base[name]
         return None if tokens is None else max(1, round(tokens * curves[name]))
 
-    def portions(self, step: int) -> tuple[int, int, int]:
+    def portions(self, step: int) -> tuple[int, int, int | None]:
         """Return (batch_tokens, sequence_tokens, max_document_tokens) of a step, the sizes that the data pipeline needs."""
         values = self.values(step)
         return values.batch_tokens, values.sequence_tokens, values.max_document_tokens
