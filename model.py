@@ -534,11 +534,13 @@ class GPT(nn.Module):
         self._axes = {name: param.axis for name, param in self.named_parameters()}
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, *, window: int | None = None,
-                long_window: int | None = None, aux_weights: AuxLossWeights | None = None) -> Tensor:
+                long_window: int | None = None, longest_document: int | None = None,
+                aux_weights: AuxLossWeights | None = None) -> Tensor:
         """Token ids (B, T) -> logits (B, T, V), float32; with targets (B, T), the summed cross-entropy in nats, 0-D float32.
 
-        `window` and `long_window`, in tokens, replace the configured sliding windows. With `aux_weights` the loss is the one
-        that training minimises: plus the auxiliary losses that act in this step, or over sampled classes only.
+        `window` and `long_window`, in tokens, replace the configured sliding windows; no document has more tokens than
+        `longest_document`. With `aux_weights` the loss is the one that training minimises: plus the auxiliary losses that act
+        in this step, or over sampled classes only.
         """
         if tokens_BT.size(1) > self.max_tokens:
             raise ValueError(f"a context of {tokens_BT.size(1)} tokens; this model was built for {self.max_tokens}")
@@ -547,7 +549,7 @@ class GPT(nn.Module):
         starts_BT = tokens_BT == self.document_start if self.config.document_mask else None
         first_BT = None if starts_BT is None else document_first(starts_BT)
         windows = self.windows(window, long_window)
-        masks = self.masks(tokens_BT, first_BT, windows)
+        masks = self.masks(tokens_BT, first_BT, windows, longest_document)
 
         # Embeddings: the residual stream before the first block. YaRN follows the long window on all layers.
         x_BTC, x0_BTC, ngrams_BTC, gates = self.embed_tokens(tokens_BT, starts_BT)
@@ -585,16 +587,18 @@ class GPT(nn.Module):
         return [long_window if window is not None and has_long_window(self.config, i) else window
                 for i in range(self.config.layers)]
 
-    def masks(self, tokens_BT: Tensor, first_BT: Tensor | None, windows: list[int | None]) -> list[Mask]:
+    def masks(self, tokens_BT: Tensor, first_BT: Tensor | None, windows: list[int | None],
+              longest: int | None) -> list[Mask]:
         """Return each layer's attention mask; layers with the same window share one."""
-        tokens, paired_first = tokens_BT.size(1), None
-        if self.config.paired_heads and first_BT is not None:  # two heads are interleaved token by token, see pair_heads
-            paired_first = 2 * first_BT.repeat_interleave(2, dim=1)
+        tokens, make = tokens_BT.size(1), KERNELS[self.kernel].mask
         masks: dict[tuple[int | None, bool], Mask] = {}
         kinds = [(window, i in self.config.paired_heads) for i, window in enumerate(windows)]
         for window, paired in dict.fromkeys(kinds):
-            length, first = (2 * tokens, paired_first) if paired else (tokens, first_BT)
-            masks[window, paired] = KERNELS[self.kernel].mask(length, window, first, tokens_BT.device)
+            if paired:  # two heads are interleaved token by token, see pair_heads
+                first = None if first_BT is None else 2 * first_BT.repeat_interleave(2, dim=1)
+                masks[window, paired] = make(2 * tokens, window, first, tokens_BT.device, 2 * longest if longest else None)
+            else:
+                masks[window, paired] = make(tokens, window, first_BT, tokens_BT.device, longest)
         return [masks[kind] for kind in kinds]
 
     def rotations(self, tokens: int, window: int | None) -> list[tuple[Tensor, Tensor] | None]:

@@ -238,7 +238,7 @@ class Trainer:
             x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
             aux = aux.draw_classes(self.run.model.sampled_softmax, len(self.model.head_weight), device=self.device,
                                    key=(self.run.run.seed, self.progress.step, number))
-            nats = self.model(x, y, aux_weights=aux, **values.windows)
+            nats = self.model(x, y, aux_weights=aux, longest_document=values.max_document_tokens, **values.windows)
             (nats * scale).backward()
             total += nats.detach()  # on the device: .item() here would wait for it in every micro-batch
         return total
@@ -322,13 +322,14 @@ class Trainer:
         return f"{plan}\n\n{self.group_table}\n"
 
     def warm_up(self) -> None:
-        """Compile every shape by steps on random tokens, then restore weights, optimizer state and 8-bit scales. Where rows
-        do not divide evenly among ranks, those with one row more compile that shape in the timed loop."""
-        snapshot, generator = self.optimizer.state.snapshot(), torch.Generator().manual_seed(0)
+        """Compile every shape by steps on random tokens, in documents of training's length, then restore weights, optimizer
+        state and 8-bit scales. Where rows do not divide evenly among ranks, those with one more compile in the timed loop."""
+        snapshot = self.optimizer.state.snapshot()
         shapes = {graph_key(v, self.run.model): v for v in map(self.schedule.values, range(self.run.train.steps))}
         for step, values in enumerate(shapes.values()):
             rows = max(1, values.batch_tokens // values.sequence_tokens // self.comm.world_size)
-            tokens = torch.randint(self.source.vocab_size, (rows, values.sequence_tokens), generator=generator)
+            tokens = torch.randint(self.source.vocab_size, (rows, values.sequence_tokens))
+            tokens[:, ::values.max_document_tokens or values.sequence_tokens] = self.source.document_start or 0
             for _ in range(self.run.train.warmup_steps):
                 self.gradients(tokens, tokens, values)
                 self.optimizer.step(values, (step + 1) * self.optimizer.period)  # a count at which every group is updated

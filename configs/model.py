@@ -86,7 +86,7 @@ class Model:
     document_mask: bool = technique(False, off=False, on=True)
     """Mask attention between documents."""
     attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
-    """Attention kernel. auto: on CUDA with a document mask varlen, if FlashAttention 3 runs there; else flex where there is a
+    """Attention kernel. auto: on CUDA with a document mask varlen, if FlashAttention 3 runs; else flex where there is a
     window or a document mask; else sdpa."""
     flash: Literal["default", "FA3", "FA4"] = "default"
     """FlashAttention inside sdpa and varlen. default: PyTorch's own; FA3 (Hopper), FA4: versions of a package to install."""

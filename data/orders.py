@@ -41,7 +41,7 @@ class RowRequest(NamedTuple):
     """Number of rows."""
     sequence_tokens: int
     """T."""
-    max_document_tokens: int
+    max_document_tokens: int | None
     """documents: only this many tokens of a document are used; the other orders ignore it."""
 
 

@@ -72,7 +72,8 @@ def choose_paths(config: Model, device: torch.device, dtype: torch.dtype) -> Pat
     # The MLP's kernel takes weight matrices only: no biases, no learned factors of the sphere; of sizes that it can load.
     matrix_only = not config.biases and config.geometry == "euclidean" and fits(config.dim, config.mlp_dim or 4 * config.dim)
     # Sizes that Triton can tile, and a window that fits the registers.
-    tiled = config.head_dim >= 16 and config.head_dim & (config.head_dim - 1) == 0 and config.dynamic_window <= LONGEST_WINDOW
+    power_of_2 = config.head_dim & (config.head_dim - 1) == 0
+    tiled = config.head_dim >= 16 and power_of_2 and config.dynamic_window <= LONGEST_WINDOW
     return here._replace(loss=loss, fp8=wanted,
                          relu2=here.relu2 if fused and matrix_only and config.activation == "relu2" else "plain",
                          dynamic_heads=here.dynamic_heads if fused and tiled and config.dynamic_heads else "plain")

@@ -18,11 +18,11 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from configs.model import Model
 
-Mask = Tensor | BlockMask | tuple[Tensor, int] | None
+Mask = Tensor | BlockMask | tuple[Tensor, int, int] | None
 
 BLOCK = 128  # queries and keys in a block of FlexAttention's tables
-# Documents that varlen_mask has room for in N tokens: FREE_DOCUMENTS + N / DOCUMENT_TOKENS. A fixed number keeps one compiled
-# graph; each place costs programs that find an empty document. The speedrun has 32 + N / 512 (2026).
+# Documents that varlen_mask has room for: B + FREE_DOCUMENTS + N / DOCUMENT_TOKENS. A fixed number keeps one compiled graph;
+# each place costs programs that find an empty document. The speedrun has 64, 96, 128 for 16, 32, 48 thousand tokens (2026).
 FREE_DOCUMENTS, DOCUMENT_TOKENS = 32, 256
 PROBED = torch.device("cuda")  # where FlashAttention is launched before it is chosen; tests set the CPU
 
@@ -34,11 +34,13 @@ def document_first(starts_BT: Tensor) -> Tensor:
     return torch.searchsorted(opened_BT, opened_BT)  # where the number of opened documents became what it is here
 
 
-def dense_mask(tokens: int, window: int | None, first_BT: Tensor | None, device: torch.device) -> Tensor | None:
+def dense_mask(tokens: int, window: int | None, first_BT: Tensor | None, device: torch.device,
+               longest: int | None = None) -> Tensor | None:
     """Return the mask for `attend_sdpa`: (B or 1, 1, T, T), True where query i sees key j; None if it is only causal.
 
     `window` counts the query's own token; None: no window. `first_BT` is from `document_first`; None: one document.
     """
+    del longest  # of use to varlen_mask
     if window is None and first_BT is None:
         return None
     i = torch.arange(tokens, device=device)
@@ -60,13 +62,15 @@ def attend_sdpa(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, mask: Mask, scal
 # ---- FlexAttention -------------------------------------------------------------------------------------------------------
 
 
-def flex_mask(tokens: int, window: int | None, first_BT: Tensor | None, device: torch.device) -> BlockMask:
-    """Return `dense_mask` as FlexAttention's tables of blocks of scores; blocks without a visible pair are skipped, and those
+def flex_mask(tokens: int, window: int | None, first_BT: Tensor | None, device: torch.device,
+              longest: int | None = None) -> BlockMask:
+    """Return `dense_mask` as FlexAttention's tables of blocks of scores; blocks without a visible pair are skipped, blocks
     that are visible as a whole are not masked (Dong et al. 2024, arXiv 2412.05496).
 
-    `create_block_mask` evaluates all T^2 pairs and sorts. Here lo never falls, so the blocks that a block of queries sees are
-    an interval, and so are the visible as a whole and, from the keys' side, the blocks of queries: the tables are equal.
+    The tables are those of `create_block_mask`, which evaluates all T^2 pairs and sorts. As lo never falls, the blocks that
+    a block of queries sees are an interval; so are those that it sees as a whole, and those of queries that see a block.
     """
+    del longest
     window = window or tokens
 
     def visible(b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -74,12 +78,13 @@ def flex_mask(tokens: int, window: int | None, first_BT: Tensor | None, device: 
         return near if first_BT is None else near & (j >= first_BT[b, i])
 
     seen_Bn, whole_Bn = block_intervals(tokens, window, first_BT, device)
-    return BlockMask((tokens, tokens), *key_tables(seen_Bn, whole_Bn), *query_tables(seen_Bn, whole_Bn), (BLOCK, BLOCK), visible)
+    tables = *key_tables(seen_Bn, whole_Bn), *query_tables(seen_Bn, whole_Bn)
+    return BlockMask((tokens, tokens), *tables, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=visible)
 
 
 def block_intervals(tokens: int, window: int, first_BT: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return seen and whole, (B or 1, n) each: queries of block i see blocks seen[i] .. i of keys, whole[i] .. i - 1 of them as
-    a whole. Neither falls from block to block."""
+    """Return seen and whole, (B or 1, n) each: queries of block i see the blocks seen[i] .. i of keys, and whole[i] .. i - 1
+    of them as a whole. Neither falls from block to block."""
     i = torch.arange(-(-tokens // BLOCK), device=device)[None]
     # lo of a block's first query, and of its last, plus 1 to divide upwards.
     lowest, highest = (i * BLOCK - window + 1).clamp_min(0), ((i + 1) * BLOCK - window).clamp_min(0)
@@ -93,8 +98,8 @@ def block_intervals(tokens: int, window: int, first_BT: Tensor | None, device: t
 
 
 def key_tables(seen_Bn: Tensor, whole_Bn: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return, by block of queries, number (B, 1, n) and indices (B, 1, n, n) of the blocks of keys that it sees in part, then
-    of those that it sees as a whole; int32. Indices beyond the number are arbitrary blocks."""
+    """Return, by block of queries, number (B, 1, n) and indices (B, 1, n, n) of the blocks of keys that it sees in part,
+    then of those that it sees as a whole; int32. Indices beyond the number are any blocks."""
     i = torch.arange(seen_Bn.size(1), device=seen_Bn.device)
     row, seen, whole = i[:, None], seen_Bn[..., None], whole_Bn[..., None]
     partial = torch.where(i < whole - seen, seen + i, row)  # seen .. whole - 1, and the diagonal, which never is whole
@@ -112,7 +117,7 @@ def query_tables(seen_Bn: Tensor, whole_Bn: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def table(count_Bn: Tensor, index_Bnn: Tensor) -> tuple[Tensor, Tensor]:
-    """Return counts (B, n) and indices (B or 1, n, n) in FlexAttention's form, int32 with an axis for heads, which share them."""
+    """Return counts (B, n) and indices (B or 1, n, n) in FlexAttention's form: int32, with an axis for heads."""
     return count_Bn[:, None].int(), index_Bnn.expand(len(count_Bn), -1, -1)[:, None].int()
 
 
@@ -125,12 +130,15 @@ def attend_flex(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, mask: Mask, scal
 # ---- FlashAttention on packed documents ----------------------------------------------------------------------------------
 
 
-def varlen_mask(tokens: int, window: int | None, first_BT: Tensor, device: torch.device) -> tuple[Tensor, int]:
-    """Return the mask for `attend_varlen`: document boundaries in the packed stream, and the window's keys to the left.
+def varlen_mask(tokens: int, window: int | None, first_BT: Tensor, device: torch.device,
+                longest: int | None = None) -> tuple[Tensor, int, int]:
+    """Return the mask for `attend_varlen`: document boundaries in the packed stream, the window's keys to the left, and an
+    upper bound of a document's tokens, which is `longest` if that is known: the smaller, the fewer programs find no work.
 
     The boundaries are int32: the first token of each document, then N until there are as many as the shapes allow, so that
-    one compiled graph serves any number of documents. More are an error on the device, which nothing waits for.
+    one compiled graph serves any number of documents. More, or longer ones, are an error on the device, unawaited.
     """
+    longest = min(longest or tokens, tokens)
     i = torch.arange(tokens, device=device)
     # Sequences are packed one after another: a sequence's first token always opens a document.
     opened_N = (first_BT == i).flatten().cumsum(0)
@@ -139,25 +147,25 @@ def varlen_mask(tokens: int, window: int | None, first_BT: Tensor, device: torch
     boundaries = torch.searchsorted(opened_N, torch.arange(capacity + 1, device=device), right=True).int()
     torch._assert_async(boundaries[-1] == stream, f"more than {capacity} documents in a pass of {stream} tokens, for which "
                         "--model.attention varlen has no room; use --model.attention flex")
+    torch._assert_async(boundaries.diff().max() <= longest, f"a document of more than {longest} tokens, the given bound")
     # `window` counts the query's own token, varlen_attn only the tokens before it; -1: all.
-    return boundaries, -1 if window is None or window >= tokens else window - 1
+    return boundaries, -1 if window is None or window >= longest else window - 1, longest
 
 
 def attend_varlen(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, mask: Mask, scale: float) -> Tensor:
     """Compute `attend_sdpa` by FlashAttention on the packed stream of documents; CUDA only."""
     from torch.nn.attention.varlen import varlen_attn
 
-    boundaries, left = mask
+    boundaries, left, longest = mask
     q, k, v = (x.flatten(0, 1) for x in (q_BTHD, k_BTHD, v_BTHD))
-    longest = q_BTHD.size(1)  # an upper bound; the longest document itself would have to be fetched from the device
     return varlen_attn(q, k, v, boundaries, boundaries, longest, longest, scale=scale, window_size=(left, 0)).view_as(q_BTHD)
 
 
 class Kernel(NamedTuple):
     """An attention kernel: the function that makes its mask and the function that attends."""
 
-    mask: Callable[[int, int | None, Tensor | None, torch.device], Mask]
-    """(tokens, window, first_BT, device) -> mask."""
+    mask: Callable[[int, int | None, Tensor | None, torch.device, int | None], Mask]
+    """(tokens, window, first_BT, device, longest) -> mask; `longest` bounds a document's tokens, None: the sequence does."""
     attend: Callable[[Tensor, Tensor, Tensor, Mask, float], Tensor]
     """(q, k, v, mask, scale) -> (B, T, H, D)."""
 

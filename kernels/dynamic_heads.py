@@ -1,18 +1,18 @@
 """Dynamic head composition: plain lines, and Triton kernels that store no attention weights.
 
-Attention weights A_g(t, s) of all heads g, over the last w tokens of the document, are mixed with weights of the query's token
-before they meet the values (Xiao et al. 2024, arXiv 2405.08553, in the speedrun's form of 2026):
+Attention weights A_g(t, s) of all heads g, over the last w tokens of the document, are mixed with weights of the query's
+token before they meet the values (Xiao et al. 2024, arXiv 2405.08553, in the speedrun's form of 2026):
 
     M(t, s) = sum_g a_g(t) A_g(t, s),    u_h(t) = sum_s M(t, s) v_h(s),    y_h(t) = b_h(t) u_h(t).
 
-A program of the forward kernel has ROWS queries and the SPAN keys that they can see. It adds up M over the heads, in registers,
-and multiplies it by each head's values. The backward pass computes A again from its logsumexp, which the forward pass stores. A
-first kernel gives the gradients by q and a: with G = sum_h b_h dL/dy_h v_h^T, the gradient by M,
+A program of the forward kernel has ROWS queries and the SPAN keys that they can see. It adds up M over the heads, in
+registers, and multiplies it by each head's values. The backward pass computes A again from its logsumexp, which the forward
+pass stores. A first kernel gives the gradients by q and a: with G = sum_h dL/du_h v_h^T, the gradient by M,
 
     dL/da_g(t) = sum_s A_g G,    dL/dscores_g = a_g A_g (G - dL/da_g).
 
-A second has ROWS keys and the SPAN queries that can see them, for the gradients by k and v: each is a sum over queries, so that
-no two programs add to one place, and results do not depend on their order.
+A second has ROWS keys and the SPAN queries that can see them, for the gradients by k and v: each is a sum over queries, so
+that no two programs add to one place, and no result depends on their order.
 
 Shapes: B sequences, T tokens, H heads, D head dimension; N blocks of w tokens; t queries and s keys of a block.
 """
@@ -84,10 +84,12 @@ def fused_dynamic_heads(qkv_BTHD: tuple[Tensor, Tensor, Tensor], ab_BTH: tuple[T
     return (u_BTHD * b_BTH[..., None]).type_as(v)
 
 
-# triton_op: torch.compile traces the launch, so that Inductor plans its buffers and launches it without a detour over Python.
+# triton_op: torch.compile traces the launch, so that Inductor plans its buffers and launches it without a detour.
 @torch.library.triton_op("steepest::dynamic_heads", mutates_args=())
-def mixed_heads(q: Tensor, k: Tensor, v: Tensor, a: Tensor, first: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Return u, (B, T, H, D), and the logsumexp of each head's scores, (B, T, H) float32. Tensors are contiguous, a float32."""
+def mixed_heads(q: Tensor, k: Tensor, v: Tensor, a: Tensor, first: Tensor, window: int,
+                scale: float) -> tuple[Tensor, Tensor]:
+    """Return u, (B, T, H, D), and the logsumexp of each head's scores, (B, T, H) float32, of contiguous tensors: queries,
+    keys, values, a in float32 (B, T, H), and first tokens in int32 (B, T)."""
     u, logsum = torch.empty_like(v), torch.empty_like(a)
     grid, sizes = launch_sizes(q, window)
     torch.library.wrap_triton(triton_kernels()[0])[grid](q, k, v, a, first, u, logsum, q.size(1), window, scale, **sizes)
@@ -110,7 +112,8 @@ def launch_sizes(q: Tensor, window: int) -> tuple[tuple[int, int], dict[str, int
     """Return the grid, a program for each block of ROWS tokens of each sequence, and the kernels' sizes."""
     B, T, H, D = q.shape
     span = max(16, 1 << (ROWS + window - 2).bit_length())  # tl.arange needs a power of two
-    return (-(-T // ROWS), B), {"H": H, "D": D, "ROWS": ROWS, "SPAN": span, "num_warps": 8 if span > 128 else 4, "num_stages": 2}
+    launch = {"num_warps": 8 if span > 128 else 4, "num_stages": 2}  # no spilled registers, a test says
+    return (-(-T // ROWS), B), {"H": H, "D": D, "ROWS": ROWS, "SPAN": span, **launch}
 
 
 def save_for_backward(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -136,8 +139,8 @@ def triton_kernels() -> tuple[Callable, Callable, Callable]:
     import triton
     import triton.language as tl
 
-    # `base` is the index of the sequence's first token, int64: B T H D may exceed 2^31. Offsets from there are int32, as half
-    # of the registers would hold addresses otherwise.
+    # `base` is the index of the sequence's first token, int64: B T H D may exceed 2^31. Offsets from there are int32:
+    # half of the registers would hold addresses otherwise.
 
     @triton.jit
     def visible_pairs(first_ptr, base, i, j, T, window):
@@ -213,7 +216,7 @@ def triton_kernels() -> tuple[Callable, Callable, Callable]:
     @triton.jit
     def by_keys(du_ptr, q_ptr, k_ptr, v_ptr, a_ptr, first_ptr, logsum_ptr, da_ptr, dk_ptr, dv_ptr, T, window, scale,
                 H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
-        """Gradients by k and v of ROWS keys; the SPAN queries begin with the first key. Tiles are transposed: keys x queries."""
+        """Gradients by k and v of ROWS keys; the SPAN queries begin with the first key. Tiles are keys x queries."""
         base = tl.program_id(1).to(tl.int64) * T
         j = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
         queries = tl.program_id(0) * ROWS + tl.arange(0, SPAN)[:, None]

@@ -29,8 +29,8 @@ class Values(NamedTuple):
     """Number of further tokens that multi-token prediction predicts."""
     prefix_loss: float = 1.0
     """Multiplies the weight of the prefix loss."""
-    max_document_tokens: int = 2048
-    """Length to which longer documents are clipped."""
+    max_document_tokens: int | None = None
+    """Length to which longer documents are clipped; None: the order clips none."""
 
     @property
     def windows(self) -> dict[str, int | None]:
@@ -45,6 +45,7 @@ class GraphKey(NamedTuple):
     sequence_tokens: int
     window_tokens: int | None
     long_window_tokens: int | None
+    max_document_tokens: int
     mtp_terms: int
     """Number of further tokens that the loss predicts."""
     prefix_loss: bool
@@ -54,8 +55,8 @@ class GraphKey(NamedTuple):
 def graph_key(values: Values, config: Model) -> GraphKey:
     """Return the key of the graph of a step with these values."""
     mtp, prefix = loss_weights(values, config)
-    return GraphKey(values.batch_tokens, values.sequence_tokens, values.window_tokens, values.long_window_tokens, len(mtp),
-                    prefix > 0)
+    return GraphKey(values.batch_tokens, values.sequence_tokens, values.window_tokens, values.long_window_tokens,
+                    values.max_document_tokens, len(mtp), prefix > 0)
 
 
 def loss_weights(values: Values, config: Model) -> tuple[tuple[float, ...], float]:
@@ -75,9 +76,10 @@ class Schedule:
     def __init__(self, run: Run) -> None:
         self.total_steps = run.train.steps
         self._curves = {name: parse_curve(text) for name in Values._fields if (text := getattr(run.schedule, name))}
+        clips = run.data.order == "documents"
         self._base = {"batch_tokens": run.train.batch_tokens, "sequence_tokens": run.data.sequence_tokens,
                       "window_tokens": run.model.window_tokens, "long_window_tokens": run.model.long_window_tokens,
-                      "max_document_tokens": run.data.max_document_tokens}
+                      "max_document_tokens": run.data.max_document_tokens if clips else None}
 
     def values(self, step: int) -> Values:
         """Return the values of optimizer step 0, 1, ..., total_steps - 1."""
@@ -94,7 +96,7 @@ class Schedule:
         tokens = self._base[name]
         return None if tokens is None else max(1, round(tokens * curves[name]))
 
-    def portions(self, step: int) -> tuple[int, int, int]:
+    def portions(self, step: int) -> tuple[int, int, int | None]:
         """Return (batch_tokens, sequence_tokens, max_document_tokens) of a step, the sizes that the data pipeline needs."""
         values = self.values(step)
         return values.batch_tokens, values.sequence_tokens, values.max_document_tokens

@@ -1,4 +1,4 @@
-"""The kernels of kernels/dynamic_heads.py on CPUs, in Triton's interpreter; test_dynamic_heads.py runs this file by itself."""
+"""The kernels of dynamic_heads.py on CPUs, in Triton's interpreter; test_dynamic_heads.py runs this file by itself."""
 
 import pytest
 import torch
@@ -43,7 +43,8 @@ def test_kernels_equal_the_plain_twin(tokens, window, by_document, monkeypatch):
     inputs, options = case(tokens), {"first_BT": documents(tokens) if by_document else None, "window": window, "scale": 0.25}
     twin = values_and_gradients(dynamic_heads, inputs, torch.float64, **options)
     monkeypatch.undo()
-    for result, expected in zip(values_and_gradients(fused_dynamic_heads, inputs, torch.float32, **options), twin, strict=True):
+    results = values_and_gradients(fused_dynamic_heads, inputs, torch.float32, **options)
+    for result, expected in zip(results, twin, strict=True):
         torch.testing.assert_close(result.double(), expected, rtol=0, atol=3e-6 * max(1, expected.abs().max().item()))
 
 
@@ -51,7 +52,8 @@ def test_kernels_in_half_precision():
     """Rounding of the result, and of the weights before their product with values."""
     inputs, options = case(60), {"first_BT": documents(60), "window": 20, "scale": 0.25}
     twin = values_and_gradients(dynamic_heads, [x.half().double() for x in inputs], torch.float32, **options)
-    for result, expected in zip(values_and_gradients(fused_dynamic_heads, inputs, torch.float16, **options), twin, strict=True):
+    results = values_and_gradients(fused_dynamic_heads, inputs, torch.float16, **options)
+    for result, expected in zip(results, twin, strict=True):
         assert (result.float() - expected).norm() < 2e-3 * expected.norm()
 
 

@@ -98,7 +98,8 @@ def test_varlen_mask_equals_the_dense_mask(case):
     starts, window = case
     rows, tokens = starts.shape
     document = document_first(starts)
-    boundaries, left = varlen_mask(tokens, window, document, CPU)
+    boundaries, left, longest = varlen_mask(tokens, window, document, CPU)
+    assert longest == tokens
     assert boundaries.dtype == torch.int32
     expected = torch.block_diag(*visible_by_loop(tokens, window, document.tolist())[:, 0]).bool()
     assert torch.equal(visible_by_boundaries(boundaries.tolist(), left, rows, tokens), expected)
@@ -159,11 +160,19 @@ def test_masks_compile_once_for_any_number_of_documents(make):
 def test_more_documents_than_varlen_has_room_for_are_an_error():
     starts = torch.zeros(2, 256, dtype=torch.bool)
     starts[:, :18] = True  # 36 documents; room for 2 + 32 + 512 // 256
-    boundaries, _ = varlen_mask(256, None, document_first(starts), CPU)
+    boundaries, *_ = varlen_mask(256, None, document_first(starts), CPU)
     assert boundaries.numel() == 37 and boundaries[-1] == 512 and boundaries[-2] < 512
     starts[1, 20] = True
     with pytest.raises(RuntimeError, match="more than 36 documents in a pass of 512 tokens.*use --model.attention flex"):
         varlen_mask(256, None, document_first(starts), CPU)
+
+
+def test_documents_longer_than_their_bound_are_an_error():
+    first = document_first(torch.arange(64)[None] % 20 == 0)
+    assert varlen_mask(64, 30, first, CPU, 20)[1:] == (-1, 20)
+    assert varlen_mask(64, 12, first, CPU, 20)[1:] == (11, 20)
+    with pytest.raises(RuntimeError, match="a document of more than 19 tokens"):
+        varlen_mask(64, 30, first, CPU, 19)
 
 
 # ---- Kernels ---------------------------------------------------------------------------------------------------------
@@ -228,8 +237,8 @@ def hopper(monkeypatch):
 
 
 def attend_as_varlen(q, k, v, mask, scale):
-    boundaries, left = mask
-    assert (boundaries[-1], left, q.dtype) == (32, 15, torch.bfloat16)
+    boundaries, left, longest = mask
+    assert (boundaries[-1], left, longest, q.dtype) == (32, 15, 32, torch.bfloat16)
     return attend_sdpa(q, k, v, None, scale)
 
 

@@ -25,7 +25,8 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 @needs_triton
 def test_the_kernels_in_tritons_interpreter():
-    command = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreted_dynamic_heads.py"]
+    file = "tests/kernels/interpreted_dynamic_heads.py"
+    command = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
     process = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout
     assert "skipped" not in process.stdout

@@ -105,7 +105,7 @@ def test_values_do_not_depend_on_what_was_asked_before():
 def test_values_are_plain_numbers():
     values = planned(window=64, momentum="0.9").values(3)
     assert json.loads(json.dumps(values)) == list(values)
-    assert [type(x) for x in values] == [float, float, float, int, int, int, type(None), float, float, int]
+    assert [type(x) for x in values] == [float, float, float, int, int, int, type(None), float, float, type(None)]
 
 
 def test_curves_that_no_step_reaches_are_left_out():
