@@ -231,9 +231,9 @@ def define_operator() -> None:
 
 
 @functools.cache
-def row_kernel() -> Callable:
-    """Return the Triton kernel, with one program for each row. Defined at first use: Triton is optional."""
-    global tl, softcap_and_slope  # Triton looks up the names in a kernel among the globals of its module
+def softcap_kernel() -> Callable:
+    """Return the Triton function of softcap and its slope. Defined at first use: Triton is optional."""
+    global tl  # Triton looks up the names in a kernel among the globals of its module
     import triton
     import triton.language as tl
 
@@ -251,6 +251,17 @@ def row_kernel() -> Callable:
         else:
             y, slope = z, tl.full(z.shape, 1.0, tl.float32)
         return y, slope
+
+    return softcap_and_slope
+
+
+@functools.cache
+def row_kernel() -> Callable:
+    """Return the Triton kernel of loss and gradient, with one program for each row."""
+    global softcap_and_slope
+    import triton
+
+    softcap_and_slope = softcap_kernel()
 
     @triton.jit
     def rows(z_ptr, targets_ptr, weights_ptr, loss_ptr, grad_ptr, count, columns, height: tl.constexpr,

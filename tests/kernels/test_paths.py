@@ -69,6 +69,17 @@ def test_kernels_compile_for_gpus(tmp_path, monkeypatch):
     assert "ld.global.v4" in transposed and "st.global.v4" in transposed  # 16 bytes at a time
 
 
+@needs_triton
+def test_compiled_graphs_depend_on_the_source_of_the_kernels():
+    """PyTorch finds the kernels of an operator in its source, for the keys of its caches of compiled graphs."""
+    from torch._library.triton import get_triton_kernels_for_op
+
+    for module, name, kernel in ((cross_entropy, "loss_and_grad", cross_entropy.row_kernel()),
+                                 (fp8, "transpose", fp8.tile_kernel())):
+        module.define_operator()
+        assert get_triton_kernels_for_op(f"steepest::{name}") == [kernel]
+
+
 def ptx(kernel, types: dict[str, str], constants: dict, warps: int = 8) -> str:
     from triton import compile as compiled
     from triton.backends.compiler import GPUTarget
