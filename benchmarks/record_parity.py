@@ -190,8 +190,8 @@ or two numbers, whose gradients are sums over all tokens that cancel. Four docum
 loss weights as in the stages of the run, the last case with the final validation's longer window.""",
     "optimizer": f"""The largest difference |ours - theirs| / |theirs| (Frobenius norms) over {STEPS} steps from step 0 and
 from step 842: of one step's update, and of the weights afterwards. Cautious decay acts where update and weight agree in
-sign. Where an update is 0 up to rounding, one of the two may decay an entry and the other not: entries that differ by more than
-{APART:g} of the update's RMS are counted in `apart`, of `entries` in all steps, and left out of `update` but not of
+sign. Where an update is 0 up to rounding, one of the two may decay an entry and the other not: entries that differ by more
+than {APART:g} of the update's RMS are counted in `apart`, of `entries` in all steps, and left out of `update` but not of
 `weights`.""",
 }
 PREFACE = """# Ours and the public record's script, by value

@@ -84,13 +84,13 @@ def migrate_group(group: Mapping[str, Any]) -> dict[str, Any]:
     if rule == "steepest" and spectral:
         rule = "muon"
     # Settings that had no effect without clip or constraint sphere are dropped: format 2 refuses them there.
-    extra = {f.name: group[f.name] for f in fields(Extra)}
+    extra = {f.name: group[f.name] for f in fields(Extra) if f.name in group}  # not those that are newer than format 1
     if not extra["clip"]:
         del extra["clip_norm"]
     if group["constraint"] != "sphere":
         del extra["retraction"], extra["tangent"]
-    base = {f.name: group[f.name] for f in fields(RuleConfig) if f.name not in ("graft", "extra")}
     graft = group.pop("graft")
+    base = {f.name: group[f.name] for f in fields(RuleConfig) if f.name in group}
     return {"rule": rule} | base | own_fields(rule, group) | {"graft": migrate_graft(graft, group), "extra": extra}
 
 
@@ -106,7 +106,7 @@ def own_fields(rule: str, group: Mapping[str, Any]) -> dict[str, Any]:
     """Return a group's values for the fields that the rule's class adds to those of every rule."""
     raise_if(rule not in RULES, f"unknown rule {rule!r}")
     names = {f.name for f in fields(RULES[rule])} - {f.name for f in fields(RuleConfig)}
-    values = {name: group[name] for name in names}
+    values = {name: group[name] for name in names & group.keys()}
     if "unit" in names and "norm" not in names:  # Muon and its subclasses: the two spectral norms became units
         values["unit"] = "rms_operator" if group["norm"] == "rms_operator" else UNITS[group["unit"]]
     if "schatten_p" in names and group["norm"] != "schatten":

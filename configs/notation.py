@@ -194,6 +194,18 @@ def parse_by_name(words: tuple[str, ...]) -> dict[str, float]:
     return numbers
 
 
+def parse_kernel(words: tuple[str, ...]) -> dict[float, float]:
+    """Parse MOMENTUM=WEIGHT words to {momentum: weight}. Raises ValueError, quoting the offending word."""
+    kernel = {}
+    for name, weight in parse_by_name(words).items():
+        try:
+            kernel[float(name)] = weight
+        except ValueError:
+            raise ValueError("expected MOMENTUM=WEIGHT with two numbers, such as 0.85=0.44, got "
+                             f"'{name}={weight:g}'") from None
+    return kernel
+
+
 def is_named(key: str, name: str) -> bool:
     """True if a dotted name contains `key`, without a final ?, as whole words: mlp.down in blocks.0.mlp.down.weight."""
     return f".{key.removesuffix('?')}." in f".{name}."

@@ -10,7 +10,7 @@ In the docstrings: W the weights, m the momentum buffer, mu its coefficient, g t
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
-from configs.notation import check_ranges, check_table, nearest, parse_by_name, raise_if, technique
+from configs.notation import check_ranges, check_table, nearest, parse_by_name, parse_kernel, raise_if, technique
 
 NormName = Literal["spectral", "rms_operator", "schatten", "row", "column", "sign", "frobenius"]
 # The units of rule steepest other than plain, each with the norms that have it.
@@ -20,7 +20,7 @@ UNIT_NORMS: dict[str, tuple[NormName, ...]] = {
 }
 # The interval of each numeric field, for `check_ranges`.
 RANGES = {
-    "[0, inf)": ("lr", "weight_decay", "eps", "clip", "row_floor"),
+    "[0, inf)": ("lr", "weight_decay", "eps", "clip", "row_floor", "kernel_from"),
     "[1, inf)": ("ns_steps", "averages", "whiten_steps", "every_steps", "update_every", "dual_steps", "schatten_p"),
     "[0, 1)": ("momentum", "momentum_fast", "beta1", "beta2"),
     "[0, 1]": ("gram_beta", "radial_brake"),
@@ -163,11 +163,22 @@ class Averaged(RuleConfig):
     Needs averaging ema."""
     momentum_fast: float = 0.5
     """Momentum of the fastest of several averages; `momentum` is that of the slowest."""
+    kernel: tuple[str, ...] = technique((), name="momentum_kernel", off=(), on=("0.5=0.4", "0.9=0.6"),
+                                        needs={"optim.matrix.averaging": "ema"})
+    """Fixed averages in place of those, as MOMENTUM=WEIGHT: 0.85=0.4385 0.98=0.5615 (bi-Maxwell, speedrun track 3, pull
+    request 339; ANVIL, 349). The step is their weighted mean, with Nesterov's look-ahead still by `momentum`. Empty: off."""
+    kernel_from: int = 0
+    """Number of updates with the average of `momentum` alone, before several averages or the kernel act; each of them starts
+    from it, so that nothing jumps (track 3: 1000 of 2635; ANVIL: 514)."""
 
     def check(self) -> None:
-        """Raise ValueError for several averages other than ema."""
+        """Raise ValueError for several averages other than ema, and for a kernel that is none."""
         raise_if(self.averages > 1 and self.averaging != "ema",
                  f"averages {self.averages} belong to averaging ema, got {self.averaging}")
+        raise_if(bool(self.kernel) and (self.averages > 1 or self.averaging == "heavy_ball"),
+                 f"kernel replaces averages, of averaging ema; got averages {self.averages}, averaging {self.averaging}")
+        for mu in parse_kernel(self.kernel):
+            raise_if(mu >= 1, f"momentum in kernel must lie in (0, 1), got {mu:g}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -170,7 +170,7 @@ def equilibrium_angle(group: ParamGroup, values: Values) -> float | None:
 
 def _is_random_walk(config: RuleConfig) -> bool:
     """True if a step follows one average of the gradients, and nothing but decay limits the weights."""
-    one_average = config.rule in BETA1_RULES or (isinstance(config, Averaged) and config.averages == 1)
+    one_average = config.rule in BETA1_RULES or (isinstance(config, Averaged) and config.averages == 1 and not config.kernel)
     constrained = config.constraint != "none" or config.extra.radial_brake or config.rule in SEPARATE_LENGTH_RULES
     return one_average and not constrained and config.graft.rule == "none" and not config.extra.lr_factors
 

@@ -32,5 +32,5 @@ class Muon2(Muon):
         grad = grad.float()
         # The average is of raw gradients and divided last, so that the newest v scales all of it, old gradients too.
         update_second_moment(state["square"], grad, self.config.beta2)
-        average = average_gradient(grad, state, self.config, hyper.momentum)
+        average = average_gradient(grad, state, self.config, hyper)
         return self.dual(average.float() / state["square"].float().sqrt().add_(self.config.eps).clamp_min_(1e-30))

@@ -54,7 +54,7 @@ class Shampoo(Rule):
             for side in sides:
                 state[f"root_{side}"].copy_(root(state[f"gram_{side}"] / weight, power, eps=self.config.eps))
         # Precondition the average.
-        step = average_gradient(grad.float(), state, self.config, hyper.momentum).float()
+        step = average_gradient(grad.float(), state, self.config, hyper).float()
         if "left" in sides:
             step = state["root_left"] @ step
         return step @ state["root_right"] if "right" in sides else step

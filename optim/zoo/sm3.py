@@ -43,4 +43,4 @@ class SM3(Rule):
         root = torch.minimum(state["row"], state["column"]).hypot(grad)
         state["row"].copy_(root.amax(-1, keepdim=True))
         state["column"].copy_(root.amax(-2, keepdim=True))
-        return average_gradient(grad / root.clamp_min(TINY), state, self.config, hyper.momentum)
+        return average_gradient(grad / root.clamp_min(TINY), state, self.config, hyper)

@@ -34,7 +34,7 @@ class SOAPMuon(Muon):
 
     def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
         """Return D, float32 (K, m, n)."""
-        average = average_gradient(grad.float(), state, self.config, hyper.momentum).float()
+        average = average_gradient(grad.float(), state, self.config, hyper).float()
         if int(hyper.count) > 1:
             rotated = to_eigenbases(average, state)
             update_second_moment(state["square"], rotated, self.config.beta2)

@@ -33,6 +33,6 @@ class Steepest(Rule):
 
     def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
         """Return D = dual(average), (K, m, n)."""
-        average = average_gradient(grad, state, self.config, hyper.momentum)
+        average = average_gradient(grad, state, self.config, hyper)
         # Rows of equal length: their singular values lie closer together, and Newton-Schulz converges better.
         return self.norm.dual(Row().dual(average) if self.config.equilibrate else average)

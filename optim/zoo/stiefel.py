@@ -76,7 +76,7 @@ class Stiefel(Rule):
 
     def direction(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: Hyper) -> Tensor:
         """Return D (K, m, n), tangential at the weights, of spectral norm at most 1."""
-        average = average_gradient(grad, state, self.config, hyper.momentum)
+        average = average_gradient(grad, state, self.config, hyper)
         wide = param.size(-2) < param.size(-1)
         W, G = ((x.mT if wide else x).double() for x in (param, average))
         scale = G.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)

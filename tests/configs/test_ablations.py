@@ -44,6 +44,7 @@ CHANGES = {f"no_{name}": {f"model.{name}"} for name in MODEL_SWITCHES} | {
     "no_lr_factors": {"optim.matrix.extra.lr_factors"},
     "no_slow_adam": {f"optim.{role}.update_every" for role in ("embed", "head")},
     "no_nesterov": {"optim.matrix.nesterov"}, "no_momentum": {"optim.matrix.averaging"},
+    "no_momentum_kernel": {"optim.matrix.kernel"},
     "no_momentum_curve": {"schedule.momentum"}, "no_weight_decay": {"optim.matrix.weight_decay"},
     "no_batch_growth": {"schedule.batch_tokens"}, "no_sequence_growth": {"schedule.sequence_tokens"},
     "no_lr_cooldown": {"schedule.lr"}}
@@ -66,7 +67,7 @@ EVERYTHING += " " + as_flags({f"model.{name}": True for name, technique in techn
                               if technique.on is True and f"model.{name} " not in EVERYTHING and not technique.needs})
 # Techniques that EVERYTHING cannot contain, since they exclude others of it or need other optimizers; tested separately.
 APART = {"mtp_weights", "prefix_loss", "sampled_softmax", "tied_start", "row_moments", "slow_adam", "cautious_decay",
-         "blocks", "lr_factors"}
+         "blocks", "lr_factors", "momentum_kernel"}
 
 
 def labels(run):
@@ -106,9 +107,9 @@ def test_every_technique_can_be_left_out():
 
 def test_the_record_recipe_has_a_row_for_each_of_its_techniques():
     rows = {row.name for row in leave_one_out_rows(PRESETS["speedrun_cpu"]())}
-    assert {f"no_{name}" for name in APART - {"sampled_softmax"}} <= rows
-    sampled = parse_row("tiny", ["--model.sampled_softmax", "9"])
-    assert "no_sampled_softmax" in {row.name for row in leave_one_out_rows(sampled)}
+    assert {f"no_{name}" for name in APART - {"sampled_softmax", "momentum_kernel"}} <= rows
+    frontier = parse_row("tiny", ["--model.sampled_softmax", "9", "--optim.matrix.kernel", "0.85=0.4", "0.98=0.6"])
+    assert {"no_sampled_softmax", "no_momentum_kernel"} <= {row.name for row in leave_one_out_rows(frontier)}
 
 
 def test_a_technique_that_is_off_has_no_row():

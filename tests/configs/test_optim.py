@@ -64,8 +64,8 @@ def test_fields_are_documented():
 
 def test_each_rule_has_only_its_own_fields():
     assert OWN["adam"] == {"beta1", "beta2", "eps"} and OWN["agd"] == set() and OWN["swan"] == {"whiten_steps"}
-    assert OWN["muon"] == {"momentum", "averaging", "nesterov", "averages", "momentum_fast", "ns", "ns_steps",
-                           "equilibrate", "unit"}
+    assert OWN["muon"] == {"momentum", "averaging", "nesterov", "averages", "momentum_fast", "kernel", "kernel_from",
+                           "ns", "ns_steps", "equilibrate", "unit"}
     assert OWN["steepest"] - OWN["muon"] == {"norm", "schatten_p"} and not OWN["muon"] - OWN["steepest"]
     assert not OWN["adam"] & OWN["muon"]
 
@@ -75,7 +75,7 @@ def test_every_field_of_a_rule_is_read_by_it(rule):
     """By its file, the code that it extends or uses, or the averages of optim/muon.py; momentum comes from the schedule."""
     used = {"muown": (adam.Adam,), "soap_muon": (soap.update_eigenbases,)}.get(rule, ())
     classes = groups.rule_class(RULES[rule]).__mro__[:-1] + used
-    averages = (muon.average_gradient, muon.mean_of_averages, muon.init_average)
+    averages = (muon.average_gradient, muon.averages_at, muon.mean_of_averages, muon.init_average)
     source = "".join(map(inspect.getsource, (*classes, inspect.getmodule(classes[0]), *averages)))
     assert [name for name in OWN[rule] - {"momentum"} if f"config.{name}" not in source] == []
 
@@ -94,6 +94,12 @@ def test_every_field_of_a_rule_is_read_by_it(rule):
     (Muon, dict(averages=0), "averages must"), (Muon, dict(ns="cubic"), "unknown ns 'cubic'"),
     (Muon, dict(averages=3, averaging="heavy_ball"), "averages 3 belong to averaging ema, got heavy_ball"),
     (SM3, dict(averages=2, averaging="none"), "belong to averaging ema"),
+    (Muon, dict(kernel=("0.9=1", "0.5=1"), averages=2), "kernel replaces averages, of averaging ema; got averages 2"),
+    (Muon, dict(kernel=("0.9=1",), averaging="heavy_ball"), "got averages 1, averaging heavy_ball"),
+    (Muon, dict(kernel=("1.5=1",)), r"kernel must lie in \(0, 1\), got 1.5"),
+    (Muon, dict(kernel_from=-1), "kernel_from must"),
+    (Muon, dict(kernel=("fast=1",)), "expected MOMENTUM=WEIGHT with two numbers, such as 0.85=0.44, got 'fast=1'"),
+    (Muon, dict(kernel=("0.5",)), "got '0.5'"), (Muon, dict(kernel=("0.5=-1",)), "got '0.5=-1'"),
     (Dion, dict(rank_frac=0.0), r"rank_frac must lie in \(0, 1\], got 0"), (Dion, dict(rank_frac=1.5), "rank_frac"),
     (PSGD, dict(factor_lr=1.5), r"factor_lr must lie in \(0, 1\], got 1.5"),
     (PSGD, dict(step_rms=0.0), "step_rms must be positive, got 0"),

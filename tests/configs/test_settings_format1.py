@@ -22,6 +22,8 @@ USED = {f"preset/{name}": settings for name, settings in SETTINGS["presets"].ite
     name: {key: value for key, value in SETTINGS["presets"][run["preset"]].items() if key not in run["unset"]} | run["set"]
     for name, run in SETTINGS["runs"].items() if name not in REMOVED}
 """For each run of format 1, by name: its settings by dotted name; of an optimizer only those that its rule read."""
+RECIPES = ("speedrun", "speedrun_1gpu", "speedrun_consumer", "speedrun_cpu", "medium")  # better followed today
+UNCHANGED = [name for name, settings in USED.items() if settings["preset"] not in RECIPES]
 
 
 def run_named(name):
@@ -45,7 +47,7 @@ def acting(run):
     return run
 
 
-@pytest.mark.parametrize("name", USED)
+@pytest.mark.parametrize("name", UNCHANGED)
 def test_a_run_has_the_settings_of_format_1(name):
     assert acting(config_from_dict(unflatten(USED[name]))) == acting(run_named(name))
 

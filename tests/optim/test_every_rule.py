@@ -18,7 +18,8 @@ from tests.optim.oracle import FULL, directions, gaussian, hyper, one_role, trai
 SHAPES = {"wide": (5, 8), "other": (5, 8), "tall": (9, 4), "square": (6, 6), "vector": (7,), "number": (1,)}
 CASES = {name: config(lr=0.01) for name, config in RULES.items()} | {
     "normuon, longer": NorMuon(lr=0.01, normalise="longer"), "muon, equilibrated": Muon(lr=0.01, equilibrate=True),
-    "muon, 3 averages": Muon(lr=0.01, averages=3)}
+    "muon, 3 averages": Muon(lr=0.01, averages=3),
+    "muon, kernel": Muon(lr=0.01, kernel=("0.85=0.44", "0.98=0.56"), kernel_from=2)}
 every_rule = pytest.mark.parametrize("config", CASES.values(), ids=CASES)
 MUONS_KIN = {name: config for name, config in CASES.items() if name.split(",")[0] in (
     "muon", "normuon", "muon2", "muown", "dion", "dion2")}

@@ -12,7 +12,7 @@ from optim.groups import ParamGroup, build_groups
 from optim.metrics import StepMetrics, angle_between, equilibrium_angle, squares_by_tensor, variance_ratio
 from optim.muon import average_gradient
 from optim.sharded import ShardedOptimizer
-from tests.optim.oracle import FULL
+from tests.optim.oracle import FULL, hyper
 
 MUON = Muon(lr=0.05, weight_decay=0.4, momentum=0.9)
 PLAIN = Steepest(norm="frobenius", lr=0.05, weight_decay=0.4, momentum=0.9)
@@ -64,14 +64,16 @@ def test_adamw_is_the_papers_formula():
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_the_spread_of_an_average_by_an_impulse(kind, nesterov):
     config, impulse = Muon(averaging=kind, nesterov=nesterov), torch.eye(1, 600, dtype=torch.float64)[0]
-    state, mu = {"momentum": torch.zeros((), dtype=torch.float64)}, torch.tensor(0.9, dtype=torch.float64)
-    weights = torch.stack([average_gradient(grad, state, config, mu).clone() for grad in impulse])
+    state, numbers = {"momentum": torch.zeros((), dtype=torch.float64)}, hyper(0.1)
+    numbers = numbers._replace(momentum=torch.tensor(0.9, dtype=torch.float64))
+    weights = torch.stack([average_gradient(grad, state, config, numbers).clone() for grad in impulse])
     assert variance_ratio(0.9, nesterov=nesterov) == pytest.approx((weights.square().sum() / weights.sum().square()).item())
 
 
 @pytest.mark.parametrize("config", [
     replace(MUON, weight_decay=0.0), replace(MUON, decay="none"), replace(MUON, decay="cautious"),
-    replace(MUON, constraint="hyperball"), replace(MUON, averages=3), Dion(weight_decay=0.1)])
+    replace(MUON, constraint="hyperball"), replace(MUON, averages=3),
+    replace(MUON, kernel=("0.85=0.4", "0.98=0.6")), Dion(weight_decay=0.1)])
 def test_without_an_equilibrium_there_is_no_angle(config):
     assert equilibrium_angle(built(config)[1], FULL) is None
 

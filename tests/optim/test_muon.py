@@ -6,10 +6,21 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from configs.optim import Muon, Muon2, NorMuon, Steepest
 from optim.muon import average_gradient, init_average
-from tests.optim.oracle import SHAPES, assert_moved_alike, directions, gaussian, gradients, nesterov_means, polar, train
+from tests.optim.oracle import (
+    SHAPES,
+    assert_moved_alike,
+    directions,
+    gaussian,
+    gradients,
+    hyper,
+    nesterov_means,
+    polar,
+    train,
+)
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
@@ -114,12 +125,85 @@ def test_the_kernel_has_a_heavier_tail_than_its_mean_age():
     config, impulse = Muon(nesterov=False, averages=6, momentum_fast=0.5), torch.ones(1, 1, 1)
     state, response = init_average(impulse, config), []
     for t in range(1000):
-        response.append(average_gradient(impulse * (t == 0), state, config, torch.tensor(0.99)).item())
+        response.append(average_gradient(impulse * (t == 0), state, config, hyper(0.02, momentum=0.99)).item())
     assert sum(response) == pytest.approx(1, abs=1e-3)
     age = sum(t * r for t, r in enumerate(response))
     mu = age / (1 + age)
     assert response[300] > 10 * (1 - mu) * mu**300
     assert all(math.isfinite(r) and r >= 0 for r in response)
+
+
+# ---- A kernel of fixed averages, and its switch -------------------------------------------------------------------------
+
+KERNEL = ("0.85=0.4385", "0.98=0.5615")
+
+
+def bi_maxwell_twin(grads: list[Tensor], mu: list[float], switch: int) -> list[Tensor]:
+    """Return the step's average after each gradient, in float64: g + mu (m - g) with m the average of momentum mu, and after
+    `switch` updates .4385 fast + .5615 slow, both of which were m until then."""
+    fast = slow = m = torch.zeros_like(grads[0], dtype=torch.float64)
+    means = []
+    for t, grad in enumerate(grads):
+        g = grad.double()
+        if t < switch:
+            m = mu[t] * m + (1 - mu[t]) * g
+            fast = slow = m
+        else:
+            fast, slow = 0.85 * fast + 0.15 * g, 0.98 * slow + 0.02 * g
+            m = 0.4385 * fast + 0.5615 * slow
+        means.append(mu[t] * m + (1 - mu[t]) * g)
+    return means
+
+
+@pytest.mark.parametrize("switch", [0, 4, 30])
+def test_the_kernel_is_its_formula(switch):
+    start, grads = gaussian(1, 5, 8, seed=9, scale=0.1), gradients(1, 5, 8, steps=12)
+    mu = [0.8 + 0.01 * t for t in range(12)]
+    expected = start.double()
+    for mean in bi_maxwell_twin(grads, mu, switch):
+        expected = expected - 0.02 * mean / mean.norm()
+    config = Steepest(lr=0.02, norm="frobenius", kernel=KERNEL, kernel_from=switch)
+    assert_moved_alike(train(config, start, grads, momentum=lambda t: mu[t]), expected, start, tolerance=3e-6)
+
+
+@pytest.mark.parametrize("several", [{"kernel": KERNEL}, {"averages": 4, "momentum_fast": 0.3}])
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_up_to_the_switch_it_is_one_average_to_the_bit(several, nesterov, dtype):
+    """The update at which it is switched on is still the old one: from the next on the averages have their own memory."""
+    grads = [grad.to(dtype) for grad in gradients(1, 5, 8, steps=9)]
+    single, switched = (Steepest(norm="frobenius", nesterov=nesterov, **options)
+                        for options in ({}, several | {"kernel_from": 5}))
+    pairs = list(zip(directions(single, grads), directions(switched, grads), strict=True))
+    assert [torch.equal(a, b) for a, b in pairs] == [True] * 5 + [False] * 4
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_a_kernel_of_one_average_is_that_average(nesterov):
+    grads = gradients(1, 5, 8, steps=6)
+    kernel, single = (Steepest(norm="frobenius", nesterov=nesterov, momentum=0.7, **options)
+                      for options in ({"kernel": ("0.7=3",)}, {}))
+    for a, b in zip(directions(kernel, grads), directions(single, grads), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_its_mean_age_is_that_of_its_source():
+    """.4385 x .85 / .15 + .5615 x .98 / .02 = 30 updates (pull request 339)."""
+    config, impulse = Muon(nesterov=False, kernel=KERNEL), torch.ones(1, 1, 1)
+    state = init_average(impulse, config)
+    response = [average_gradient(impulse * (t == 0), state, config, hyper(0.02)).item() for t in range(1500)]
+    assert sum(response) == pytest.approx(1, abs=1e-4)
+    assert sum(t * r for t, r in enumerate(response)) == pytest.approx(0.4385 * 0.85 / 0.15 + 0.5615 * 49, rel=1e-3)
+
+
+def test_the_switch_compiles_no_second_graph():
+    config, counter = Muon(kernel=KERNEL, kernel_from=2), CompileCounter()
+    average = torch.compile(average_gradient, backend=counter, fullgraph=True, dynamic=False)
+    compiled, eager = ({key: x.clone() for key, x in init_average(torch.zeros(1, 4, 6), config).items()} for _ in range(2))
+    for t, grad in enumerate(gradients(1, 4, 6, steps=5), 1):
+        numbers = hyper(0.02, momentum=0.9 + t / 100, count=t)
+        torch.testing.assert_close(average(grad, compiled, config, numbers), average_gradient(grad, eager, config, numbers))
+    assert counter.frame_count == 1
 
 
 # ---- Equilibration -------------------------------------------------------------------------------
