@@ -12,7 +12,7 @@ from torch import Tensor
 
 import kernels
 from configs.schema import Model
-from kernels import cross_entropy, mlp
+from kernels import cross_entropy
 from kernels.cross_entropy import fused_cross_entropy, softcap, softcap_cross_entropy
 from model import GPT
 
@@ -22,9 +22,8 @@ KINDS = ("none", "tanh", "rational", "asymmetric")
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Several blocks and tiles, the last one partial, at sizes that are fast in the interpreter."""
+    """Several blocks, the last one partial, at sizes that are fast in the interpreter."""
     monkeypatch.setattr(cross_entropy, "BLOCK", 32)
-    monkeypatch.setattr(mlp, "TILE", {"ROWS": 16, "COLUMNS": 16, "INNER": 16})
 
 
 def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -97,25 +96,6 @@ def test_a_second_derivative_is_an_error():
         grad.sum().backward()
 
 
-# ---- Linear map and ReLU^2 -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(19, 21), (2, 4, 16)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter reads bfloat16 operands as integers
-def test_linear_relu2(shape, dtype):
-    x, weight = leaf(gaussian(*shape, dtype=dtype)), leaf(gaussian(35, shape[-1], seed=1) / shape[-1] ** 0.5)
-    y = mlp.linear_relu2(x, weight)
-    upstream = gaussian(*shape[:-1], 35, seed=2)
-    (y * upstream).sum().backward()
-    twin_x, twin_weight = exact(x), exact(weight.to(dtype))
-    twin = mlp.plain_linear_relu2(twin_x, twin_weight)
-    (twin * upstream).sum().backward()
-    assert y.dtype == dtype and y.shape == twin.shape and weight.grad.dtype == torch.float32
-    assert_near(y, twin, dtype)
-    assert_near(x.grad, twin_x.grad, dtype)
-    assert_near(weight.grad, twin_weight.grad, dtype)
-
-
 # ---- In the model, and compiled --------------------------------------------------------------------------------------
 
 
@@ -131,10 +111,9 @@ def test_the_model_fused_is_the_plain_model(changes, monkeypatch):
     monkeypatch.setattr(kernels, "KERNEL_DTYPE", torch.float32)
     config = Model(layers=1, dim=32, head_dim=16, mlp_dim=40, zero_init_projections=False, **changes)
     plain = build(replace(config, fused="off"))
-    monkeypatch.setattr(kernels, "device_paths", lambda device: kernels.Paths("triton", "triton", False, "for the test"))
+    monkeypatch.setattr(kernels, "device_paths", lambda device: kernels.Paths("triton", "plain", False, "for the test"))
     model = build(config)
     assert model.paths.loss == "triton" and plain.paths.loss == "plain"
-    assert (model.paths.relu2 == "triton") == (not config.biases)
     tokens, targets = torch.randint(50, (2, 2, 8), generator=torch.Generator().manual_seed(1))
     loss, twin = model(tokens, targets), plain(tokens, targets)
     assert loss.item() == pytest.approx(twin.item(), rel=1e-6)
@@ -146,12 +125,11 @@ def test_the_model_fused_is_the_plain_model(changes, monkeypatch):
         assert model(tokens, targets).item() == pytest.approx(twin.item(), rel=1e-6)
 
 
-def test_both_kernels_compile_into_one_graph():
+def test_the_kernel_compiles_into_one_graph():
     hidden, weight, targets = leaf(gaussian(8, 16)), leaf(gaussian(40, 16, seed=1)), torch.arange(8)
 
     def loss(h: Tensor, w: Tensor) -> Tensor:
-        up = mlp.linear_relu2(h, w)
-        return fused_cross_entropy(up, targets, "tanh", CAP).sum()
+        return fused_cross_entropy(F.linear(h, w), targets, "tanh", CAP).sum()
 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=False)
     gradients = torch.autograd.grad(compiled(hidden, weight), (hidden, weight))
