@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import torch
 
-
 DEFINED: set[str] = set()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 import kernels
 from configs.model import SPHERE_NEEDS
 from configs.schema import Model
-from kernels import cross_entropy, fp8, mlp
+from kernels import cross_entropy, fp8
 from kernels.cross_entropy import AuxLossWeights, Softcap, head_cross_entropy, loss_and_grad, softcap_cross_entropy
 from model import GPT
 
@@ -23,10 +23,9 @@ KINDS = ("none", "tanh", "rational", "asymmetric")
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Several blocks and tiles, the last one partial, at sizes that are fast in the interpreter."""
+    """Several blocks, the last one partial, at sizes that are fast in the interpreter."""
     monkeypatch.setattr(cross_entropy, "BLOCK", 32)
     monkeypatch.setattr(fp8, "SIDE", 16)
-    monkeypatch.setattr(mlp, "TILE", {"ROWS": 16, "COLUMNS": 16, "INNER": 16})
 
 
 def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -201,25 +200,6 @@ def test_gradients_of_the_8_bit_model_are_near_the_plain_ones(name, kind, monkey
     with torch.no_grad():  # validation and sampling are not in 8 bits
         assert torch.equal(model(tokens), plain(tokens))
         assert model(tokens, targets).item() == pytest.approx(plain(tokens, targets).item(), rel=1e-6)
-
-
-# ---- Linear map and ReLU^2 -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(19, 21), (2, 4, 16)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter reads bfloat16 operands as integers
-def test_linear_relu2(shape, dtype):
-    x, weight = leaf(gaussian(*shape, dtype=dtype)), leaf(gaussian(35, shape[-1], seed=1) / shape[-1] ** 0.5)
-    y = mlp.linear_relu2(x, weight)
-    upstream = gaussian(*shape[:-1], 35, seed=2)
-    (y * upstream).sum().backward()
-    twin_x, twin_weight = exact(x), exact(weight.to(dtype))
-    twin = mlp.plain_linear_relu2(twin_x, twin_weight)
-    (twin * upstream).sum().backward()
-    assert y.dtype == dtype and y.shape == twin.shape and weight.grad.dtype == torch.float32
-    assert_near(y, twin, dtype)
-    assert_near(x.grad, twin_x.grad, dtype)
-    assert_near(weight.grad, twin_weight.grad, dtype)
 
 
 # ---- In the model, and compiled --------------------------------------------------------------------------------------

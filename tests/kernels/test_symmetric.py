@@ -11,6 +11,7 @@ import torch
 
 from kernels import symmetric
 from kernels.symmetric import device_has_kernel, gram_polynomial, symmetric_product, uses_kernel
+from tests.kernels.machine_code import SHARED_BYTES, compile_kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -31,22 +32,17 @@ def test_the_kernel_in_tritons_interpreter():
 
 
 @needs_triton
+@pytest.mark.parametrize("capability", [90, 89, 80])
 @pytest.mark.parametrize("with_y", [True, False])
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-def test_the_kernel_compiles_for_gpus(with_y, tmp_path, monkeypatch):
-    """Compile for Hopper without a GPU: the PTX spills no registers and uses the tensor cores."""
-    from triton import compile as compiled
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def test_the_kernel_fits_the_gpu(capability, with_y, tmp_path, monkeypatch):
+    """Compiled without a GPU: no spilled registers, shared memory within the limit, tensor cores on Hopper."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel, constants = symmetric.tile_kernel(), symmetric.TILE | {"WITH_Y": with_y}
-    types = {"m": "i32", "n": "i32", "alpha": "fp32", "beta": "fp32"}
-    signature = {name: "constexpr" if name in constants else types.get(name, "*bf16") for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] in "*i"}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    ptx = compiled(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "num_stages": 3}).asm["ptx"]
-    assert "wgmma.mma_async" in ptx and "local" not in ptx
+    kernel, constants = symmetric.tile_kernel(), symmetric.TILE if with_y else symmetric.TILE | {"y_ptr": None}
+    types = dict.fromkeys(("x_ptr", "y_ptr", "out_ptr"), "*bf16") | {"m": "i32", "n": "i32", "alpha": "fp32", "beta": "fp32"}
+    code = compile_kernel(kernel, capability, types, constants, num_warps=8, num_stages=3)
+    assert code.spilled_bytes == 0 and code.shared_bytes <= SHARED_BYTES[capability]
+    assert capability < 90 or "wgmma.mma_async" in code.ptx
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
