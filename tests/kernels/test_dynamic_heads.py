@@ -74,7 +74,7 @@ def test_the_kernel_is_used_where_it_fits(changes, path, monkeypatch):
     assert choose_paths(config, torch.device("cuda"), torch.float32).dynamic_heads == "plain"
     for block, layer in zip(build(config).blocks, range(2), strict=True):
         if layer in config.dynamic_heads:
-            assert (block.attention.dynamic.mix is fused_dynamic_heads) == (path == "triton")
+            assert (block.attention.mix_heads is fused_dynamic_heads) == (path == "triton")
 
 
 def test_nothing_of_the_size_of_attention_weights_is_saved():
