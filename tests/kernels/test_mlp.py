@@ -54,8 +54,8 @@ def test_the_kernel_fits_the_gpu(capability, variant, tmp_path, monkeypatch):
     if variant == "forward":
         pointers = {name: kind for name, kind in pointers.items() if name != "y_ptr"}
     absent = {name: None for name in kernel.arg_names if name.endswith("_ptr") and name not in pointers}
-    sizes = {"ROWS": tile["ROWS"], "COLUMNS": tile["COLUMNS"], "INNER": tile["INNER_BYTES"] // (1 if variant == "8-bit" else 2)}
-    constants = absent | sizes | {"BACKWARD": variant == "backward"}
+    constants = absent | {"BACKWARD": variant == "backward", "ROWS": tile["ROWS"], "COLUMNS": tile["COLUMNS"],
+                          "INNER": tile["INNER_BYTES"] // (1 if variant == "8-bit" else 2)}
     code = compile_kernel(kernel, capability, pointers | dict.fromkeys(("rows", "columns", "inner"), "i32"), constants,
                           num_warps=8, num_stages=tile["num_stages"])
     assert code.spilled_bytes == 0 and code.shared_bytes <= SHARED_BYTES[capability]
