@@ -129,6 +129,7 @@ class Tally:
         groups = {group: sorted((asdict(x) for x in getattr(self, group).values()), key=lambda x: -x["bytes"])
                   for group in GROUPS}
         sums = {"bytes": round(self.bytes), "launches": self.launches,
+                "kernel_launches": sum(x["count"] for x in (*groups["triton"], *groups["own"])),
                 "product_flops": sum(x["flops"] for x in groups["products"]),
                 "product_bytes": sum(x["bytes"] for x in groups["products"]),
                 "other_bytes": sum(x["bytes"] for x in groups["other"])}
