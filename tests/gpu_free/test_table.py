@@ -4,8 +4,8 @@ from benchmarks.compiled_step import HEAD, rows, rows_beside, shortened
 
 
 def tally(kernels: int, gigabytes: float) -> dict:
-    return {"kernel_launches": kernels, "bytes": gigabytes * 1e9, "product_bytes": 2e9, "other_bytes": 0, "product_flops": 1e12,
-            "triton": list(range(20))}
+    return {"kernel_launches": kernels, "bytes": gigabytes * 1e9, "product_bytes": 2e9, "other_bytes": 0,
+            "product_flops": 1e12, "triton": list(range(20))}
 
 
 def record(gigabytes: float) -> dict:
