@@ -240,7 +240,10 @@ class Recorder(TorchDispatchMode):
     # ---- Operators ----
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        namespace, name = func._schema.name.split("::")
+        # Products into a buffer that is there: not all of them have a form for FakeTensors.
+        is_into = name in PRODUCTS and "out" in (kwargs or {})
+        out = kwargs["out"] if is_into else func(*args, **(kwargs or {}))
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         if any(x.device.type == "cuda" for x in (*inputs, *outputs)):
@@ -248,7 +251,6 @@ class Recorder(TorchDispatchMode):
             for tensor in outputs:
                 if tensor.device.type == "cuda" and tensor.untyped_storage()._cdata not in aliased:
                     self.memory.add(tensor)
-            namespace, name = func._schema.name.split("::")
             if not (func.is_view or name.startswith(SILENT)):
                 self.note(func, name, namespace, inputs, outputs, args, kwargs or {})
         return out
