@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.graph import GraphLowering
 from torch._library.custom_ops import OPDEFS
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction, MockTensor
@@ -162,6 +163,8 @@ class Memory:
 class Recorder(TorchDispatchMode):
     """While it is entered, every graph that is compiled and run is noted, and every operator between graphs."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, triton: str = "none") -> None:
         """triton: kernels that Triton compiles: none, `own` alone, or all, which takes most of the time."""
         super().__init__()
@@ -240,6 +243,8 @@ class Recorder(TorchDispatchMode):
     # ---- Operators ----
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if isinstance(func, HigherOrderOperator):  # FlexAttention outside a graph, while sampling: not counted
+            return func(*args, **(kwargs or {}))
         namespace, name = func._schema.name.split("::")
         # Products into a buffer that is there: not all of them have a form for FakeTensors.
         is_into = name in PRODUCTS and "out" in (kwargs or {})
