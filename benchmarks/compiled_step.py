@@ -4,8 +4,9 @@
 
 Inductor compiles the real model, at its real widths and lengths, for the compute capability; tests/gpu_free/ says how, and
 what is counted. It prints a table; with --save the presets' entries in compiled_step.json are replaced and compiled_step.md
-is written anew. All presets take about an hour on two cores. One stage's training pass takes one to three minutes, with
---layers 5 one. `-- FLAGS` change the run, as in `-- --model.fp8 head_mlp`.
+is written anew. compiled_step_before.json, counted in the same way, is the state of November 2026, before the compiled step
+was looked at. All presets take about an hour on two cores; one stage's training pass one to three minutes, with --layers 5
+one. `-- FLAGS` change the run, as in `-- --model.fp8 head_mlp`.
 
 The schema of compiled_step.json; bytes and launches are for one rank:
 
@@ -30,6 +31,7 @@ takes at most beside what was there before. `eager` is what torch does outside c
 
     {"bytes": ...,            read and written by Inductor's kernels and by our own; products and `other` are apart
      "launches": ...,         of everything: triton, own, other, products
+     "kernel_launches": ...,  of triton and own
      "product_flops": ..., "product_bytes": ..., "other_bytes": ...,
      "triton":   [{"name", "count", "bytes", "shared_bytes"}],     Inductor's kernels, the largest first, in this file 12
      "own":      [{"name", "count", "bytes", "shared_bytes"}],     our operators (steepest::name) and Triton kernels
@@ -47,21 +49,23 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from benchmarks import HERE, describe_machine
+from benchmarks import HERE, write_result
 from configs.cli import fail
-from data.run.folder import write_json, write_text
+from data.run.folder import write_text
 from scripts import split_flags
 from scripts.lab.records import markdown
 
 PRESETS = ("speedrun", "speedrun_1gpu", "speedrun_consumer", "medium", "track3", "gpt_paper", "ngpt")
 SAVED_KERNELS = 12
 PASSES = ("training", "validation", "update")
+KINDS = ("forward", "backward", "inference", "eager")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,36 +106,48 @@ def measure(preset: str, args: Arguments, flags: list[str]) -> dict[str, Any]:
 
 # ---- Tables --------------------------------------------------------------------------------------------------------------
 
-HEAD = ("preset", "pass", "tokens", "graphs", "launches", "GB", "of products", "of other", "TFLOP", "peak GB")
+SUMS = ("kernel_launches", "bytes", "product_bytes", "other_bytes", "product_flops")
+HEAD = ("preset", "pass", "tokens", "graphs", "kernels", "GB", "GB of products", "GB of other", "TFLOP", "peak GB")
+
+
+def parts(record: dict[str, Any]) -> dict[tuple[str, int | str], dict[str, Any]]:
+    """Return each pass of a record by (its name, its tokens)."""
+    passes = {(f"{kind}, step {stage['first_step']}", stage["pass_tokens"]): stage[kind]
+              for stage in record["stages"] for kind in ("training", "validation") if kind in stage}
+    return passes | {(f"update {step['step']}, {world} ranks", ""): step
+                     for world, steps in record["update"].items() for step in steps}
+
+
+def sums(part: dict[str, Any], kinds: Sequence[str] = KINDS) -> dict[str, float]:
+    """Return the sums of a pass over some kinds of graphs; only `other_bytes` has what torch does outside graphs."""
+    return {key: sum(part[kind][key] for kind in kinds if kind in part) for key in SUMS}
+
+
+def cells(total: dict[str, float]) -> tuple[object, ...]:
+    """Return kernels, GB of kernels, of products and of other operators, and TFLOP."""
+    gigabytes = (f"{total[key] / 1e9:.2f}" for key in ("bytes", "product_bytes", "other_bytes"))
+    return total["kernel_launches"], *gigabytes, f"{total['product_flops'] / 1e12:.2f}"
 
 
 def rows(preset: str, record: dict[str, Any]) -> list[tuple[object, ...]]:
-    """Return the rows of a preset: one for each pass of each stage, with forward and backward apart, and for each update."""
+    """Return the rows of a preset: for each pass its kinds of graphs, and their sum."""
     table = []
-    for stage in record["stages"]:
-        for name in ("training", "validation"):
-            table += part_rows(preset, f"step {stage['first_step']}, {name}", stage["pass_tokens"], stage.get(name))
-    for world_size, steps in record["update"].items():
-        for step in steps:
-            table += part_rows(preset, f"update {step['step']}, {world_size} ranks", "", step)
+    for (name, tokens), part in parts(record).items():
+        table += [(preset, f"{name}: {kind}", tokens, "", *cells(sums(part, [kind])), "") for kind in KINDS if kind in part]
+        table.append((preset, f"{name}: all", tokens, part["graphs"], *cells(sums(part)), f"{part['peak_bytes'] / 1e9:.2f}"))
     return table
 
 
-def part_rows(preset: str, name: str, tokens: int | str, part: dict[str, Any] | None) -> list[tuple[object, ...]]:
-    """Return the rows of one pass: for each kind of graph what it does."""
-    if part is None:
-        return []
-    kinds = {kind: tally for kind in ("forward", "backward", "inference", "eager") if (tally := part.get(kind))}
-    table = [(preset, f"{name}: {kind}", tokens, "", *figures(tally), "") for kind, tally in kinds.items()]
-    total = {key: sum(tally[key] for tally in kinds.values())
-             for key in ("launches", "bytes", "product_bytes", "other_bytes", "product_flops")}
-    return [*table, (preset, f"{name}: all", tokens, part["graphs"], *figures(total), f"{part['peak_bytes'] / 1e9:.2f}")]
-
-
-def figures(tally: dict[str, Any]) -> tuple[object, ...]:
-    """Return launches, GB of kernels, of products and of other operators, and TFLOP."""
-    gigabytes = (f"{tally[key] / 1e9:.2f}" for key in ("bytes", "product_bytes", "other_bytes"))
-    return tally["launches"], *gigabytes, f"{tally['product_flops'] / 1e12:.2f}"
+def rows_beside(preset: str, record: dict[str, Any], before: dict[str, Any] | None) -> list[tuple[object, ...]]:
+    """Return a row for each pass, with what was counted before in the same way."""
+    table, earlier = [], parts(before) if before else {}
+    for key, part in parts(record).items():
+        cell = [preset, *key, part["graphs"], *cells(sums(part)), f"{part['peak_bytes'] / 1e9:.2f}"]
+        if (old := earlier.get(key)) is not None:
+            total = sums(old)
+            cell += [total["kernel_launches"], f"{total['bytes'] / 1e9:.2f}", f"{old['peak_bytes'] / 1e9:.2f}"]
+        table.append(tuple(cell + [""] * (len(HEAD) + 3 - len(cell))))
+    return table
 
 
 def shortened(record: Any) -> Any:
@@ -144,16 +160,23 @@ def shortened(record: Any) -> Any:
 
 def save(records: dict[str, Any]) -> None:
     """Replace the presets' entries in compiled_step.json, and write compiled_step.md from all of them."""
-    path = HERE / "compiled_step.json"
-    presets = (json.loads(path.read_text())["presets"] if path.exists() else {}) | shortened(records)
-    write_json(path, {"command": "python -m benchmarks.compiled_step --save", "environment": describe_machine(),
-                      "presets": presets})
-    table = [row for name in PRESETS if name in presets for row in rows(name, presets[name])]
+    presets = load("compiled_step") | shortened(records)
+    write_result("compiled_step", "compiled_step --save", presets=presets)
+    before = load("compiled_step_before")
+    table = [row for name in PRESETS if name in presets for row in rows_beside(name, presets[name], before.get(name))]
     write_text(HERE / "compiled_step.md", "\n".join([
         "# What a compiled step does", "",
-        "Counted by `python -m benchmarks.compiled_step --save` on a pretended GPU of compute capability 9.0; nothing ran.",
-        "GB are those of Inductor's and our own kernels; products and other operators stand apart.", "",
-        *markdown(HEAD, table), ""]))
+        "Counted by `python -m benchmarks.compiled_step --save` on a pretended GPU of compute capability 9.0: Inductor",
+        "wrote the code of each graph for it, and nothing ran. Kernels and GB are those of Inductor's kernels and of our",
+        "own; matrix products and other operators stand apart. An update is that of rank 0. The last three columns were",
+        "counted in the same way before the compiled step was looked at.", "",
+        *markdown((*HEAD, "kernels before", "GB before", "peak GB before"), table), ""]))
+
+
+def load(name: str) -> dict[str, Any]:
+    """Return the presets in benchmarks/NAME.json; none if there is no such file."""
+    path = HERE / f"{name}.json"
+    return json.loads(path.read_text())["presets"] if path.exists() else {}
 
 
 def main() -> None:

@@ -82,9 +82,9 @@ def figures(part: dict[str, Any]) -> dict[str, Any]:
     for entry in (entry for graph in graphs for entry in (*graph["triton"], *graph["own"])):
         name = entry["name"].rstrip("0123456789").rstrip("_")  # Inductor numbers kernels in the order of the graph
         kernels[name] = kernels.get(name, 0) + entry["bytes"] / 1e9
-    launches = sum(entry["count"] for graph in graphs for group in ("triton", "own") for entry in graph[group])
     largest = sorted(kernels.items(), key=lambda item: -item[1])
-    return {"gigabytes": round(sum(graph["bytes"] for graph in graphs) / 1e9, 4), "launches": launches,
+    return {"gigabytes": round(sum(graph["bytes"] for graph in graphs) / 1e9, 4),
+            "launches": sum(graph["kernel_launches"] for graph in graphs),
             "peak_gigabytes": round(part["peak_bytes"] / 1e9, 4), "kernels": {name: round(gb, 4) for name, gb in largest}}
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.graph import GraphLowering
 from torch._library.custom_ops import OPDEFS
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction, MockTensor
@@ -129,6 +130,7 @@ class Tally:
         groups = {group: sorted((asdict(x) for x in getattr(self, group).values()), key=lambda x: -x["bytes"])
                   for group in GROUPS}
         sums = {"bytes": round(self.bytes), "launches": self.launches,
+                "kernel_launches": sum(x["count"] for x in (*groups["triton"], *groups["own"])),
                 "product_flops": sum(x["flops"] for x in groups["products"]),
                 "product_bytes": sum(x["bytes"] for x in groups["products"]),
                 "other_bytes": sum(x["bytes"] for x in groups["other"])}
@@ -160,6 +162,8 @@ class Memory:
 
 class Recorder(TorchDispatchMode):
     """While it is entered, every graph that is compiled and run is noted, and every operator between graphs."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, triton: str = "none") -> None:
         """triton: kernels that Triton compiles: none, `own` alone, or all, which takes most of the time."""
@@ -239,7 +243,12 @@ class Recorder(TorchDispatchMode):
     # ---- Operators ----
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        if isinstance(func, HigherOrderOperator):  # FlexAttention outside a graph, while sampling: not counted
+            return func(*args, **(kwargs or {}))
+        namespace, name = func._schema.name.split("::")
+        # Products into a buffer that is there: not all of them have a form for FakeTensors.
+        is_into = name in PRODUCTS and "out" in (kwargs or {})
+        out = kwargs["out"] if is_into else func(*args, **(kwargs or {}))
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         if any(x.device.type == "cuda" for x in (*inputs, *outputs)):
@@ -247,7 +256,6 @@ class Recorder(TorchDispatchMode):
             for tensor in outputs:
                 if tensor.device.type == "cuda" and tensor.untyped_storage()._cdata not in aliased:
                     self.memory.add(tensor)
-            namespace, name = func._schema.name.split("::")
             if not (func.is_view or name.startswith(SILENT)):
                 self.note(func, name, namespace, inputs, outputs, args, kwargs or {})
         return out

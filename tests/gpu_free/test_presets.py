@@ -58,7 +58,7 @@ def shared_memory_errors(record: dict, limit: int) -> list[str]:
 
 def tally(*kernels: tuple[str, float]) -> dict:
     entries = [{"name": name, "count": 1, "bytes": gb * 1e9, "shared_bytes": 9} for name, gb in kernels]
-    return {"bytes": sum(gb for _, gb in kernels) * 1e9, "triton": entries, "own": []}
+    return {"bytes": sum(gb for _, gb in kernels) * 1e9, "kernel_launches": len(kernels), "triton": entries, "own": []}
 
 
 def test_a_budget_that_is_exceeded_names_the_kernel_that_grew():

@@ -1,8 +1,9 @@
 """The real Trainer on a pretended GPU, whose tensors have shapes only; import it after `pretend`."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ import train_gpt
 from configs.schema import Run
 from data.sources import GPT2_END_OF_TEXT, GPT2_VOCAB, Source
 from optim.comm import DONE, Comm, Work
+from optim.rule import Step
 from train_gpt import Trainer
 
 
@@ -89,15 +91,14 @@ def move(module: torch.nn.Module, device: torch.device) -> None:
 def pretended_trainer(run: Run, *, world_size: int = 1) -> Iterator[Trainer]:
     """Build the Trainer of a run; within the context all tensors are FakeTensors, and gradients are computed on this thread,
     which a Recorder sees."""
-    group, originals = PretendedGroup(), (train_gpt.open_source, train_gpt.Comm, optim.comm.dist, train_gpt.GPT.to)
-    train_gpt.open_source, optim.comm.dist = lambda *args, **options: pretended_source(), group
-    train_gpt.Comm = lambda device: PretendedComm(world_size)
-    train_gpt.GPT.to = move
-    threads = torch.autograd.set_multithreading_enabled(False)
-    try:
+    group, threads = PretendedGroup(), torch.autograd.set_multithreading_enabled(False)
+    with ExitStack() as stack:
+        for target, name, value in ((train_gpt, "open_source", lambda *args, **options: pretended_source()),
+                                    (train_gpt, "Comm", lambda device: PretendedComm(world_size)),
+                                    (train_gpt.GPT, "to", move), (optim.comm, "dist", group),
+                                    (Step, "project_start", lambda *args: None)):  # it looks at the weights
+            stack.enter_context(mock.patch.object(target, name, value))
         with FakeTensorMode(allow_non_fake_inputs=True), threads:
             trainer = Trainer(run)
             trainer.group = group
             yield trainer
-    finally:
-        train_gpt.open_source, train_gpt.Comm, optim.comm.dist, train_gpt.GPT.to = originals
