@@ -242,7 +242,7 @@ def parse_skips(words: tuple[str, ...], layers: int) -> tuple[tuple[int, int], .
 # singular values, with the rounding of bfloat16, below the largest for which a table is made.
 
 Triple = tuple[float, float, float]
-TABLE_NAMES = ("quintic", "polar_express", "convergent", "dion", "radii", "svd")
+TABLE_NAMES = ("quintic", "polar_express", "convergent", "dion", "radii", "anvil", "svd")
 TABLE_GRAMMAR = "an inline table is 'a,b,c;a,b,c;...' or 'safety=S;a,b,c;...' with S at least 1"
 
 
