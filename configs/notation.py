@@ -276,7 +276,7 @@ def _is_number(text: str) -> bool:
 # singular values, with the rounding of bfloat16, below the largest for which a table is made.
 
 Triple = tuple[float, float, float]
-TABLE_NAMES = ("quintic", "polar_express", "convergent", "dion", "radii", "svd")
+TABLE_NAMES = ("quintic", "polar_express", "convergent", "dion", "radii", "anvil", "svd")
 TABLE_GRAMMAR = "an inline table is 'a,b,c;a,b,c;...' or 'safety=S;a,b,c;...' with S at least 1"
 
 

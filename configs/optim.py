@@ -186,8 +186,8 @@ class Orthogonalised(Averaged):
     """Fields of rules that orthogonalise the average by Newton-Schulz iterations."""
 
     ns: str = "polar_express"
-    """Table of the Newton-Schulz coefficients: quintic, polar_express, convergent, dion, radii, or an inline table
-    'a,b,c;a,b,c;...' (configs/notation.py). svd: orthogonalise exactly."""
+    """Table of the Newton-Schulz coefficients: quintic, polar_express, convergent, dion, radii, anvil (six steps), or an
+    inline table 'a,b,c;a,b,c;...' (configs/notation.py). svd: orthogonalise exactly."""
     ns_steps: int = 5
     """Number of Newton-Schulz iterations; the last coefficients of the table repeat."""
     equilibrate: bool = False

@@ -31,7 +31,8 @@ class Table:
     """Inputs are scaled to Frobenius norm 1 / safety. Above 1 it keeps singular values that rounding lifts a little beyond 1
     inside the interval [0, 1] for which the coefficients were designed."""
     band: tuple[float, float] | None
-    """Least and greatest singular value after 5 steps, for inputs in [3e-3, 1]; measured. None: not measured."""
+    """Least and greatest singular value after 5 steps, or after all triples if there are more, for inputs in [3e-3, 1];
+    measured. None: not measured."""
     source: str
     """Author and year, or the command that designed the coefficients."""
 
@@ -51,6 +52,10 @@ TABLES = {
         ((4.170751, -8.255628, 4.089060), (4.160482, -8.198100, 4.055237), (4.118276, -7.964501, 3.918119),
          (3.943637, -7.045384, 3.382435), (3.308953, -4.303330, 1.834942)),
         1.0, (0.828, 1.201), "scripts/design_newton_schulz.py radii --inner .2925 .2907 .2832 .2503 .0977"),
+    "anvil": Table(  # for 6 steps
+        ((4.447394, -8.659283, 4.484454), (3.000338, -3.180036, 0.959299), (3.599774, -5.129962, 1.946241),
+         (3.238755, -3.988313, 1.407364), (2.558665, -2.562643, 0.981593), (2.386658, -2.223182, 0.835163)),
+        1.02, (0.997, 1.0125), "ANVIL, August 2026, modded-nanogpt's pull request 349"),
 }
 
 
