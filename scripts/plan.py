@@ -6,8 +6,9 @@
     python -m scripts.plan record89 --gpus 8
 
 The plan counts kernel launches, bytes and matrix products of a step, as the compiled graphs have them, and divides them by
-rates that it prints: no accelerator is needed and no tensor is allocated. record89 and record344 are the speedrun's public
-scripts, whose logs it compares with. --probe measures the rates on the GPU at hand. Flags after `--` change the run.
+rates that it prints: no accelerator is needed and no tensor is allocated. Validation is not timed and not planned. record89
+and record344 are the speedrun's public scripts, whose logs it compares with. --probe measures the rates on the GPU at hand.
+Flags after `--` change the run.
 """
 
 import json
@@ -65,7 +66,8 @@ def make_plan(args: Arguments, flags: list[str]) -> dict[str, Any]:
             "steps": sum(stage.steps for stage in load.stages),
             "tokens": sum(stage.steps * stage.values.batch_tokens for stage in load.stages),
             "flops": sum(row["steps"] * row["flops"] for row in rows), "stages": rows,
-            "micro_tokens": load.stages[0].micro_tokens, "seconds": run_seconds(load, machine, args.gpus, assume), "log": log,
+            "micro_tokens": load.stages[0].micro_tokens,
+            "seconds": run_seconds(load, machine, args.gpus, assume), "log": log,
             "other_machines": {name: machine_row(load, other, assume) for name, other in MACHINES.items()},
             "note": STEP_NOTES.get(args.preset)}
 

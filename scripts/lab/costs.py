@@ -31,8 +31,9 @@ class Machine(NamedTuple):
     """Accelerators in a node."""
 
 
-# From NVIDIA's data sheets of H100 SXM, H200 SXM, B200 SXM, A100 SXM 80 GB and RTX 4090 (fp32 accumulation). Links: NVLink 4,
-# 4, 5, 3 and PCIe 4 x16 in a node; between nodes 400 and 200 Gbit/s of InfiniBand per GPU, 25 Gbit/s of Ethernet per four 4090s.
+# From NVIDIA's data sheets of H100 SXM, H200 SXM, B200 SXM, A100 SXM 80 GB and RTX 4090 (fp32 accumulation). Links in a
+# node: NVLink 4, 4, 5, 3 and PCIe 4 x16; between nodes InfiniBand of 400 Gbit/s (A100: 200) per GPU, Ethernet of 25
+# per four 4090s.
 MACHINES = {
     "h100": Machine("H100 SXM", 989e12, 1979e12, 80e9, 3.35e12, 450e9, 50e9),
     "h200": Machine("H200 SXM", 989e12, 1979e12, 141e9, 4.8e12, 450e9, 50e9),
@@ -198,7 +199,8 @@ def exposed_ms(collectives: Iterable[tuple[str, float]], compute_ms: float, mach
         return 0.0
     link = min(machine.node_bandwidth, machine.net_bandwidth) if gpus > machine.per_node else machine.node_bandwidth
     rate = link * assume.network_frac * gpus / (gpus - 1)
-    times = [1e3 * (2 if name == "all_reduce" else 1) * size / rate + 1e-3 * assume.collective_us for name, size in collectives]
+    times = [1e3 * size * (2 if name == "all_reduce" else 1) / rate + 1e-3 * assume.collective_us
+             for name, size in collectives]
     return times[0] + times[-1] + max(0.0, sum(times[1:-1]) - compute_ms)
 
 

@@ -139,9 +139,10 @@ def public_workload(name: str, assume: Assumptions) -> Workload:
     """Return the workload of a public script, described in record_step.json."""
     entry, stages = recorded("record_step.json")[name], []
     for stage in entry["stages"]:
-        values = Values(1, 1, None, stage["batch_tokens"], stage["sequence_tokens"], min(stage["windows"]), max(stage["windows"]),
-                        max_document_tokens=stage["max_document_tokens"])
-        work = recorded_pass(stage, stage["windows"], values.max_document_tokens, assume)
+        windows, cap = stage["windows"], stage["max_document_tokens"]
+        values = Values(1, 1, None, stage["batch_tokens"], stage["sequence_tokens"], min(windows), max(windows),
+                        max_document_tokens=cap)
+        work = recorded_pass(stage, windows, cap, assume)
         stages.append(Stage(stage["first_step"], stage["steps"], values, stage["pass_tokens"], stage["pass_tokens"], work))
     return Workload(entry["parameters"], stages, lambda gpus: recorded_updates(entry, gpus),
                     f"counted by hand and by Inductor, see record_step.json ({entry['source']})", logs=entry["logs"])
@@ -181,13 +182,23 @@ def join_tallies(compiled: Iterable[dict[str, Any]], eager: dict[str, Any] | Non
                 tuple(attention), waits)
 
 
-def recorded_updates(entry: dict[str, Any], gpus: int) -> list[Update]:
-    """Return the updates of a period. World sizes that are not recorded: one rank's work, divided by their number."""
-    worlds = entry["update"]
-    steps = worlds.get(str(gpus)) or worlds[max(worlds, key=int)]
-    base = 1 if str(gpus) in worlds else int(max(worlds, key=int)) / gpus
-    return [Update(join_tallies([step["inference"]], step["eager"]).scaled(base),
-                   tuple((name, size) for name, size in step["collectives"])) for step in steps]
+def recorded_updates(entry: dict[str, Any], gpus: int, newton_schulz_flops: float = 0.0) -> list[Update]:
+    """Return the updates of a period. A world size that is not recorded shares out the work of the largest recorded one.
+
+    newton_schulz_flops: of a rank's matrices. What the recorded products lack of them is in our kernels for symmetric
+    products, which compute half of it.
+    """
+    world = str(gpus) if str(gpus) in entry["update"] else max(entry["update"], key=int)
+    updates = []
+    for step in entry["update"][world]:
+        work = join_tallies([step["inference"]], step["eager"]).scaled(int(world) / gpus)
+        symmetric = [own for own in step["inference"]["own"] if "symmetric" in own["name"]]
+        if symmetric and newton_schulz_flops > work.flops:
+            count = sum(own["count"] for own in symmetric)
+            half = Product((newton_schulz_flops - work.flops) / 2, 0.0, "bfloat16", count)
+            work = work._replace(products=(*work.products, half))
+        updates.append(Update(work, tuple((name, size) for name, size in step["collectives"])))
+    return updates
 
 
 # ---- Of a run -------------------------------------------------------------------------------------------------------
@@ -207,8 +218,15 @@ def workload(run: Run, assume: Assumptions) -> Workload:
     source = ("bytes, launches and products are those of the compiled graphs (benchmarks/compiled_step.json)" if counted else
               f"no compiled graph is recorded for this run: bytes are estimated as {MOVED_PER_STORED:g} times the stored "
               f"activations; python -m benchmarks.compiled_step {run.preset} --save records those of a preset")
-    updates = (lambda gpus: recorded_updates(entry, gpus)) if counted else lambda gpus: estimate_updates(sizes, gpus)
-    return Workload(sizes.parameters, stages, updates, source, sizes, model.activation_bytes)
+
+    def updates(gpus: int) -> list[Update]:
+        return recorded_updates(entry, gpus, sizes.newton_schulz_flops(gpus)) if counted else estimate_updates(sizes, gpus)
+
+    def activation_bytes(tokens: int) -> float:
+        peaks = [count["training"]["peak_bytes"] / count["pass_tokens"] for count in counts if counted]
+        return tokens * max(peaks) if peaks else model.activation_bytes(tokens)
+
+    return Workload(sizes.parameters, stages, updates, source, sizes, activation_bytes)
 
 
 def micro_tokens(run: Run) -> int:
@@ -245,11 +263,13 @@ def document_cap(run: Run, values: Values) -> int | None:
 def recorded_stage(stage: dict[str, Any], run: Run, model: GPT, values: Values, assume: Assumptions) -> Work:
     """Return the work of a recorded pass of a run."""
     mlp_flops = 2 * stage["pass_tokens"] * run.model.dim * (run.model.mlp_dim or 4 * run.model.dim)
-    return recorded_pass(stage, attending_windows(run, model, values), document_cap(run, values), assume, mlp_flops=mlp_flops)
+    windows, cap = attending_windows(run, model, values), document_cap(run, values)
+    return recorded_pass(stage, windows, cap, assume, mlp_flops=mlp_flops)
 
 
 def estimate_pass(run: Run, model: GPT, values: Values, assume: Assumptions) -> Work:
-    """Estimate the work of a full pass: activations written and read once, all matrices multiplied thrice in bfloat16."""
+    """Estimate the work of a full pass: activations written and read once, float32 matrices cast, gradients added, all
+    matrices multiplied thrice in bfloat16."""
     tokens, config = micro_batch(run, values), run.model
     windows, cap = attending_windows(run, model, values), document_cap(run, values)
     keys = sum(visible_tokens(window, values.sequence_tokens, cap, assume) + assume.block_tokens for window in windows)
@@ -257,7 +277,8 @@ def estimate_pass(run: Run, model: GPT, values: Values, assume: Assumptions) -> 
     attention = Attention(kernel, 4 * (1 + BACKWARD_OF_ATTENTION) * tokens * config.dim * keys, 0.0)
     products = Product(tokens * model.flops_per_token(1), 0.0, "bfloat16", 18 * config.layers + 3)
     casts = sum(weight.numel() for weight in model.parameters() if weight.ndim == 2 and weight.dtype == torch.float32)
-    moved = MOVED_PER_STORED * model.activation_bytes(tokens) + casts * (FLOAT32_BYTES + BFLOAT16_BYTES)
+    added = 3 * sum(weight.nbytes for weight in model.parameters())
+    moved = MOVED_PER_STORED * model.activation_bytes(tokens) + casts * (FLOAT32_BYTES + BFLOAT16_BYTES) + added
     return Work(moved, LAUNCHES_PER_LAYER * config.layers, 0, (products,), (attention,))
 
 
