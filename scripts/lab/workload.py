@@ -148,35 +148,39 @@ def public_workload(name: str, assume: Assumptions) -> Workload:
                     f"counted by hand and by Inductor, see record_step.json ({entry['source']})", logs=entry["logs"])
 
 
-def recorded_pass(stage: dict[str, Any], windows: Sequence[int], document_cap: int | None, assume: Assumptions, *,
-                  mlp_flops: float = 0.0) -> Work:
-    """Return the work of one recorded pass. `windows`: of the layers that attend; `mlp_flops`: of one product of an MLP."""
+def recorded_pass(stage: dict[str, Any], windows: Sequence[int | None], document_cap: int | None, assume: Assumptions, *,
+                  mlp: tuple[int, int] | None = None) -> Work:
+    """Return the work of one recorded pass. `windows`: of the layers that attend; `mlp`: its input and hidden dimensions."""
     seen = [visible_tokens(window, stage["sequence_tokens"], document_cap, assume) for window in windows]
     tallies = {name: tally for name, tally in stage["training"].items() if isinstance(tally, dict)}
     eager = tallies.pop("eager", None)
-    return join_tallies(tallies.values(), eager, sum(seen) / len(seen) + assume.block_tokens, mlp_flops=mlp_flops)
+    shape = (stage["pass_tokens"], *mlp) if mlp else None
+    return join_tallies(tallies.values(), eager, keys=sum(seen) / len(seen) + assume.block_tokens, mlp=shape)
 
 
-def join_tallies(compiled: Iterable[dict[str, Any]], eager: dict[str, Any] | None, keys: float = 0.0, *,
-                 mlp_flops: float = 0.0) -> Work:
+def join_tallies(compiled: Iterable[dict[str, Any]], eager: dict[str, Any] | None, *, keys: float = 0.0,
+                 mlp: tuple[int, int, int] | None = None) -> Work:
     """Return the work of the tallies of graphs and of eager code (benchmarks/compiled_step.py has their schema).
 
-    keys: that a query attends to, on average. Attention and the products within our own kernels are taken out of the bytes,
-    because their operations may take longer than their bytes.
+    keys: that a query attends to, on average; mlp: tokens, input and hidden dimension. Attention and the MLP's products
+    within our own kernels are taken out of the bytes, because their operations may take longer than their bytes.
     """
     compiled, products, attention = list(compiled), [], []
     tallies = [*compiled, eager] if eager else compiled
+    moved = sum(tally["bytes"] + tally["other_bytes"] for tally in tallies)
     for tally in tallies:
         products += [Product(p["flops"], p["bytes"], p["dtype"], p["count"]) for p in tally["products"]]
-        for own in (own for own in tally["own"] if "relu2" in own["name"] and mlp_flops):
-            dtype = "float8_e4m3fn" if "fp8" in own["name"] else "bfloat16"
-            products.append(Product(own["count"] * mlp_flops, own["bytes"], dtype, own["count"]))
+        for own in (own for own in tally["own"] if mlp and "relu2" in own["name"]):
+            # Their dtype is that of the other products of the MLP in the same direction.
+            dtypes = [p["dtype"] for p in tally["products"] if mlp[2] in (p["m"], p["n"], p["k"])]
+            flops = own["count"] * 2 * math.prod(mlp)
+            products.append(Product(flops, own["bytes"], dtypes[0] if dtypes else "bfloat16", own["count"]))
+            moved -= own["bytes"]
         for call in tally["attention"]:
             queries = call["count"] * call["batch"] * call["heads"] * call["tokens"] * call["head_dim"]
             flops = 4 * queries * keys * (BACKWARD_OF_ATTENTION if call["backward"] else 1)
             attention.append(Attention({"varlen": "fa3"}.get(call["kernel"], call["kernel"]), flops, call["bytes"]))
-    moved = sum(tally["bytes"] + tally["other_bytes"] for tally in tallies) - sum(call.moved_bytes for call in attention)
-    moved -= sum(own["bytes"] for tally in tallies for own in tally["own"] if "relu2" in own["name"] and mlp_flops)
+            moved -= call["bytes"]
     waits = bool(eager) and any(other["name"] in ("nonzero", "_local_scalar_dense") for other in eager["other"])
     return Work(moved, sum(tally["launches"] for tally in compiled), eager["launches"] if eager else 0, tuple(products),
                 tuple(attention), waits)
@@ -192,7 +196,7 @@ def recorded_updates(entry: dict[str, Any], gpus: int, newton_schulz_flops: floa
     updates = []
     for step in entry["update"][world]:
         work = join_tallies([step["inference"]], step["eager"]).scaled(int(world) / gpus)
-        symmetric = [own for own in step["inference"]["own"] if "symmetric" in own["name"]]
+        symmetric = [own for own in step["inference"]["own"] if "symmetric" in own["name"] or "tile" in own["name"]]
         if symmetric and newton_schulz_flops > work.flops:
             count = sum(own["count"] for own in symmetric)
             half = Product((newton_schulz_flops - work.flops) / 2, 0.0, "bfloat16", count)
@@ -207,15 +211,18 @@ def recorded_updates(entry: dict[str, Any], gpus: int, newton_schulz_flops: floa
 def workload(run: Run, assume: Assumptions) -> Workload:
     """Return the workload of a run: from recorded counts if its preset has them and no flag changes model or optimizer."""
     sizes, model, spans = measure_sizes(run)
-    preset, entry = PRESETS[run.preset]() if run.preset in PRESETS else None, recorded("compiled_step.json").get(run.preset)
-    same = entry and preset and (run.model, run.optim) == (preset.model, preset.optim)
+    preset, entry = PRESETS[run.preset](), recorded("compiled_step.json").get(run.preset)
+    # A table of fewer layers, or without updates, is of a quick look.
+    usable = entry and entry["layers"] == run.model.layers and entry["update"]
+    same = usable and (run.model, run.optim) == (preset.model, preset.optim)
     counts = [find_stage(entry, values) if same else None for _, _, values in spans]
     counted, stages = all(counts), []
     for (first, steps, values), count in zip(spans, counts, strict=True):
         tokens = count["pass_tokens"] if counted else micro_batch(run, values)
         work = recorded_stage(count, run, model, values, assume) if counted else estimate_pass(run, model, values, assume)
         stages.append(Stage(first, steps, values, micro_tokens(run), tokens, work))
-    source = ("bytes, launches and products are those of the compiled graphs (benchmarks/compiled_step.json)" if counted else
+    source = ("bytes, launches and products are those of the graphs compiled for capability "
+              f"{entry['capability']} (benchmarks/compiled_step.json)" if counted else
               f"no compiled graph is recorded for this run: bytes are estimated as {MOVED_PER_STORED:g} times the stored "
               f"activations; python -m benchmarks.compiled_step {run.preset} --save records those of a preset")
 
@@ -244,7 +251,7 @@ def find_stage(entry: dict[str, Any], values: Values) -> dict[str, Any] | None:
     for stage in entry["stages"]:
         windows = [window for window in stage["windows"] if window]
         shortest = min(windows) if windows else None
-        if (stage["sequence_tokens"], shortest) == (values.sequence_tokens, values.window_tokens):
+        if "training" in stage and (stage["sequence_tokens"], shortest) == (values.sequence_tokens, values.window_tokens):
             return stage
     return None
 
@@ -262,9 +269,9 @@ def document_cap(run: Run, values: Values) -> int | None:
 
 def recorded_stage(stage: dict[str, Any], run: Run, model: GPT, values: Values, assume: Assumptions) -> Work:
     """Return the work of a recorded pass of a run."""
-    mlp_flops = 2 * stage["pass_tokens"] * run.model.dim * (run.model.mlp_dim or 4 * run.model.dim)
     windows, cap = attending_windows(run, model, values), document_cap(run, values)
-    return recorded_pass(stage, windows, cap, assume, mlp_flops=mlp_flops)
+    mlp = (run.model.dim, run.model.mlp_dim or 4 * run.model.dim)
+    return recorded_pass(stage, windows, cap, assume, mlp=mlp)
 
 
 def estimate_pass(run: Run, model: GPT, values: Values, assume: Assumptions) -> Work:

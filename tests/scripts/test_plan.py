@@ -112,13 +112,13 @@ def recorded_entry():
     stages = [{"first_step": first, "sequence_tokens": 16_384, "pass_tokens": 16_384, "windows": [window, None],
                "training": {"graphs": 2, "peak_bytes": 5 * 10**9, "forward": compiled, "backward": compiled, "eager": eager}}
               for first, window in ((0, 128), (423, 384), (847, 640), (1270, 768))]
-    return {"stages": stages, "update": {"8": [update]}}
+    return {"capability": "9.0", "layers": 11, "stages": stages, "update": {"8": [update]}}
 
 
 def test_recorded_counts_are_used_until_a_flag_changes_the_model(monkeypatch):
     monkeypatch.setattr(workloads, "recorded", lambda file: {"speedrun": recorded_entry()})
     load = workload(PRESETS["speedrun"](), Assumptions())
-    assert load.source.startswith("bytes, launches and products are those of the compiled graphs")
+    assert load.source.startswith("bytes, launches and products are those of the graphs compiled for capability 9.0")
     (passes, work), (update,) = load.stages[2].passes(8), load.updates(8)
     # Three passes of 16,384 tokens on each of eight ranks. The MLP's kernel is a product, whose bytes are its own.
     assert passes == 3 and work.memory_bytes == 4 * 10**9 - 2 * 10**8 and (work.launches, work.eager) == (200, 7)
@@ -129,6 +129,8 @@ def test_recorded_counts_are_used_until_a_flag_changes_the_model(monkeypatch):
     assert workload(parse_row("speedrun", ["--train.steps", "2000"]), Assumptions()).source == load.source
     for flags in (["--model.no_xsa"], ["--model.window_tokens", "256"]):
         assert "no compiled graph is recorded" in workload(parse_row("speedrun", flags), Assumptions()).source
+    monkeypatch.setattr(workloads, "recorded", lambda file: {"speedrun": recorded_entry() | {"layers": 5}})
+    assert "no compiled graph is recorded" in workload(PRESETS["speedrun"](), Assumptions()).source
 
 
 def test_a_plan_without_recorded_graphs_says_so():

@@ -85,10 +85,24 @@ def test_tallies_are_split_by_class():
                             "count": 1, "bytes": 30}]}
     eager = {"bytes": 0, "other_bytes": 6, "launches": 3, "own": [], "products": [], "attention": [],
              "other": [{"name": "nonzero", "count": 3, "bytes": 6}]}
-    work = join_tallies([tally], eager, 10.0)
+    work = join_tallies([tally], eager, keys=10.0)
     assert (work.memory_bytes, work.launches, work.eager, work.waits) == (100 + 10 + 6 - 30, 5, 3, True)
     assert work.products == (Product(7, 3, "bfloat16", 2),)
     assert work.attention == (Attention("fa3", 4 * 64 * 10.0 * 2.5, 30),)
     assert not join_tallies([tally], None).waits
+
+
+def test_products_within_our_kernels_have_the_dtype_of_their_neighbours():
+    tally = {"bytes": 100, "other_bytes": 0, "launches": 2, "own": [{"name": "relu2_tiles", "count": 2, "bytes": 60}],
+             "other": [], "attention": [],
+             "products": [{"flops": 1, "bytes": 1, "dtype": "bfloat16", "count": 1, "m": 8, "n": 99, "k": 4},
+                          {"flops": 1, "bytes": 1, "dtype": "float8_e4m3fn", "count": 1, "m": 8, "n": 4, "k": 16}]}
+    work = join_tallies([tally], None, mlp=(8, 4, 16))
+    assert work.products[-1] == Product(2 * 2 * 8 * 4 * 16, 60, "float8_e4m3fn", 2) and work.memory_bytes == 40
+    assert len(join_tallies([tally], None).products) == 2
+
+
+def test_scaled_work_has_as_many_launches():
+    work = Work(3.0, 5, 3, (Product(7, 3, "bfloat16", 2),), (Attention("fa3", 2.0, 30),))
     double = work.scaled(2)
     assert (double.memory_bytes, double.flops, double.launches) == (2 * work.memory_bytes, 2 * work.flops, work.launches)
