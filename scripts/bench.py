@@ -33,8 +33,8 @@ from optim.groups import build_groups
 from optim.schedule import Schedule
 from optim.sharded import ShardedOptimizer
 from scripts import command
-from scripts.lab.costs import bank_flops
 from scripts.lab.models import CACHE, portable_config, vocabulary
+from scripts.lab.workload import bank_flops
 
 WARMUP_RUNS = 2
 BYTES_PER_TOKEN = 2 * (2 + 8)  # input and target, each read as uint16 and written as int64

@@ -1,19 +1,15 @@
-"""Cost model: operations, bytes and messages of each stage of a run, from its config, and the milliseconds they predict."""
+"""Cost model: the milliseconds of a training step on its busiest rank, from the kernels that it launches.
+
+A step is some equal passes (forward, backward, adding gradients) and one update of the weights. Kernels fall into classes:
+matrix products, attention, and all others, which only move bytes. Each class reaches a rate that `Assumptions` names, with
+its source. Gradients are reduced after the last pass; the update overlaps all collectives but the first and the last.
+"""
 
 import math
-from collections.abc import Callable
-from itertools import groupby
-from typing import NamedTuple
-
-import torch
-
-from configs.optim import Graft
-from configs.schema import Run
-from optim.bank import SMALL_BANK_ELEMENTS, Bank, as_matrices, group_by_shape, shard_view
-from optim.groups import ParamGroup, build_groups
-from optim.hooks import build_hooks
-from optim.schedule import Schedule, Values
-from scripts.lab.models import meta_model
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from statistics import NormalDist
+from typing import Any, NamedTuple
 
 
 class Machine(NamedTuple):
@@ -21,7 +17,9 @@ class Machine(NamedTuple):
 
     name: str
     flops: float
-    """Peak bfloat16 operations per second."""
+    """Peak bfloat16 operations per second, without sparsity."""
+    fp8_flops: float
+    """Peak 8-bit operations per second; the bfloat16 rate where there is no such unit."""
     memory_bytes: float
     memory_bandwidth: float
     """Bytes per second."""
@@ -33,257 +31,191 @@ class Machine(NamedTuple):
     """Accelerators in a node."""
 
 
-# From NVIDIA's data sheets of H100 SXM, H200 SXM, A100 SXM 80 GB and RTX 4090 (fp32 accumulation). Links: NVLink 4 and 3 and
-# PCIe 4 x16 in a node; between nodes 400 and 200 Gbit/s of InfiniBand per GPU, 25 Gbit/s of Ethernet per four 4090s.
+# From NVIDIA's data sheets of H100 SXM, H200 SXM, B200 SXM, A100 SXM 80 GB and RTX 4090 (fp32 accumulation). Links in a
+# node: NVLink 4, 4, 5, 3 and PCIe 4 x16; between nodes InfiniBand of 400 Gbit/s (A100: 200) per GPU, Ethernet of 25
+# per four 4090s.
 MACHINES = {
-    "h100": Machine("H100 SXM", 989e12, 80e9, 3.35e12, 450e9, 50e9),
-    "h200": Machine("H200 SXM", 989e12, 141e9, 4.8e12, 450e9, 50e9),
-    "a100": Machine("A100 SXM", 312e12, 80e9, 2.0e12, 300e9, 25e9),
-    "4090": Machine("RTX 4090", 165e12, 24e9, 1.0e12, 16e9, 3e9 / 4, 4),
+    "h100": Machine("H100 SXM", 989e12, 1979e12, 80e9, 3.35e12, 450e9, 50e9),
+    "h200": Machine("H200 SXM", 989e12, 1979e12, 141e9, 4.8e12, 450e9, 50e9),
+    "b200": Machine("B200 SXM", 2250e12, 4500e12, 180e9, 8.0e12, 900e9, 50e9),
+    "a100": Machine("A100 SXM", 312e12, 312e12, 80e9, 2.0e12, 300e9, 25e9),
+    "4090": Machine("RTX 4090", 165e12, 330e12, 24e9, 1.0e12, 16e9, 3e9 / 4, 4),
 }
 
 
-class Efficiency(NamedTuple):
-    """Fractions of a machine's peak rates that a run reaches.
-
-    0.40 of the peak operations is what the log of track 3 on one H200 implies (see LOGS): 0.418 PFLOP in 1070 ms. The
-    fractions of memory and network bandwidth are assumptions.
-    """
-
-    flops: float = 0.40
-    memory: float = 0.70
-    network: float = 0.70
+def assumed(value: float, unit: str, source: str) -> Any:
+    """Return a dataclass field with a default, its unit and where the number is from."""
+    return field(default=value, metadata={"unit": unit, "source": source})
 
 
-class LoggedStep(NamedTuple):
-    """Step time that a public log reports for a stage of a preset."""
-
-    preset: str
-    first: int
-    """First step of the stage."""
-    machine: str
-    """Key of MACHINES."""
-    gpus: int
-    step_ms: float
+GENERAL = "general experience, not fitted"
 
 
-# KellerJordan/modded-nanogpt: the reference of track 3 on one H200 (log of its author, May 2026) and on 8 H100s, and the
-# stages of the record nearest to `speedrun` (2026, from its log). That record has fp8 products and its own kernels.
-LOGS = (
-    LoggedStep("track3", 0, "h200", 1, 1070.0),
-    LoggedStep("track3", 0, "h100", 8, 154.0),
-    LoggedStep("speedrun", 0, "h100", 8, 32.4),
-    LoggedStep("speedrun", 423, "h100", 8, 58.1),
-    LoggedStep("speedrun", 847, "h100", 8, 84.0),
-)
+@dataclass(frozen=True, slots=True)
+class Assumptions:
+    """What the plan assumes; `assumption_lines` prints each with unit and source. None was fitted to a public log."""
+
+    product_frac: float = assumed(0.65, "of peak bfloat16 FLOP/s", "cuBLAS on H100 at 700 W: 600 to 680 TFLOP/s when large")
+    fp8_frac: float = assumed(0.55, "of peak 8-bit FLOP/s", "cuBLAS on H100, inner sizes of 768 to 3072: 1.0 to 1.2 PFLOP/s")
+    product_ramp_us: float = assumed(10.0, "us a product", "450 TFLOP/s at 16,384 x 768 x 768, fill and last wave of tiles")
+    memory_frac: float = assumed(0.78, "of peak bandwidth", "2.6 of 3.35 TB/s: copies on H100")
+    fa3_frac: float = assumed(0.40, "of peak bfloat16 FLOP/s", "Shah et al. 2024, arXiv 2407.08608, short sequences")
+    flex_frac: float = assumed(0.25, "of peak bfloat16 FLOP/s", "FlexAttention's authors: 85 to 90 % of FlashAttention 2")
+    sdpa_frac: float = assumed(0.30, "of peak bfloat16 FLOP/s", "FlashAttention 2 on H100, as Shah et al. measure it")
+    block_tokens: float = assumed(128, "keys a query", "blocks of 128 at the edges of a mask are computed whole")
+    document_tokens: float = assumed(690, "tokens, mean", "1.45 M documents of FineWeb, GPT-2 tokens")
+    median_document_tokens: float = assumed(403, "tokens", "the same; a log-normal law is assumed between")
+    gap_us: float = assumed(1.5, "us a kernel", "end of one kernel to the start of the next: " + GENERAL)
+    launch_us: float = assumed(4.0, "us a launch", "host time of a compiled graph's launch: " + GENERAL)
+    eager_us: float = assumed(10.0, "us a call", "host time of an operator outside graphs: " + GENERAL)
+    network_frac: float = assumed(0.80, "of peak link bandwidth", "nccl-tests on 8 H100s: 360 of 450 GB/s from 100 MB on")
+    collective_us: float = assumed(25.0, "us a collective", "nccl-tests on 8 H100s, small messages")
+    stall_ms: float = assumed(0.0, "ms a step", "the next batch is copied while a step runs")
 
 
-FLOAT32_BYTES, BFLOAT16_BYTES = 4, 2
+class Product(NamedTuple):
+    """Matrix products of one shape."""
 
-
-class BankSize(NamedTuple):
-    """Sizes of one bank of the optimizer. An entry is a matrix, a row or an element: the unit that ranks divide."""
-
-    entries: int
-    weight_bytes: int
-    """Weight bytes of one entry; the gradient takes as many."""
-    state_bytes: float
-    """Bytes of optimizer state of one entry."""
     flops: float
-    """Operations to orthogonalise one entry. The arithmetic of other update rules is not counted."""
-    update_every_steps: int
-    small: bool
-    """True if the bank is too small to shard: every rank keeps and updates all of it."""
-
-    def owned(self, gpus: int) -> int:
-        """Return the entries that one rank updates, padding included."""
-        return self.entries if self.small else math.ceil(self.entries / gpus)
-
-    def stored(self, gpus: int) -> int:
-        """Return the entries whose weights every rank stores, padding included."""
-        return self.entries if self.small else gpus * self.owned(gpus)
+    """Operations of all of them."""
+    moved_bytes: float
+    """Operands read once and results written once."""
+    dtype: str
+    count: int = 1
 
 
-class Sizes(NamedTuple):
-    """Sizes of a model and of its optimizer."""
+class Attention(NamedTuple):
+    """Attention calls of one kernel and direction."""
 
-    parameters: int
-    matrix_elements: int
-    """Elements of the matrices that are orthogonalised."""
-    banks: tuple[BankSize, ...]
+    kernel: str
+    """fa3 (also varlen), flex or sdpa."""
+    flops: float
+    moved_bytes: float
 
-    def padding(self, gpus: int) -> float:
-        """Return padding bytes / weight bytes. A bank is padded to a multiple of the number of ranks."""
-        return sum((bank.stored(gpus) - bank.entries) * bank.weight_bytes for bank in self.banks) / sum(
-            bank.entries * bank.weight_bytes for bank in self.banks)
+
+class Work(NamedTuple):
+    """What a pass or an update launches on one rank."""
+
+    memory_bytes: float
+    """Bytes of kernels other than products and attention."""
+    launches: float
+    """Kernels launched by compiled graphs."""
+    eager: float
+    """Operators called outside of graphs."""
+    products: tuple[Product, ...] = ()
+    attention: tuple[Attention, ...] = ()
+    waits: bool = False
+    """True if the host waits for the device in between, so that later launches hide behind nothing."""
+
+    def scaled(self, factor: float) -> "Work":
+        """Return the work with bytes and operations times `factor` and as many launches."""
+        return self._replace(
+            memory_bytes=factor * self.memory_bytes,
+            products=tuple(p._replace(flops=factor * p.flops, moved_bytes=factor * p.moved_bytes) for p in self.products),
+            attention=tuple(a._replace(flops=factor * a.flops, moved_bytes=factor * a.moved_bytes) for a in self.attention))
 
     @property
-    def newton_schulz_flops(self) -> float:
-        """Operations of orthogonalising every matrix once, summed over all ranks."""
-        return sum(bank.flops * bank.entries for bank in self.banks)
+    def flops(self) -> float:
+        """Operations of products and attention."""
+        return sum(part.flops for part in (*self.products, *self.attention))
 
 
-class Stage(NamedTuple):
-    """Consecutive steps with the same batch, sequence length and attention windows."""
+class Update(NamedTuple):
+    """Update of the weights after one step: work of a rank, and collectives (name, bytes of the whole buffer) in order."""
 
-    first: int
-    """First step."""
-    steps: int
-    values: Values
-    """Schedule values at the first step."""
-    flops: float
-    """Operations of one step, forward and backward, summed over all ranks."""
-    micro_tokens: int
-    """Most tokens of one forward pass; a pass has at least one sequence."""
-    activation_bytes: Callable[[int], float]
-    """Function from the tokens of a forward pass to the bytes of its stored activations."""
-
-    def portion(self, gpus: int) -> tuple[int, int, int]:
-        """Return the numbers of sequences of (the step, the busiest rank, one forward pass). No sequence is split."""
-        sequence_tokens = self.values.sequence_tokens
-        step_sequences = self.values.batch_tokens // sequence_tokens
-        rank_sequences = math.ceil(step_sequences / gpus)
-        return step_sequences, rank_sequences, min(rank_sequences, max(1, self.micro_tokens // sequence_tokens))
+    work: Work
+    collectives: tuple[tuple[str, float], ...] = ()
 
 
 class Prediction(NamedTuple):
-    """Predicted cost of one step on the busiest rank: milliseconds by cause, then bytes."""
+    """Milliseconds of one step on the busiest rank; they add up."""
 
-    compute_ms: float
-    optimizer_ms: float
+    products_ms: float
+    attention_ms: float
     memory_ms: float
+    """Kernels of the passes that only move bytes."""
+    gaps_ms: float
+    """Between kernels of the passes."""
+    update_ms: float
     network_ms: float
-    network_bytes: float
-    """Bytes that the rank sends."""
-    traffic_bytes: float
-    """Bytes that the rank reads from its memory and writes to it."""
-    weight_bytes: float
-    gradient_bytes: float
-    state_bytes: float
-    activation_bytes: float
+    """Communication that the update does not hide."""
+    host_ms: float
+    """Idle device: launches that come too late, and stalls of the data."""
 
     @property
     def step_ms(self) -> float:
-        """Compute time + memory time + the longer of update and communication, which overlap."""
-        return self.compute_ms + max(self.optimizer_ms, self.network_ms) + self.memory_ms
-
-    @property
-    def rank_bytes(self) -> float:
-        """Memory that the rank needs: weights + gradients + optimizer state + activations."""
-        return self.weight_bytes + self.gradient_bytes + self.state_bytes + self.activation_bytes
+        """Sum of all parts."""
+        return sum(self)
 
 
-def measure_sizes(run: Run) -> tuple[Sizes, list[Stage]]:
-    """Return the sizes of a run's model and optimizer, and its stages.
+def predict(work: Work, updates: Iterable[Update], machine: Machine, *, passes: float, gpus: int,
+            assume: Assumptions) -> Prediction:
+    """Predict one step of `passes` passes and an update, the mean over `updates`: one for each step of a period."""
+    parts = [passes * part for part in device_ms(work, machine, assume)]
+    means = [0.0, 0.0, 0.0]
+    updates = list(updates)
+    for update in updates:
+        compute = sum(device_ms(update.work, machine, assume))
+        network = exposed_ms(update.collectives, compute, machine, gpus, assume)
+        # The host runs ahead of the device, unless it has to wait for it before the update.
+        late = passes * host_ms(work, assume) - sum(parts)
+        late = host_ms(update.work, assume) - compute - network + (0.0 if update.work.waits else late)
+        for index, value in enumerate((compute, network, max(0.0, late) + assume.stall_ms)):
+            means[index] += value / len(updates)
+    return Prediction(*parts, *means)
 
-    Model and banks are built on the meta device, so the sizes are exact and no memory is allocated.
+
+def device_ms(work: Work, machine: Machine, assume: Assumptions) -> tuple[float, float, float, float]:
+    """Return the milliseconds of products, attention, other kernels and gaps; each kernel at the slower of its two rates."""
+    bandwidth = machine.memory_bandwidth * assume.memory_frac
+    products = sum(max(p.flops / product_rate(p.dtype, machine, assume), p.moved_bytes / bandwidth)
+                   + p.count * assume.product_ramp_us * 1e-6 for p in work.products)
+    attention = sum(max(a.flops / (machine.flops * getattr(assume, f"{a.kernel}_frac")), a.moved_bytes / bandwidth)
+                    for a in work.attention)
+    return (1e3 * products, 1e3 * attention, 1e3 * work.memory_bytes / bandwidth,
+            1e-3 * assume.gap_us * (work.launches + work.eager))
+
+
+def product_rate(dtype: str, machine: Machine, assume: Assumptions) -> float:
+    """Return the FLOP/s that large products of a dtype reach; float32 runs at half the bfloat16 rate, as TF32."""
+    if "float8" in dtype:
+        return max(machine.fp8_flops * assume.fp8_frac, machine.flops * assume.product_frac)
+    return machine.flops * assume.product_frac / (2 if dtype == "float32" else 1)
+
+
+def host_ms(work: Work, assume: Assumptions) -> float:
+    """Return the milliseconds that the host needs to launch everything."""
+    return 1e-3 * (work.launches * assume.launch_us + work.eager * assume.eager_us)
+
+
+def exposed_ms(collectives: Iterable[tuple[str, float]], compute_ms: float, machine: Machine, gpus: int,
+               assume: Assumptions) -> float:
+    """Return the communication that `compute_ms` of update does not hide.
+
+    A ring sends (g - 1) / g of a buffer, an all-reduce twice that, at the rate of the slower link. Nothing hides the first
+    reduction, which the update waits for, and the last gather, which the next pass waits for.
     """
-    schedule = Schedule(run)
-    values = [schedule.values(step) for step in range(run.train.steps)]
-
-    # Sizes: one bank for each set of parameters of one group and shape, as the optimizer makes them.
-    model = meta_model(run, max_tokens=max(v.sequence_tokens for v in values))
-    with torch.device("meta"):
-        groups = build_groups(dict(model.named_parameters()), model.roles(), run.optim, model.axes())
-        banks = [empty_bank(run, group, names) for group in groups for names in group_by_shape(group)]
-    elements = sum(bank.shape.numel() * len(bank.names) for bank in banks)
-    matrix_elements = sum(bank.shape.numel() * len(bank.names) for bank in banks if bank_flops(bank))
-
-    # Stages: a new one begins where the batch, the sequence length or a window changes.
-    stages, first = [], 0
-    for _, group in groupby(values, key=lambda v: (v.batch_tokens, v.sequence_tokens, *v.windows.values())):
-        start, *others = group
-        flops = start.batch_tokens * model.flops_per_token(start.sequence_tokens, **start.windows)
-        stages.append(Stage(first, 1 + len(others), start, flops, run.train.micro_tokens, model.activation_bytes))
-        first += stages[-1].steps
-    return Sizes(elements, matrix_elements, tuple(map(bank_size, banks))), stages
-
-
-def empty_bank(run: Run, group: ParamGroup, names: list[str]) -> Bank:
-    """Return the bank that an optimizer at world size 1 makes of these parameters, with its state.
-
-    Only shapes and dtypes matter, not values: under `torch.device("meta")` nothing is allocated.
-    """
-    spec = group.specs[names[0]]
-    weights = shard_view(torch.stack([group.params[name].detach() for name in names]), group.scope, spec.blocks)
-    # The weights stand in for the gradients too: both have one shape, and a copy would cost memory.
-    bank = Bank(group, names, group.params[names[0]].shape, weights, weights, slice(None), False,
-                group.step_for(spec), spec, group.config.update_every, as_matrices(weights))
-    bank.state = bank.step.init_state(bank.matrices)
-    bank.state |= group.rule.init_state(bank.matrices.float() if group.config.state_dtype == "float32" else bank.matrices)
-    for hook in build_hooks(run):
-        hook.init(bank)
-    return bank
-
-
-def bank_size(bank: Bank) -> BankSize:
-    """Return the sizes of a bank at world size 1, which has no padding."""
-    entries = bank.weights.size(0)
-    return BankSize(entries, bank.weights.nbytes // entries, sum(t.nbytes for t in bank.state.values()) / entries,
-                    bank_flops(bank), bank.group.config.update_every, bank.weights.numel() < SMALL_BANK_ELEMENTS)
-
-
-def bank_flops(bank: Bank) -> float:
-    """Return the operations to orthogonalise one matrix of a bank; 0 if its rule does not orthogonalise."""
-    config = bank.group.config
-    if bank.weights.ndim != 3 or len(bank.shape) != 2:
+    if gpus == 1 or not (collectives := list(collectives)):
         return 0.0
-    return newton_schulz_flops(*bank.weights.shape[1:], newton_schulz_steps(config) + newton_schulz_steps(config.graft))
-
-
-def newton_schulz_steps(config: Graft) -> int:
-    """Return the number of Newton-Schulz iterations of an update rule; 0 if it does not iterate."""
-    iterates = getattr(config, "ns", "svd") != "svd" and getattr(config, "norm", "spectral") in ("spectral", "rms_operator")
-    return config.ns_steps if iterates else 0
-
-
-def newton_schulz_flops(m: int, n: int, steps: int) -> float:
-    """steps (4 s^2 l + 2 s^3), with s the shorter and l the longer side of an m x n matrix.
-
-    One quintic iteration multiplies A = X X^T (2 s^2 l operations), A^2 (2 s^3), and (b A + c A^2) X (2 s^2 l).
-    """
-    short, long = min(m, n), max(m, n)
-    return steps * (4 * short * short * long + 2 * short**3)
-
-
-def predict(stage: Stage, sizes: Sizes, machine: Machine, *, gpus: int, share: Efficiency) -> Prediction:
-    """Predict one step of a stage on `gpus` accelerators, as the busiest rank sees it; `share`: the fractions of the peaks.
-
-    - Compute: the rank's part of the stage's operations. If there are fewer sequences than ranks, the other ranks wait.
-    - Update: Newton-Schulz on the matrices that the rank owns. Weights and state are read and written, gradients read.
-    - Memory: float32 weights are cast to bfloat16 in each forward pass. Activations are written once and read once; they
-      count as traffic but not as time, since the fraction of peak operations already includes that time.
-    - Network: a ring's reduce-scatter of the gradients and all-gather of the weights (for small banks an all-reduce) send
-      2 (g - 1) / g of the bytes, padding included, at the rate of the slower link. Sparse rows are counted as dense, so
-      the cost of embedding tables is too high.
-    """
-    # The rank's part of the batch.
-    step_sequences, rank_sequences, pass_sequences = stage.portion(gpus)
-    passes = math.ceil(rank_sequences / pass_sequences)
-    activations = stage.activation_bytes(pass_sequences * stage.values.sequence_tokens)
-
-    # The optimizer, bank by bank. A bank updated at every k-th step costs 1 / k of an update per step.
-    weight_bytes = state_bytes = update_bytes = update_flops = sent_bytes = 0.0
-    for bank in sizes.banks:
-        owned, stored_bytes = bank.owned(gpus), bank.stored(gpus) * bank.weight_bytes
-        weight_bytes += stored_bytes
-        state_bytes += owned * bank.state_bytes
-        update_bytes += owned * (3 * bank.weight_bytes + 2 * bank.state_bytes) / bank.update_every_steps
-        update_flops += owned * bank.flops / bank.update_every_steps
-        sent_bytes += 2 * (gpus - 1) / gpus * stored_bytes / bank.update_every_steps
-    cast_bytes = passes * sizes.matrix_elements * (FLOAT32_BYTES + BFLOAT16_BYTES)
-
-    # Time: operations and bytes over the rates that are reached.
     link = min(machine.node_bandwidth, machine.net_bandwidth) if gpus > machine.per_node else machine.node_bandwidth
-    peak, memory = machine.flops * share.flops, machine.memory_bandwidth * share.memory
-    return Prediction(
-        compute_ms=1e3 * stage.flops * rank_sequences / step_sequences / peak,
-        optimizer_ms=1e3 * (update_flops / peak + update_bytes / memory), memory_ms=1e3 * cast_bytes / memory,
-        network_ms=1e3 * sent_bytes / (link * share.network), network_bytes=sent_bytes,
-        traffic_bytes=cast_bytes + update_bytes + 2 * passes * activations,
-        weight_bytes=weight_bytes, gradient_bytes=weight_bytes, state_bytes=state_bytes, activation_bytes=activations)
+    rate = link * assume.network_frac * gpus / (gpus - 1)
+    times = [1e3 * size * (2 if name == "all_reduce" else 1) / rate + 1e-3 * assume.collective_us
+             for name, size in collectives]
+    return times[0] + times[-1] + max(0.0, sum(times[1:-1]) - compute_ms)
 
 
-def predict_seconds(stages: list[Stage], sizes: Sizes, machine: Machine, *, gpus: int, share: Efficiency) -> float:
-    """Return the predicted training seconds of the whole run."""
-    return sum(s.steps * predict(s, sizes, machine, gpus=gpus, share=share).step_ms for s in stages) / 1e3
+def visible_tokens(window: int | None, sequence: int, document_cap: int | None, assume: Assumptions) -> float:
+    """Return the mean number of positions that a token attends to within a causal window and its document.
+
+    Documents have log-normal lengths, clipped at `document_cap`; without documents (None) the whole sequence is one.
+    """
+    window = min(window or sequence, sequence)
+    if document_cap is None:
+        lengths = [float(sequence)]
+    else:  # 99 equally likely lengths
+        spread = math.sqrt(2 * math.log(assume.document_tokens / assume.median_document_tokens))
+        quantiles = (NormalDist().inv_cdf((i + 0.5) / 99) for i in range(99))
+        lengths = [min(assume.median_document_tokens * math.exp(spread * q), document_cap, sequence) for q in quantiles]
+    inside = [min(window, length) for length in lengths]
+    pairs = sum(w * w / 2 + (length - w) * w for w, length in zip(inside, lengths, strict=True))
+    return pairs / sum(lengths)

@@ -11,7 +11,7 @@ from configs.presets import PRESETS
 from model import GPT
 from optim.comm import Comm
 from scripts.bench import Arguments, bench, model_parts, optimizer_parts, table_lines
-from scripts.lab.costs import measure_sizes
+from scripts.lab.workload import measure_sizes
 
 
 def test_every_part_is_timed_beside_its_bound():
@@ -48,7 +48,7 @@ def test_flops_of_the_parts():
     flops = {part.name: part.flops for part in (*model_parts(run, model, tokens), *optimizer_parts(run, model, Comm()))}
     assert flops["MLP"] == 6 * 128 * 2 * 128 * 512
     assert flops["attention"] == 6 * 128 * 4 * 128**2 + 12 * 128 * 32.5 * 128  # a token attends to 32.5 of 64 on average
-    assert flops["update"] == measure_sizes(run)[0].newton_schulz_flops
+    assert flops["update"] == measure_sizes(run)[0].newton_schulz_flops()
     assert flops["model"] == 128 * model.flops_per_token(64)
 
 
