@@ -26,7 +26,7 @@ from configs.schema import Run
 from data.batches import Batches
 from data.orders import Position
 from data.run.environment import choose_device, describe_environment
-from data.sources import Source, open_source
+from data.sources import Source, open_source, vocabulary
 from model import GPT, LayerInputs, mean_span
 from optim.comm import Comm, local_rank
 from optim.groups import build_groups
@@ -34,7 +34,7 @@ from optim.schedule import Schedule
 from optim.sharded import ShardedOptimizer
 from scripts import command
 from scripts.lab.costs import bank_flops
-from scripts.lab.models import CACHE, portable_config, vocabulary
+from scripts.lab.models import CACHE, portable_config
 
 WARMUP_RUNS = 2
 BYTES_PER_TOKEN = 2 * (2 + 8)  # input and target, each read as uint16 and written as int64
