@@ -183,13 +183,13 @@ PRESETS: dict[str, Callable[[], Run]] = {
     "track3_adamw": track3_adamw,
     "speedrun": speedrun,
     "speedrun_1gpu": Variant(
-        "speedrun", "`speedrun` on one GPU of 24 to 141 GB, by gradient accumulation.",
+        "speedrun", "`speedrun` on one GPU of 24 to 141 GB.",
         # One rank exchanges nothing: bfloat16 weights would halve no communication. Validation in shorter rows, whose
         # activations fit into 24 GB; they cut 120 documents more in two.
         {"model.matrix_dtype": "float32", "model.table_dtype": "float32", "train.micro_tokens": None,
          "data.val_sequence_tokens": 65_536}),
     "speedrun_b200": Variant(
-        "speedrun_1gpu", "`speedrun` on one B200 or H200, in at most three passes a step.",
+        "speedrun_1gpu", "`speedrun` on one B200 or H200, 3 passes a step.",
         # 66 GB of activations; 393,216 tokens at once would take 199 GB.
         {"train.micro_tokens": 131_072, "data.val_sequence_tokens": 262_144}),
     "speedrun_consumer": Variant(

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from configs.model import Model
 from configs.notation import evaluate_curve, parse_curve, raise_if
 from configs.schema import Run, Train
 
@@ -102,8 +103,9 @@ MAX_SHAPES = 8
 """Shapes that a compiled run may have: each takes minutes to compile, for training and again for validation."""
 
 
-def graph_shape(values: Values) -> tuple[int | None, ...]:
-    """Return all of a step's values that the model's graphs are compiled for: another shape is compiled anew."""
+def graph_key(values: Values, config: Model) -> tuple[int | None, ...]:
+    """Return all of a step's values that the graphs of a model of this config depend on: a new key is compiled anew."""
+    del config
     return values.batch_tokens, values.sequence_tokens, values.window_tokens, values.long_window_tokens
 
 
@@ -112,7 +114,7 @@ def training_shapes(run: Run, *, limited: bool = False) -> list[Values]:
 
     With `limited`, for a compiled run, more than MAX_SHAPES raise ValueError, which names the curve that makes most of them.
     """
-    shapes = _first_of_each(map(Schedule(run).values, range(run.train.steps)))
+    shapes = _first_of_each(run, map(Schedule(run).values, range(run.train.steps)))
     curves = ("batch_tokens", "sequence_tokens", "window_tokens", "long_window_tokens")
     most = max(curves, key=lambda name: len({getattr(values, name) for values in shapes}))
     raise_if(limited and len(shapes) > MAX_SHAPES,
@@ -125,12 +127,12 @@ def training_shapes(run: Run, *, limited: bool = False) -> list[Values]:
 def validation_shapes(run: Run) -> list[Values]:
     """Return the values of the first validation of each shape, in order."""
     steps = (step for step in range(1, run.train.steps + 1) if is_validation_step(run.train, step))
-    return _first_of_each(map(Schedule(run).validation_values, steps))
+    return _first_of_each(run, map(Schedule(run).validation_values, steps))
 
 
-def _first_of_each(values: Iterable[Values]) -> list[Values]:
+def _first_of_each(run: Run, values: Iterable[Values]) -> list[Values]:
     shapes: dict[tuple, Values] = {}
     for of_step in values:
-        shapes.setdefault(graph_shape(of_step), of_step)
+        shapes.setdefault(graph_key(of_step, run.model), of_step)
     return list(shapes.values())
 
