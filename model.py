@@ -626,8 +626,8 @@ class GPT(nn.Module):
         return 6 * matrices + 12 * self.config.dim * spans
 
     def activation_bytes(self, tokens: int) -> int:
-        """Estimate the bytes of activations that a forward-backward on `tokens` tokens stores. In bfloat16, where the graph is
-        compiled and computes part of them again, speedrun's graphs need 8.3 GB for 16,384 tokens, 25 GB for 49,152."""
+        """Estimate the bytes of activations that a forward-backward on `tokens` tokens stores. In bfloat16, where graphs are
+        compiled and compute part of them again, those of speedrun need 8.3 GB for 16,384 tokens, 25 GB for 49,152."""
         dim, hidden, in_half = self.config.dim, self.config.mlp_dim or 4 * self.config.dim, self.dtype == torch.bfloat16
         per_token = 2 * (8 * dim + hidden) if in_half else self.dtype.itemsize * (12 * dim + 3 * hidden)
         return tokens * (self.config.layers * per_token + (6 if in_half else 12) * len(self.embed))

@@ -58,7 +58,7 @@ def make_plan(args: Arguments, flags: list[str]) -> dict[str, Any]:
             "tokens": sum(stage.steps * stage.values.batch_tokens for stage in stages),
             "flops": sum(stage.steps * stage.flops for stage in stages),
             "stages": [stage_row(stage, sizes, machine, args.gpus, share) for stage in stages],
-            "micro_tokens": run.train.micro_tokens,
+            "micro_tokens": stages[0].micro_tokens,
             "seconds": predict_seconds(stages, sizes, machine, gpus=args.gpus, share=share),
             "other_machines": {name: machine_row(stages, sizes, other, share) for name, other in MACHINES.items()},
             "logs": [] if flags else public_logs(args.preset, stages)}  # flags make it another run than the logs'

@@ -194,7 +194,8 @@ def measure_sizes(run: Run) -> tuple[Sizes, list[Stage]]:
     for _, group in groupby(values, key=lambda v: (v.batch_tokens, v.sequence_tokens, *v.windows.values())):
         start, *others = group
         flops = start.batch_tokens * model.flops_per_token(start.sequence_tokens, **start.windows)
-        stages.append(Stage(first, 1 + len(others), start, flops, run.train.micro_tokens, model.activation_bytes))
+        micro_tokens = run.train.micro_tokens or start.sequence_tokens  # chosen on the GPU: planned as one sequence
+        stages.append(Stage(first, 1 + len(others), start, flops, micro_tokens, model.activation_bytes))
         first += stages[-1].steps
     return Sizes(elements, matrix_elements, tuple(map(bank_size, banks))), stages
 
