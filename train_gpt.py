@@ -94,8 +94,7 @@ def main(run: Run, start_seconds: float | None = None) -> None:
         raise DivergedError(f"{error}; {advice}. Lower --optim.matrix.lr or --optim.embed.lr, or warm the learning rate up "
                             "from 0: --schedule.lr '0=0 5%=1 100%=0.1'") from error
     if finished:
-        log.write_summary(wall_seconds=time.time() - start_seconds, parameters=trainer.parameters,
-                          data_hash=trainer.source.data_hash)
+        log.write_summary(time.time() - start_seconds, trainer.parameters, data_hash=trainer.source.data_hash)
         log.finish(trainer.sample())  # sampling is slow: the summary must not wait for it
     else:
         resume = f"--run.name {folder.name} --run.resume"
@@ -322,12 +321,13 @@ class Trainer:
         return f"{plan}\n\n{self.group_table}\n"
 
     def warm_up(self) -> None:
-        """Compile every shape that this rank will meet, on random tokens, and leave no trace of them."""
+        """Compile every shape that this rank will meet, on random documents, and leave no trace of them."""
         draw = partial(torch.randint, self.source.vocab_size, generator=torch.Generator().manual_seed(0))
         with self.optimizer.state.restored(self.model):
             for i, values in enumerate(self.shapes):
                 rows = rows_of_rank(values.batch_tokens // values.sequence_tokens, self.comm.rank, self.comm.world_size)
                 tokens = draw((len(rows), values.sequence_tokens))
+                tokens[:, ::values.max_document_tokens] = self.source.document_start or 0
                 for _ in range(self.run.train.warmup_steps):
                     self.gradients(tokens, tokens, values)
                     self.optimizer.step(values, (i + 1) * self.optimizer.period)  # a count at which every group is updated

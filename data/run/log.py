@@ -150,7 +150,7 @@ class Log:
         os.fsync(self._metrics.fileno())
         return self._metrics.tell()
 
-    def write_summary(self, *, wall_seconds: float, parameters: int, data_hash: str) -> None:
+    def write_summary(self, wall_seconds: float, parameters: int, *, data_hash: str) -> None:
         """Write summary.json. Before `finish`: the run counts even if it is killed while it samples."""
         if not self.active:
             return
