@@ -125,7 +125,8 @@ def model_parts(run: Run, model: GPT, tokens: Tensor) -> Iterator[Part]:
     inputs = LayerInputs(mask=model.masks(tokens, starts, windows)[layer], window=windows[layer], value_embed=value_embed,
                          x0=x.detach(), starts=starts)
     # The losses of training; plain models have none but the cross-entropy.
-    aux = AuxLossWeights(*torch.tensor([values.mtp, values.prefix_loss], device=tokens.device)) if on_cuda else None
+    weights = (torch.full((), weight, device=tokens.device) for weight in (values.mtp, values.prefix_loss))
+    aux = AuxLossWeights(*weights) if on_cuda else None
 
     def with_backward(function: Callable[..., Tensor], *args: object) -> Callable[[], None]:
         compiled = torch.compile(function, dynamic=False) if on_cuda else function
