@@ -26,7 +26,7 @@ from torch import Tensor
 
 from configs.schema import Run
 from configs.serialize import config_to_dict, flatten
-from data.batches import Batches, micro_batches
+from data.batches import Batches, micro_batches, rows_of_rank
 from data.evaluate import Score, evaluate, sample_text
 from data.orders import Position
 from data.run.checkpoint import check_same_run, load_checkpoint, match_tensors, save_checkpoint
@@ -35,17 +35,24 @@ from data.run.diagnostics import Metrics, activation_metrics, row_metrics, weigh
 from data.run.environment import choose_device, device_name
 from data.run.folder import open_run_folder
 from data.run.log import Log, Progress
+from data.run.memory import fit_passes, free_bytes
 from data.run.metrics import EQUILIBRIUM, metric_name
 from data.run.plan import format_groups, format_plan, format_schedule
 from data.sources import open_source
-from data.tokenizers import prefix_tokens
-from kernels.fp8 import reset_scales
 from model import GPT, AuxLossWeights
 from optim.comm import Comm, local_rank
 from optim.groups import build_groups
 from optim.hooks import build_hooks
 from optim.metrics import StepMetrics, equilibrium_angle
-from optim.schedule import Schedule, Values, graph_key, is_due, is_validation_step, loss_weights
+from optim.schedule import (
+    Schedule,
+    Values,
+    is_due,
+    is_validation_step,
+    loss_weights,
+    training_shapes,
+    validation_shapes,
+)
 from optim.sharded import NonFiniteError, ShardedOptimizer
 
 CACHE = Path(__file__).resolve().parent / ".cache"
@@ -80,7 +87,7 @@ def main(run: Run, start_seconds: float | None = None) -> None:
     if resumed:
         trainer.load(folder / CHECKPOINT)
     # The log comes after loading, which replaces trainer.progress; it cuts metrics.jsonl back to the checkpoint's step.
-    log = Log(run, folder, trainer.progress, device=trainer.device, rank=rank, world_size=world_size)
+    log = Log(trainer.run, folder, trainer.progress, device=trainer.device, rank=rank, world_size=world_size)
     if identity.resume:
         log.info(f"resuming {folder} at step {trainer.progress.step}" if resumed
                  else f"no checkpoint in {folder}: starting at step 0")
@@ -95,8 +102,8 @@ def main(run: Run, start_seconds: float | None = None) -> None:
         raise DivergedError(f"{error}; {advice}. Lower --optim.matrix.lr or --optim.embed.lr, or warm the learning rate up "
                             "from 0: --schedule.lr '0=0 5%=1 100%=0.1'") from error
     if finished:
-        log.finish(sample=trainer.sample(), wall_seconds=time.time() - start_seconds, parameters=trainer.parameters,
-                   data_hash=trainer.source.data_hash)
+        log.write_summary(time.time() - start_seconds, trainer.parameters, data_hash=trainer.source.data_hash)
+        log.finish(trainer.sample())  # sampling is slow: the summary must not wait for it
     else:
         resume = f"--run.name {folder.name} --run.resume"
         log.info(f"interrupted at step {trainer.progress.step}; to continue, repeat the command with {resume}")
@@ -134,9 +141,9 @@ def train(trainer: "Trainer", log: Log) -> bool:
                 progress.record_score(score, run.run.target_loss_nats)
                 log.validation(score, trainer.measures.by_role(trainer.last_values()) if run.log.diagnostics else {})
         # Save, also after a signal: on all ranks or none, because it is a collective; never the weights after a bad step.
-        saves = progress.is_finished(run) or is_due(step, run.run.checkpoint_every_steps)
-        polls = is_due(step, poll_steps)
-        if polls or saves:
+        ends, polls = progress.is_finished(run), is_due(step, poll_steps)
+        saves = is_due(step, run.run.checkpoint_every_steps) or (ends and run.run.final_checkpoint)
+        if polls or saves or ends:
             trainer.optimizer.check_finite()
         interrupted = polls and trainer.comm.max(float(interruption.received))[0] > 0
         if saves or interrupted:
@@ -161,23 +168,21 @@ class Trainer:
         """Build the source, the model and the optimizer. Writes nothing to disk except the cached tokens and tokenizer."""
         self.run, self.schedule, self.progress = run, Schedule(run), Progress()
         self.comm = Comm(choose_device(run.run.device, local_rank()))
-        self.device = self.comm.device
-        on_cuda = self.device.type == "cuda"
+        self.device, on_cuda = self.comm.device, self.comm.device.type == "cuda"
         self.compiled = run.run.compile == "on" or (run.run.compile == "auto" and on_cuda)
+        self.shapes = training_shapes(run, limited=self.compiled)
         # Tokens. The first rank of each machine opens the source before its other ranks, so that caches are built once.
         if local_rank() > 0:
             self.comm.barrier()
-        self.source = open_source(run.data, cache_dir=CACHE)
+        self.source = open_source(run.data, cache_dir=CACHE, plan_for=run.preset if run.run.dry_run else None)
         if local_rank() == 0:
             self.comm.barrier()
         # Model: long enough for training and validation. Seeded here, right before the first random draw.
         torch.manual_seed(run.run.seed)
-        lengths = [self.schedule.values(step).sequence_tokens for step in range(run.train.steps)]
-        pieces = self.source.tokenizer.pieces if run.model.prefix_loss and self.source.tokenizer else None
-        self.model = GPT(run.model, vocab_size=self.source.vocab_size,
-                         max_tokens=max(*lengths, run.data.val_sequence_tokens or 0),
-                         document_start=self.source.document_start, prefix_of=prefix_tokens(pieces) if pieces else None,
-                         on_cuda=on_cuda, dtype=torch.bfloat16 if on_cuda else torch.float32)
+        longest = max(run.data.val_sequence_tokens or 0, *(values.sequence_tokens for values in self.shapes))
+        self.model = GPT(run.model, vocab_size=self.source.vocab_size, max_tokens=longest, on_cuda=on_cuda,
+                         document_start=self.source.document_start, dtype=torch.bfloat16 if on_cuda else torch.float32,
+                         prefix_of=self.source.prefixes() if run.model.prefix_loss else None)
         if run.train.tied_until_frac:
             self.model.head.weight.data.copy_(self.model.embed)
         self.model.to(self.device)
@@ -187,16 +192,20 @@ class Trainer:
         self.group_table = format_groups(groups)
         self.optimizer = ShardedOptimizer(groups, self.comm, compile_updates=self.compiled, hooks=build_hooks(run))
         self.measures = StepMetrics(self.comm)
+        self.notes = [self.model.paths.line(), self.model.kernel_note] if on_cuda else []
+        if run.train.micro_tokens is None:  # chosen here, where the memory that the banks leave is known
+            self.run, note = fit_passes(run, self.shapes, free=-self.comm.max(-free_bytes(self.device))[0],
+                                        world_size=self.comm.world_size, activation_bytes=self.model.activation_bytes)
+            self.notes.append(note)
         if self.compiled:
             self.model.compile(dynamic=False)  # one graph per shape: dynamic shapes cost speed, and warm_up sees all shapes
 
     def start_batches(self) -> Batches:
         """Return the stream of training batches, started at the current step."""
-        batches = Batches(self.source.train, order=self.run.data.order, seed=self.run.run.seed,
-                          document_start=self.source.document_start, rank=self.comm.rank,
-                          world_size=self.comm.world_size, plan=self.schedule.portions,
-                          total_steps=self.run.train.steps, pin=self.device.type == "cuda",
-                          vocab_size=self.source.vocab_size)
+        run, source = self.run, self.source
+        batches = Batches(source.train, order=run.data.order, seed=run.run.seed, document_start=source.document_start,
+                          rank=self.comm.rank, world_size=self.comm.world_size, plan=self.schedule.portions,
+                          total_steps=run.train.steps, pin=self.device.type == "cuda", vocab_size=source.vocab_size)
         batches.start(self.progress.step, Position(**self.progress.position))
         return batches
 
@@ -248,7 +257,7 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> Score:
         """Return the validation score of the current weights (of their average, if the run keeps one). A collective."""
-        values = self.last_values()
+        values = self.schedule.validation_values(self.progress.step)
         with self.optimizer.evaluation_weights():
             return evaluate(partial(self.model, **values.windows), self.source,
                             sequence_tokens=self.run.data.val_sequence_tokens or values.sequence_tokens,
@@ -280,15 +289,14 @@ class Trainer:
         generate = partial(self.model.generate, count=self.run.log.sample_tokens, **self.last_values().windows,
                            generator=torch.Generator().manual_seed(self.run.run.seed))
         with self.optimizer.evaluation_weights():  # a collective, so on all ranks, though only rank 0 samples
-            if self.comm.rank > 0 or not self.run.log.sample_tokens:
-                return None
-            return sample_text(self.source, generate, device=self.device)
+            samples = self.comm.rank == 0 and self.run.log.sample_tokens
+            return sample_text(self.source, generate, device=self.device) if samples else None
 
     # ---- Save and resume ----
 
     def save(self, path: Path) -> None:
         """Write a checkpoint; the file appears whole or not at all. A collective: all ranks gather their optimizer state."""
-        tensors = self.optimizer.state.tensors()
+        tensors = self.optimizer.state.tensors(keep=self.comm.rank == 0)
         if self.comm.rank == 0:
             meta = {"progress": asdict(self.progress), "config": flatten(config_to_dict(self.run)),
                     "data_hash": self.source.data_hash}
@@ -314,31 +322,30 @@ class Trainer:
         model, train, values = self.model, self.run.train, self.last_values()
         state_bytes = sum(t.nbytes for b in self.optimizer.banks for t in (b.weights, b.grads, *b.state.values()))
         plan = format_plan(
-            self.run, self.source, notes=[model.paths.line(), model.kernel_note] if self.device.type == "cuda" else [],
-            dtype=model.dtype, kernel=model.kernel, compiled=self.compiled, device=device_name(self.device),
-            world_size=self.comm.world_size, total_tokens=self.schedule.tokens_before(train.steps), state_bytes=state_bytes,
-            flops_per_token=model.flops_per_token(values.sequence_tokens, **values.windows), parameters=self.parameters,
+            self.run, self.source, notes=self.notes, dtype=model.dtype, kernel=model.kernel, world_size=self.comm.world_size,
+            compiled=len(self.shapes) if self.compiled else 0, device=device_name(self.device), parameters=self.parameters,
+            flops_per_token=model.flops_per_token(values.sequence_tokens, **values.windows),
+            total_tokens=self.schedule.tokens_before(train.steps), state_bytes=state_bytes,
             activation_bytes=model.activation_bytes(min(train.micro_tokens, train.batch_tokens // self.comm.world_size)))
         return f"{plan}\n\n{self.group_table}\n"
 
     def warm_up(self) -> None:
-        """Compile every shape by steps on random tokens, in documents of training's length, then restore weights, optimizer
-        state and 8-bit scales. Where rows do not divide evenly among ranks, those with one more compile in the timed loop."""
-        snapshot = self.optimizer.state.snapshot()
-        shapes = {graph_key(v, self.run.model): v for v in map(self.schedule.values, range(self.run.train.steps))}
-        for step, values in enumerate(shapes.values()):
-            rows = max(1, values.batch_tokens // values.sequence_tokens // self.comm.world_size)
-            tokens = torch.randint(self.source.vocab_size, (rows, values.sequence_tokens))
-            tokens[:, ::values.max_document_tokens or values.sequence_tokens] = self.source.document_start or 0
-            for _ in range(self.run.train.warmup_steps):
-                self.gradients(tokens, tokens, values)
-                self.optimizer.step(values, (step + 1) * self.optimizer.period)  # a count at which every group is updated
-                self.optimizer.zero_grad()
-            with torch.no_grad():  # validation runs without gradients, which is a graph of its own
-                x = next(micro_batches(tokens, tokens, self.run.train.micro_tokens))[0].to(self.device)
-                self.model(x, x, **values.windows)
-        self.optimizer.state.restore(snapshot)
-        reset_scales(self.model)
+        """Compile every shape that this rank will meet, on random documents, and leave no trace of them."""
+        draw = partial(torch.randint, self.source.vocab_size, generator=torch.Generator().manual_seed(0))
+        with self.optimizer.state.restored(self.model):
+            for i, values in enumerate(self.shapes):
+                rows = rows_of_rank(values.batch_tokens // values.sequence_tokens, self.comm.rank, self.comm.world_size)
+                tokens = draw((len(rows), values.sequence_tokens))
+                tokens[:, ::values.max_document_tokens or values.sequence_tokens] = self.source.document_start or 0
+                for _ in range(self.run.train.warmup_steps):
+                    self.gradients(tokens, tokens, values)
+                    self.optimizer.step(values, (i + 1) * self.optimizer.period)  # a count at which every group is updated
+                    self.optimizer.zero_grad()
+            for values in validation_shapes(self.run):
+                length = self.run.data.val_sequence_tokens or values.sequence_tokens
+                x = draw((max(1, self.run.train.micro_tokens // length), length)).to(self.device)
+                with torch.no_grad():  # a graph of its own
+                    self.model(x, x, **values.windows)
 
 
 if __name__ == "__main__":

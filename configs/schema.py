@@ -19,7 +19,7 @@ RANGES = {
     "[0, inf)": ("seed", "checkpoint_every_steps", "val_every_steps", "final_val_every_steps", "warmup_steps", "lookahead",
                  "sample_tokens", "layers_every_steps"),
     "[1, inf)": ("sequence_tokens", "val_sequence_tokens", "max_document_tokens", "val_tokens", "val_bytes", "steps",
-                 "batch_tokens", "micro_tokens", "every_steps"),
+                 "batch_tokens", "micro_tokens", "val_long_window_tokens", "every_steps"),
     "[256, 65535]": ("bpe_vocab_tokens",),  # one token per byte at least; with end-of-text, token numbers fit uint16
     "[0, 1)": ("weight_average", "lookahead_gamma"),
     "[0, 1]": ("weight_average_start", "weight_average_blend", "lookahead_start", "lookahead_end", "tied_until_frac"),
@@ -50,8 +50,11 @@ class Identity:
     """End the run when the validation loss reaches target_loss_nats."""
     checkpoint_every_steps: int = 0
     """Number of steps between checkpoints. 0: only at the end of the run or when it is interrupted."""
+    final_checkpoint: bool = True
+    """Write a checkpoint at the end of the run, which samples, exports and evaluations read: weights and optimizer state,
+    8.6 GB for speedrun. An interrupted run always writes one."""
     dry_run: bool = False
-    """Print the plan of the run and exit without training."""
+    """Print the plan of the run and exit without training. Works without the data too: it then says what is missing."""
 
     def __post_init__(self) -> None:
         check_ranges(self, RANGES)
@@ -85,7 +88,7 @@ class Data:
     sequence_tokens: int = 128
     """Context length in training, in tokens, before schedule.sequence_tokens."""
     val_sequence_tokens: int | None = None
-    """Context length in validation, in tokens. None: sequence_tokens."""
+    """Context length in validation, in tokens (speedrun: 262,144). None: sequence_tokens."""
     max_document_tokens: int = 2048
     """Largest number of tokens of a document where order is documents; longer documents are clipped."""
     val_tokens: int = 10_485_760
@@ -157,15 +160,18 @@ class Train:
     """Number of optimizer steps."""
     batch_tokens: int = 4096
     """Number of tokens per optimizer step, over all ranks, before schedule.batch_tokens."""
-    micro_tokens: int = 65_536
+    micro_tokens: int | None = 65_536
     """Largest number of tokens in one forward and backward pass on one rank. Lower it when memory runs out: gradients are
-    then accumulated over more passes."""
+    then accumulated over more passes. None: as many as fit into the free memory of the GPU (data/run/memory.py)."""
     loss_reduction: Literal["mean", "sum"] = "mean"
     """Reduction of the loss over the tokens of a step, before gradients are taken: mean, or sum (speedrun track 3)."""
     val_every_steps: int = 40
     """Number of steps between validations. 0: only at the end."""
     final_val_every_steps: int = 0
     """Number of steps between validations in the last 10 % of the run. 0: val_every_steps."""
+    val_long_window_tokens: int | None = None
+    """Long attention window of the validation after the last step; YaRN stays at the last of its windows (speedrun: 2560
+    after 1664 in training). None: the long window of that step."""
     warmup_steps: int = 2
     """Number of untimed steps before a compiled run, so that compilation is not timed; their changes are undone."""
     weight_average: float = 0.0
@@ -241,10 +247,12 @@ class Run:
         raise_if(train.batch_tokens != nearest,
                  f"train.batch_tokens must be a multiple of data.sequence_tokens ({data.sequence_tokens}), got "
                  f"{train.batch_tokens}; nearest: {nearest}")
-        raise_if(train.micro_tokens < data.sequence_tokens,
+        raise_if((train.micro_tokens or data.sequence_tokens) < data.sequence_tokens,
                  f"train.micro_tokens must hold one sequence of {data.sequence_tokens} tokens, got {train.micro_tokens}")
         raise_if(self.schedule.window_tokens != "1" and self.model.window_tokens is None,
                  "schedule.window_tokens needs --model.window_tokens, the window that it multiplies")
+        raise_if(train.val_long_window_tokens is not None and self.model.long_window_tokens is None,
+                 "train.val_long_window_tokens needs --model.long_window_tokens, the window that it replaces")
         # While they are tied, embedding and head are one tensor in one optimizer group: one rule, one dtype.
         tied = train.tied_until_frac > 0
         raise_if(tied and (self.optim.embed != self.optim.head or self.model.embed_dtype != "float32"),

@@ -21,7 +21,7 @@ FORMAT = 2
 
 # Settings that change no loss, up to the rounding of the device: the hash leaves them out. So do all of `log`.
 HASH_IGNORES = frozenset({"format", "preset", "run.name", "run.dir", "run.resume", "run.device", "run.compile",
-                          "run.dry_run", "run.checkpoint_every_steps", "train.warmup_steps"})
+                          "run.dry_run", "run.checkpoint_every_steps", "run.final_checkpoint", "train.warmup_steps"})
 
 
 def config_to_dict(run: Run) -> dict[str, Any]:

@@ -5,6 +5,7 @@ embedding and head in bfloat16, and MUDD's connections into the attention values
 networks; here each technique has its own.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from configs.optim import Adam, Extra, NorMuon, Optim
@@ -20,9 +21,9 @@ LR = "0=1 hold 423=1.52 508=1.52 846=0.91230971 hold 847=1.0270866 1270=0.15 100
 NO_FP8 = {"model.fp8": "none", "model.fp8_scales": "dynamic", "model.fp8_grad_max": 0.0}
 
 
-def stages(first: float, *later: float) -> str:
-    """Return a curve that jumps to the next value at each of STAGES."""
-    return " ".join([f"0={first:g}", *(f"hold {step}={value:.8g}" for step, value in zip(STAGES, later, strict=False))])
+def stages(first: float, *later: float, at: Sequence[int | str] = STAGES) -> str:
+    """Return a curve that jumps to the next value at each of the positions `at`."""
+    return " ".join([f"0={first:g}", *(f"hold {knot}={value:.8g}" for knot, value in zip(at, later, strict=False))])
 
 
 def record_optim() -> Optim:
@@ -58,6 +59,7 @@ def speedrun() -> Run:
         preset="speedrun",
         run=Identity(target_loss_nats=3.28),
         data=Data(source="shards", tokenizer="gpt2", order="documents", sequence_tokens=16_384, max_document_tokens=2048,
+                  val_sequence_tokens=262_144,
                   train_files=("data/fineweb10B/fineweb_train_*.bin",), val_files=("data/fineweb10B/fineweb_val_*.bin",)),
         # Layers, their windows and techniques are the record's. init_gain 0.25 is its standard deviation 0.5 / sqrt(768).
         model=Model(layers=11, dim=768, head_dim=128, position="half_rotary", attention_scale=0.1, softcap="asymmetric",
@@ -80,6 +82,7 @@ def speedrun() -> Run:
                           mtp="0=2 423=1 847=0", prefix_loss="0=1 423=1 847=0",
                           max_document_tokens=stages(896 / 2048, 1)),
         train=Train(steps=STEPS, batch_tokens=131_072, micro_tokens=16_384, val_every_steps=250,
+                    val_long_window_tokens=2560,
                     tied_until_frac=(STAGES[1] + 1) / STEPS),  # the first Adam step of stage 3 is the last tied one
         log=Log(every_steps=25),
     )
@@ -92,8 +95,12 @@ def medium() -> Run:
     Value embeddings and hashed tables are left out.
     """
     lr = "0=1 30%=1 100%=0.1"
+    # Windows in blocks of 128 tokens, held as long as they are nearest to straight lines from 3 to 9 and from 3 to 23: each
+    # pair is compiled. The first three changes are those of the batch, which is compiled anew as well.
+    at = ("8.3333%", "16.6667%", "25%", "45%", "63%", "77%", "93%")
+    windows, long_windows = (3, 4, 4, 5, 6, 7, 8, 9), (3, 5, 7, 10, 14, 17, 20, 23)
     return with_settings(speedrun(), {
-        "preset": "medium", "run": Identity(target_loss_nats=2.92),
+        "preset": "medium", "run": Identity(target_loss_nats=2.92), "data.val_sequence_tokens": None,
         "model.layers": 16, "model.dim": 1024, "model.matrix_dtype": "float32", "model.table_dtype": "float32",
         "model.value_embeds": 0, "model.value_embed_layers": (), "model.value_gates": False,
         "model.bigram_buckets": 0, "model.bigram_signs": 0,
@@ -106,9 +113,10 @@ def medium() -> Run:
         # 0.018 is the record's 1.2 times lr, as in `record_optim`.
         "optim.matrix.lr": 0.015, "optim.matrix.weight_decay": 0.018, "optim.matrix.extra.blocks": (),
         "schedule": Schedule(lr=lr, weight_decay=lr, momentum="0=0.85 300=0.95 -50=0.95 100%=0.85",
-                             batch_tokens="0=1 hold 8.3333%=2 hold 16.6667%=3 hold 25%=4",
-                             window_tokens="0=1 50%=2 100%=3", long_window_tokens="0=1 100%=7.6667"),
-        "train.steps": 4740, "train.tied_until_frac": 2 / 12})
+                             batch_tokens=stages(1, 2, 3, 4, at=at),
+                             window_tokens=stages(*(blocks / 3 for blocks in windows), at=at),
+                             long_window_tokens=stages(*(blocks / 3 for blocks in long_windows), at=at)),
+        "train.steps": 4740, "train.val_long_window_tokens": None, "train.tied_until_frac": 2 / 12})
 
 
 def speedrun_cpu() -> Run:

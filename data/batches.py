@@ -36,9 +36,10 @@ class Batches:
         """
         if order == "documents" and document_start is None:
             raise ValueError("--data.order documents needs a source with document starts: shards or text")
+        self._indexer = ThreadPoolExecutor(1, thread_name_prefix="documents")
         make_order = {"contiguous": lambda: Contiguous(source_arrays),
                       "shuffled": lambda: Shuffled(source_arrays, seed),
-                      "documents": lambda: Documents(source_arrays, document_start)}
+                      "documents": lambda: Documents(source_arrays, document_start, self._indexer)}
         self._order = make_order[order]()
         self._shards, self._vocab_size, self._pin = source_arrays, vocab_size, pin
         self._rank, self._world_size = rank, world_size
@@ -49,7 +50,13 @@ class Batches:
         self._step = 0
 
     def start(self, step: int, position: Position) -> None:
-        """Begin to build the batch of `step`, reading from `position` on, and return without waiting for it."""
+        """Begin to build the batch of `step`, reading from `position` on. Waits for the index of the shard, if the order has
+        one, but not for the batch: a caller that starts its clock afterwards measures batches alone."""
+        if isinstance(self._order, Documents):
+            self._order.prepare(position.shard)
+        self._submit(step, position)
+
+    def _submit(self, step: int, position: Position) -> None:
         self._step = step
         self._next = self._worker.submit(self._build, step, position) if step < self._total_steps else None
 
@@ -62,12 +69,13 @@ class Batches:
         assert self._next is not None, "start() comes first, and there is no batch after the last step"
         batch = self._next.result()
         # From here on the thread builds the next batch while the caller computes with this one.
-        self.start(self._step + 1, batch[2])
+        self._submit(self._step + 1, batch[2])
         return batch
 
     def close(self) -> None:
-        """Stop the background thread."""
-        self._worker.shutdown(wait=True, cancel_futures=True)
+        """Stop the background threads."""
+        for executor in (self._worker, self._indexer):
+            executor.shutdown(wait=True, cancel_futures=True)
 
     def _build(self, step: int, position: Position) -> Batch:
         """Read this rank's rows of a batch; runs in the thread, whose errors `next` raises."""
@@ -78,7 +86,7 @@ class Batches:
             raise ValueError(f"a batch of {batch_tokens} tokens holds no sequence of {sequence_tokens}; "
                              "raise --train.batch_tokens")
         # This rank's rows. The position after the batch is the same on every rank, so ranks need not communicate.
-        own_rows = range(count * self._rank // self._world_size, count * (self._rank + 1) // self._world_size)
+        own_rows = rows_of_rank(count, self._rank, self._world_size)
         request = RowRequest(count, sequence_tokens, max_document_tokens)
         inputs, targets, position_after = self._order.read(position, request, own_rows)
         # Vocabulary. Checked here, because an embedding lookup outside its table stops a GPU without a readable error.
@@ -94,6 +102,11 @@ class Batches:
         """Raise ValueError with file and position of the first token outside the vocabulary."""
         for number, shard in enumerate(self._shards):
             check_vocabulary(shard, vocab_size, file_name=str(getattr(shard, "filename", f"token array {number}")))
+
+
+def rows_of_rank(count: int, rank: int, world_size: int) -> range:
+    """Return a rank's rows of a global batch of `count` rows."""
+    return range(count * rank // world_size, count * (rank + 1) // world_size)
 
 
 def micro_batches(inputs: Tensor, targets: Tensor, micro_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -99,11 +99,16 @@ def find_files(patterns: Sequence[str], *, flag: str) -> list[Path]:
     """
     paths: set[str] = set()
     for pattern in patterns:
-        matches = [name for name in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(name)]
-        if not matches:
+        names = matches(pattern)
+        if not names:
             raise ValueError(f"{flag}: no file matches {pattern!r}{_suggestion(pattern)}")
-        paths.update(matches)
+        paths.update(names)
     return [Path(name) for name in sorted(paths)]
+
+
+def matches(pattern: str) -> list[str]:
+    """Return the paths of the files that match a glob pattern."""
+    return [name for name in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(name)]
 
 
 def _suggestion(pattern: str) -> str:

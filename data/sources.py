@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from configs.schema import Data
-from data.shards import HEADER_BYTES, check_vocabulary, find_files, read_shard, write_shard
-from data.tokenizers import Tokenizer, load_tokenizer
+from data.shards import HEADER_BYTES, check_vocabulary, find_files, matches, read_shard, write_shard
+from data.tokenizers import Tokenizer, load_tokenizer, prefix_tokens
 
 GPT2_VOCAB = 50_257
 GPT2_END_OF_TEXT = 50_256
+BYTE_VOCAB = 257  # 256 bytes and end-of-text
 HASHED_BYTES = 2**20
 """Bytes at each end of a shard that enter its hash: hashing whole shards of 200 MB would delay every start."""
 EXCLUDED_FOLDERS = frozenset({"test", "idlelib", "lib2to3", "site-packages", "dist-packages"})
@@ -44,13 +45,25 @@ class Source:
     """Hash of training tokens, validation tokens and vocabulary: losses of runs with equal hashes can be compared."""
     notes: tuple[str, ...] = ()
     """Remarks for the user, printed with the plan."""
+    is_planned: bool = False
+    """True if the files are missing: there are no tokens, and the run can only be planned."""
+
+    def prefixes(self) -> list[int] | None:
+        """Return for each token the longest proper prefix that is a token too, or -1; None without a tokenizer."""
+        if self.is_planned:
+            return [-1] * self.vocab_size
+        return prefix_tokens(self.tokenizer.pieces) if self.tokenizer else None
 
 
-def open_source(data: Data, *, cache_dir: Path) -> Source:
+def open_source(data: Data, *, cache_dir: Path, plan_for: str | None = None) -> Source:
     """Open the source that a config describes; tokenizers and encoded text are cached in `cache_dir`.
 
-    Raises ValueError for missing or damaged files, text that is not UTF-8, and a tokenizer that cannot be loaded.
+    Raises ValueError for missing or damaged files, text that is not UTF-8, and a tokenizer that cannot be loaded. With
+    `plan_for`, the name of a preset, missing files are no error: the result is a `planned_source`.
     """
+    missing = [pattern for pattern in (*data.train_files, *data.val_files) if not matches(pattern)]
+    if missing and plan_for is not None:
+        return planned_source(data, missing, preset=plan_for)
     if data.source == "shards":
         return _open_shards(data, cache_dir)
     if data.source == "corpus":
@@ -59,6 +72,23 @@ def open_source(data: Data, *, cache_dir: Path) -> Source:
     train_texts, val_texts = (read_texts(paths) for paths in _find_train_and_val_files(data))
     # Without validation files the last tenth of the training text is held out.
     return _open_texts(data, *((train_texts, val_texts) if data.val_files else split_documents(train_texts)), cache_dir)
+
+
+def vocabulary(data: Data) -> int:
+    """Return the vocabulary size of a source's tokenizer, without opening the source."""
+    if data.source == "shards":
+        return GPT2_VOCAB
+    return {"bpe": data.bpe_vocab_tokens + 1, "bytes": BYTE_VOCAB, "gpt2": GPT2_VOCAB}[data.tokenizer]
+
+
+def planned_source(data: Data, missing: Sequence[str], *, preset: str) -> Source:
+    """Return a source without tokens, enough to plan a run of `preset`; its note names the `missing` files and the command
+    that fetches them."""
+    fetch = f"; fetch them: python -m scripts.fetch_fineweb --preset {preset}" if data.source == "shards" else ""
+    size, nothing = vocabulary(data), np.empty(0, dtype=np.uint16)
+    return Source(name=f"{data.source}, {data.tokenizer}", train=[], validation=nothing, validation_bytes=None,
+                  tokenizer=None, vocab_size=size, document_start=size - 1, data_hash="unknown",
+                  notes=(f"no training before these files are here: {', '.join(missing)}{fetch}",), is_planned=True)
 
 
 def _find_train_and_val_files(data: Data) -> tuple[list[Path], list[Path]]:

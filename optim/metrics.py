@@ -19,6 +19,7 @@ from optim.rule import Hyper
 from optim.schedule import Values
 
 Metrics = dict[str, dict[str, float]]  # role or tensor > name > value
+CHUNK_ELEMENTS = 2**24  # numbers that are measured at once: 128 MB in float64
 
 
 class StepMetrics:
@@ -86,8 +87,11 @@ def step_squares(norm: Norm, before_Kmn: Tensor, after_Kmn: Tensor) -> StepSquar
     """Return the squared norms of a step, summed in float64, as the change may be far smaller than the weights."""
     if after_Kmn.device.type == "mps":  # has neither float64 nor eigenvalues
         before_Kmn, after_Kmn = before_Kmn.cpu(), after_Kmn.cpu()
-    before, after = before_Kmn.double(), after_Kmn.double()
-    sums = torch.stack([(after - before).square().sum(), before.square().sum(), after.square().sum()])
+    sums = after_Kmn.new_zeros(3, dtype=torch.float64)
+    # In chunks: float64 copies of a whole table of n-grams would take 9 GB.
+    for before, after in zip(*(w.flatten().split(CHUNK_ELEMENTS) for w in (before_Kmn, after_Kmn)), strict=True):
+        before, after = before.double(), after.double()
+        sums += torch.stack([(after - before).square().sum(), before.square().sum(), after.square().sum()])
     size = norm.size(after_Kmn.float()).max().item() if after_Kmn.numel() else 0.0
     return StepSquares(*sums.tolist(), size)
 

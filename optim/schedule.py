@@ -1,10 +1,11 @@
 """Schedule: hyperparameters and sizes as a pure function of the step, so that a resumed run gets the right ones."""
 
 import math
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from configs.model import Model
-from configs.notation import evaluate_curve, parse_curve
+from configs.notation import evaluate_curve, parse_curve, raise_if
 from configs.schema import Run, Train
 
 
@@ -80,6 +81,7 @@ class Schedule:
         self._base = {"batch_tokens": run.train.batch_tokens, "sequence_tokens": run.data.sequence_tokens,
                       "window_tokens": run.model.window_tokens, "long_window_tokens": run.model.long_window_tokens,
                       "max_document_tokens": run.data.max_document_tokens if clips else None}
+        self._val_long_window_tokens = run.train.val_long_window_tokens
 
     def values(self, step: int) -> Values:
         """Return the values of optimizer step 0, 1, ..., total_steps - 1."""
@@ -90,6 +92,14 @@ class Schedule:
         return Values(curves["lr"], curves["weight_decay"], curves.get("momentum"), batch, sequence,
                       self._scaled("window_tokens", curves), self._scaled("long_window_tokens", curves), curves["mtp"],
                       curves["prefix_loss"], self._scaled("max_document_tokens", curves))
+
+    def validation_values(self, step: int) -> Values:
+        """Return the values to validate with after step number `step`, counted from 1: those of that step, after the last
+        one with the validation's long window. Before the first step: those of the first."""
+        values = self.values(max(0, step - 1))
+        if step < self.total_steps or self._val_long_window_tokens is None:
+            return values
+        return values._replace(long_window_tokens=self._val_long_window_tokens)
 
     def _scaled(self, name: str, curves: dict[str, float]) -> int | None:
         """Return a configured number of tokens times its curve, at least 1; None stays None."""
@@ -119,3 +129,39 @@ def is_validation_step(train: Train, step: int) -> bool:
     tenth of the run, so that the step that reaches the target is known more exactly."""
     is_late = train.final_val_every_steps and step >= 0.9 * train.steps
     return step == train.steps or is_due(step, train.final_val_every_steps if is_late else train.val_every_steps)
+
+
+# ---- Graphs of a compiled run -------------------------------------------------------------------------------------------
+
+MAX_SHAPES = 8
+"""Shapes that a compiled run may have: each takes minutes to compile, for training and again for validation."""
+
+
+def training_shapes(run: Run, *, limited: bool = False) -> list[Values]:
+    """Return the values of the first step of each shape, in the order in which training meets them.
+
+    With `limited`, for a compiled run, more than MAX_SHAPES raise ValueError, which names the curve that makes most of them.
+    """
+    shapes = _first_of_each(map(Schedule(run).values, range(run.train.steps)), lambda values: graph_key(values, run.model))
+    curves = ("batch_tokens", "sequence_tokens", "window_tokens", "long_window_tokens")
+    most = max(curves, key=lambda name: len({getattr(values, name) for values in shapes}))
+    raise_if(limited and len(shapes) > MAX_SHAPES,
+             f"the schedule has {len(shapes):,} shapes (batch, context, windows), and torch.compile takes minutes for each; "
+             f"at most {MAX_SHAPES}: change --schedule.{most} in jumps, by `hold` knots in steps of 128 tokens such as "
+             "'0=1 hold 33%=2 hold 67%=3', or take --run.compile off")
+    return shapes
+
+
+def validation_shapes(run: Run) -> list[Values]:
+    """Return the values of the first validation of each shape, in order."""
+    steps = (step for step in range(1, run.train.steps + 1) if is_validation_step(run.train, step))
+    return _first_of_each(map(Schedule(run).validation_values, steps),
+                          lambda values: (values.sequence_tokens, *values.windows.values()))
+
+
+def _first_of_each(values: Iterable[Values], key: Callable[[Values], tuple]) -> list[Values]:
+    shapes: dict[tuple, Values] = {}
+    for of_step in values:
+        shapes.setdefault(key(of_step), of_step)
+    return list(shapes.values())
+

@@ -1,9 +1,10 @@
 """The optimizer's state dict: saved and loaded at any world size; copied before warm-up and restored after it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optim.bank import Bank
 from optim.comm import Comm
@@ -17,8 +18,9 @@ class OptimizerState:
         """`shared`: role > name > 0-D number; `also_restored`: tensors that `restore` resets but no checkpoint contains."""
         self._banks, self._shared, self._comm, self._also_restored = banks, shared, comm, list(also_restored)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return weights and state of every parameter as whole CPU tensors, the same at any world size. A collective.
+    def tensors(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """Return weights and state of every parameter as whole CPU tensors, the same at any world size. A collective: a rank
+        that needs no copy takes part with `keep` False, and returns {}.
 
         Names: `weights/NAME`; `KEY/NAME` for each state tensor of rule, step and hooks (`momentum/...`, `mean/...`);
         `pending/NAME`, the sum over ranks of gradients that add up; `shared/ROLE/KEY` for numbers that a role shares.
@@ -30,10 +32,10 @@ class OptimizerState:
             if bank.update_every > 1:
                 wholes["pending"] = bank.grads.clone()
                 self._comm.all_reduce(wholes["pending"]).wait()
-            for key, whole in wholes.items():
+            for key, whole in wholes.items() if keep else ():
                 parts = bank.per_parameter(whole).cpu()
                 tensors |= {f"{key}/{name}": part for name, part in zip(bank.names, parts, strict=True)}
-        return tensors
+        return tensors if keep else {}
 
     def _gather(self, bank: Bank, shard: Tensor) -> Tensor:
         """Return the whole tensor of which this rank has `shard`, a copy."""
@@ -74,14 +76,27 @@ class OptimizerState:
         return shapes
 
     def snapshot(self) -> list[Tensor]:
-        """Return copies of all tensors on this rank, for `restore`."""
-        return [tensor.clone() for tensor in self._all()]
+        """Return copies of all tensors on this rank, for `restore`; on the CPU, because a second copy on a GPU would leave
+        too little of 24 GB for the activations."""
+        return [torch.empty_like(tensor, device="cpu").copy_(tensor) for tensor in self._all()]
 
     @torch.no_grad()
     def restore(self, snapshot: list[Tensor]) -> None:
         """Undo every change since the snapshot was taken, in place."""
         for tensor, saved in zip(self._all(), snapshot, strict=True):
             tensor.copy_(saved)
+
+    @contextmanager
+    def restored(self, model: nn.Module) -> Iterator[None]:
+        """Undo, on leaving the context, every change of the optimizer, of the model's buffers (such as the scales of 8-bit
+        products) and of the CPU's generator, from which sampled softmax draws."""
+        snapshot, rng_state = self.snapshot(), torch.get_rng_state()
+        buffers = [buffer.clone() for buffer in model.buffers()]
+        yield
+        self.restore(snapshot)
+        for buffer, saved in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(saved)
+        torch.set_rng_state(rng_state)
 
     def _all(self) -> list[Tensor]:
         """Return all tensors on this rank that a step changes."""

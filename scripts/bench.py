@@ -4,6 +4,7 @@
     python -m scripts.bench track3 --tokens 8192 --device cuda --json
     torchrun --standalone --nproc_per_node=2 -m scripts.bench tiny
 
+On CUDA the parts are those that train: with documents, the kernels and losses of the run, compiled. On CPUs they are plain.
 The roofline is measured on the device: FLOP/s by a large matrix product, bytes per second by a large copy. The shortest
 possible time of a part is the longer of two: its FLOPs at that rate, and its least memory traffic at that rate. Under
 torchrun all ranks measure at once; then the update includes its communication, which is also timed alone.
@@ -14,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -26,17 +28,18 @@ from configs.schema import Run
 from data.batches import Batches
 from data.orders import Position
 from data.run.environment import choose_device, describe_environment
-from data.sources import Source, open_source
-from model import GPT, LayerInputs, mean_span
+from data.sources import Source, open_source, vocabulary
+from model import GPT, AuxLossWeights, LayerInputs, mean_span
 from optim.comm import Comm, local_rank
 from optim.groups import build_groups
 from optim.schedule import Schedule
 from optim.sharded import ShardedOptimizer
 from scripts import command
-from scripts.lab.models import CACHE, portable_config, vocabulary
+from scripts.lab.models import CACHE, portable_config
 from scripts.lab.workload import bank_flops
 
 WARMUP_RUNS = 2
+DOCUMENT_TOKENS = 700  # about the mean of FineWeb
 BYTES_PER_TOKEN = 2 * (2 + 8)  # input and target, each read as uint16 and written as int64
 
 
@@ -91,45 +94,68 @@ def measure_roofline(device: torch.device, dtype: torch.dtype) -> tuple[float, f
 # ---- The parts ------------------------------------------------------------------------------------------------------
 
 
+def build_model(run: Run, context: int, device: torch.device) -> GPT:
+    """Return the run's model for contexts of so many tokens: on CUDA as it trains, elsewhere on portable kernels."""
+    on_cuda, size = device.type == "cuda", vocabulary(run.data)
+    config = run.model if on_cuda else replace(portable_config(run.model), document_mask=False)
+    return GPT(config, vocab_size=size, max_tokens=context, document_start=size - 1, prefix_of=[-1] * size, on_cuda=on_cuda,
+               dtype=torch.bfloat16 if on_cuda else torch.float32).to(device)
+
+
+def draw_tokens(model: GPT, rows: int, context: int, device: torch.device) -> Tensor:
+    """Return random tokens (rows, context); documents, if the model masks them, begin every DOCUMENT_TOKENS tokens."""
+    tokens = torch.randint(model.vocab_size, (rows, context), device=device)
+    if model.config.document_mask:
+        tokens[:, ::DOCUMENT_TOKENS] = model.document_start
+    return tokens
+
+
 def model_parts(run: Run, model: GPT, tokens: Tensor) -> Iterator[Part]:
     """Yield attention, MLP, head and loss, and the whole model, each forward and backward on tokens (B, T).
 
     Attention and MLP are those of the first layer that has attention, with the windows of the first step.
     """
-    values, config = Schedule(run).values(0), run.model
+    values, config, on_cuda = Schedule(run).values(0), run.model, tokens.device.type == "cuda"
     x = torch.randn(*tokens.shape, config.dim, device=tokens.device, dtype=model.dtype, requires_grad=True)
     windows, targets = model.windows(values.window_tokens, values.long_window_tokens), tokens.roll(-1, 1)
     layer = next(i for i, block in enumerate(model.blocks) if block.attention is not None)
     attention, mlp = model.blocks[layer].attention, model.blocks[layer].mlp
     value_embed = torch.zeros_like(x) if attention.mix_value is not None else None
-    inputs = LayerInputs(mask=model.masks(tokens, None, windows)[layer], window=windows[layer], value_embed=value_embed,
-                         x0=x.detach())
+    starts = tokens == model.document_start if model.config.document_mask else None
+    inputs = LayerInputs(mask=model.masks(tokens, starts, windows)[layer], window=windows[layer], value_embed=value_embed,
+                         x0=x.detach(), starts=starts)
+    # The losses of training; plain models have none but the cross-entropy.
+    weights = (torch.full((), weight, device=tokens.device) for weight in (values.mtp, values.prefix_loss))
+    aux = AuxLossWeights(*weights) if on_cuda else None
 
-    def with_backward(function: Callable[[], Tensor]) -> Callable[[], None]:
-        return lambda: function().sum().backward()
+    def with_backward(function: Callable[..., Tensor], *args: object) -> Callable[[], None]:
+        compiled = torch.compile(function, dynamic=False) if on_cuda else function
+        return lambda: compiled(*args).sum().backward()
 
     def matrix_elements(module: torch.nn.Module) -> int:
         return sum(p.numel() for p in module.parameters() if p.ndim == 2)
 
-    def part(name: str, elements: int, function: Callable[[], Tensor], more_flops: float = 0.0) -> Part:
+    def part(name: str, elements: int, run: Callable[[], None], more_flops: float = 0.0) -> Part:
         # FLOPs per token and weight: 2 forward, 4 backward. Least traffic: float32 weights read in both passes and their
         # gradients written, and three tensors of the size of x.
-        return Part(name, with_backward(function), 6 * elements * tokens.numel() + more_flops, 12 * elements + 3 * x.nbytes)
+        return Part(name, run, 6 * elements * tokens.numel() + more_flops, 12 * elements + 3 * x.nbytes)
 
     span = mean_span(tokens.size(1), inputs.window or tokens.size(1))
     scores = 12 * config.dim * span * tokens.numel()  # queries times keys, weights times values: 2 products, 6 FLOPs each
-    yield part("attention", matrix_elements(attention), lambda: attention(x, inputs), scores)
-    yield part("MLP", matrix_elements(mlp), lambda: mlp(x))
-    yield part("head and loss", model.head_weight.numel(), lambda: model.loss(x, targets))
+    yield part("attention", matrix_elements(attention), with_backward(attention, x, inputs), scores)
+    yield part("MLP", matrix_elements(mlp), with_backward(mlp, x))
+    yield part("head and loss", model.head_weight.numel(), with_backward(model.loss, x, targets, aux))
     flops = model.flops_per_token(tokens.size(1), values.window_tokens, values.long_window_tokens) * tokens.numel()
     parameters = sum(p.numel() for p in model.parameters())
-    yield Part("model", with_backward(lambda: model(tokens, targets)), flops, 12 * parameters)
+    whole = partial(model, aux_weights=aux, **values.windows)
+    yield Part("model", with_backward(whole, tokens, targets), flops, 12 * parameters)
 
 
 def optimizer_parts(run: Run, model: GPT, comm: Comm) -> Iterator[Part]:
     """Yield the update of all groups from random gradients and, on several ranks, its communication alone."""
     groups = build_groups(dict(model.named_parameters()), model.roles(), run.optim, model.axes())
-    optimizer, values, ranks = ShardedOptimizer(groups, comm), Schedule(run).values(0), comm.world_size
+    optimizer = ShardedOptimizer(groups, comm, compile_updates=comm.device.type == "cuda")
+    values, ranks = Schedule(run).values(0), comm.world_size
     flops = traffic = 0.0
     for bank in optimizer.banks:
         bank.grads.normal_()
@@ -185,18 +211,15 @@ def bench(args: Arguments, flags: list[str]) -> dict[str, Any]:
     device, notes = comm.device, []
     # The model, on random tokens
     context = min(run.data.sequence_tokens, args.tokens)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    config = replace(portable_config(run.model), document_mask=False)
-    model = GPT(config, vocab_size=vocabulary(run.data), max_tokens=context, on_cuda=device.type == "cuda",
-                dtype=dtype).to(device)
-    tokens = torch.randint(vocabulary(run.data), (max(1, args.tokens // context), context), device=device)
+    model = build_model(run, context, device)
+    tokens = draw_tokens(model, max(1, args.tokens // context), context, device)
     # The data; a run whose data are not on this machine is timed without them
     try:
         source = open_source(run.data, cache_dir=CACHE)
     except ValueError as error:
         source, notes = None, [f"note: data loading is not timed: {error}"]
     # The generators build a part only when the part before it is timed: batches, say, are not loaded beside the model.
-    roofline = measure_roofline(device, dtype)
+    roofline = measure_roofline(device, model.dtype)
     parts = chain(model_parts(run, model, tokens), optimizer_parts(run, model, comm), data_parts(run, source, comm))
     rows = [time_part(part, args.repeats, device, roofline) for part in parts]
     comm.close()

@@ -52,6 +52,7 @@ python -m scripts.plan "$preset" --gpus "$gpus" -- "$@"
 
 name=${NAME:-$preset-$(date -u +%Y%m%dT%H%M%S)}
 step "4/5 train $preset on $gpus GPUs into runs/$name"
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True} # batches grow: no fragments of the smaller ones
 torchrun --standalone --nproc_per_node="$gpus" train_gpt.py "$preset" "$@" --run.dir runs --run.name "$name" || {
   status=$?
   echo "error: training stopped; the reason is above. To continue from the last checkpoint, or from the start if there is" \

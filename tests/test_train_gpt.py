@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import train_gpt
 from configs.cli import parse
@@ -133,6 +134,97 @@ def test_a_dry_run_prints_the_plan_and_writes_no_files(text, capsys):
     out = capsys.readouterr().out
     assert "role" in out and "parameters" in out and "sequence_tokens" in out
     assert not Path("runs").exists()
+
+
+def test_a_dry_run_needs_no_data(text, capsys):
+    flags = ["speedrun", "--run.dry_run", "--model.dim", "48", "--model.head_dim", "8", "--model.bigram_buckets", "64",
+             "--data.sequence_tokens", "1024", "--data.val_sequence_tokens", "None"]
+    train_gpt.main(parse(flags))
+    out = " ".join(capsys.readouterr().out.split())
+    assert "data/fineweb10B/fineweb_train_*.bin, data/fineweb10B/fineweb_val_*.bin" in out
+    assert "python -m scripts.fetch_fineweb --preset speedrun" in out
+    assert "0 training tokens" in out and "vocabulary of 50,257 tokens" in out and "338,821,120 tokens" in out
+    with pytest.raises(ValueError, match="--data.train_files: no file matches"):
+        train_gpt.main(parse([flag for flag in flags if flag != "--run.dry_run"]))
+
+
+def test_the_summary_is_written_before_sampling(text, monkeypatch):
+    def sample(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_gpt.Trainer, "sample", sample)
+    with pytest.raises(KeyboardInterrupt):
+        train("--run.name", "a")
+    assert json.loads(Path("runs/a/summary.json").read_text())["steps"] == 12
+
+
+def test_a_final_checkpoint_is_a_choice(text, monkeypatch):
+    folder = train("--run.name", "none", "--run.no_final_checkpoint")
+    assert (folder / "summary.json").exists() and not (folder / "checkpoint.safetensors").exists()
+    with monkeypatch.context() as patch:
+        interrupt_at(6, signal.SIGTERM, patch)
+        train("--run.name", "cut", "--run.no_final_checkpoint")
+    assert load_checkpoint(Path("runs/cut/checkpoint.safetensors"))[1]["progress"]["step"] == 7
+
+
+def test_passes_chosen_by_memory_stand_in_the_config(text, capsys):
+    folder = train("--run.name", "a", "--train.micro_tokens", "None")
+    assert json.loads((folder / "config.json").read_text())["train"]["micro_tokens"] == 65_536
+    assert "passes of at most 65,536 tokens" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_last_validation_alone_has_the_longer_window(text, monkeypatch):
+    windows, evaluate = [], train_gpt.evaluate
+
+    def record(loss, *args, **options):
+        windows.append(loss.keywords)
+        return evaluate(loss, *args, **options)
+
+    monkeypatch.setattr(train_gpt, "evaluate", record)
+    train("--run.name", "a", "--model.window_tokens", "4", "--model.long_window_tokens", "6",
+          "--model.full_attention_layers", "1", "--train.val_long_window_tokens", "12")
+    assert windows == [{"window": 4, "long_window": n} for n in (6, 6, 12)]
+
+
+def test_a_compiled_run_of_many_shapes_is_refused(text):
+    with pytest.raises(ValueError, match="12 shapes.*--schedule.batch_tokens in jumps"):
+        train_gpt.Trainer(parse(arguments("--run.compile", "on", "--schedule.batch_tokens", "0=1 100%=8")))
+
+
+def test_warm_up_compiles_every_graph_of_training(text, monkeypatch):
+    torch._dynamo.reset()  # graphs of other tests count too
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
+    trainer, graphs = train_gpt.Trainer(parse(arguments(*GROWING))), CompileCounter()
+    trainer.model.compile(backend=graphs, fullgraph=True, dynamic=False)
+    trainer.warm_up()
+    warm, batches = graphs.frame_count, trainer.start_batches()
+    assert warm >= len(trainer.shapes) > 1
+    for _ in range(12):
+        trainer.step(batches)
+    batches.close()
+    assert graphs.frame_count == warm
+
+
+@pytest.mark.parametrize("rank", range(5))
+def test_warm_up_has_the_rows_of_the_rank(text, monkeypatch, rank):
+    """12 rows on 5 ranks: some have 2, others 3, and each compiles its own."""
+    trainer, rows = train_gpt.Trainer(parse(arguments())), []
+    monkeypatch.setattr(trainer.comm, "rank", rank)
+    monkeypatch.setattr(trainer.comm, "world_size", 5)
+    monkeypatch.setattr(trainer, "gradients", lambda inputs, *_: rows.append(len(inputs)))
+    monkeypatch.setattr(trainer.optimizer, "step", lambda *_: None)
+    trainer.warm_up()
+    assert rows == [len(range(12 * rank // 5, 12 * (rank + 1) // 5))] * 2
+
+
+def test_warm_up_restores_the_models_buffers(text, monkeypatch):
+    """Such as the scales of 8-bit products, which follow the tokens of the pass before."""
+    trainer = train_gpt.Trainer(parse(arguments()))
+    trainer.model.register_buffer("scale", torch.zeros(()))
+    gradients = trainer.gradients
+    monkeypatch.setattr(trainer, "gradients", lambda *args: (trainer.model.scale.add_(1), gradients(*args)))
+    trainer.warm_up()
+    assert trainer.model.scale == 0
 
 
 def test_warm_up_restores_optimizer_state_and_random_state(text, monkeypatch):

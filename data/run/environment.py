@@ -27,8 +27,8 @@ FILE_HEADER = re.compile(r"======== (?P<path>.+) \((?P<characters>\d+) character
 def choose_device(name: str, local_rank: int) -> torch.device:
     """Return the device called cpu, mps or cuda; auto is the first of CUDA, MPS and CPU that this machine has.
 
-    On CUDA it is the GPU numbered `local_rank`, which becomes the process's current one. Raises ValueError if the machine
-    has no such device.
+    On CUDA it is the GPU numbered `local_rank`, which becomes the process's current one, and float32 products use TF32, as
+    in nanoGPT: the model's are in bfloat16 but for small ones. Raises ValueError if the machine has no such device.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     usable = [kind for kind, is_usable in available.items() if is_usable]
@@ -37,6 +37,7 @@ def choose_device(name: str, local_rank: int) -> torch.device:
         raise ValueError(f"this machine has no {kind} device; choose auto or one of: {', '.join(usable)}")
     if kind == "cuda":
         torch.cuda.set_device(local_rank)
+        torch.set_float32_matmul_precision("high")
         return torch.device("cuda", local_rank)
     return torch.device(kind)
 

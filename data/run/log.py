@@ -150,12 +150,10 @@ class Log:
         os.fsync(self._metrics.fileno())
         return self._metrics.tell()
 
-    def finish(self, *, sample: tuple[str, str] | None, wall_seconds: float, parameters: int, data_hash: str) -> None:
-        """Write summary.json, and print it with the sample, a (prompt, continuation), if there is one."""
+    def write_summary(self, wall_seconds: float, parameters: int, *, data_hash: str) -> None:
+        """Write summary.json. Before `finish`: the run counts even if it is killed while it samples."""
         if not self.active:
             return
-        self.bar.close()
-        # summary.json.
         progress, run = self.progress, self.run
         summary = {name: getattr(progress, name) for name in SUMMARY_KEYS if hasattr(progress, name)} | {
             "steps": progress.step, "target_loss_nats": run.run.target_loss_nats, "seed": run.run.seed,
@@ -163,19 +161,24 @@ class Log:
             "peak_memory_bytes": environment.peak_memory_bytes(self._device), "parameters": parameters,
             "data_hash": data_hash, "device": environment.device_name(self._device), "world_size": self._world_size}
         assert summary.keys() == set(SUMMARY_KEYS)
-        write_json(self.folder / "summary.json", {key: summary[key] for key in SUMMARY_KEYS})
-        # The terminal.
+        self._summary = {key: summary[key] for key in SUMMARY_KEYS}
+        write_json(self.folder / "summary.json", self._summary)
+
+    def finish(self, sample: tuple[str, str] | None) -> None:
+        """Print the summary, after the sample, a (prompt, continuation), if there is one, and end the wandb run."""
+        if not self.active:
+            return
+        self.bar.close()
         if sample:
             self.info("\n".join(("", "prompt from the validation text:", indented(sample[0]), "",
                                  "the model continues:", indented(sample[1]), "")))
-        rows = summary_rows(summary)
+        rows = summary_rows(self._summary)
         rows.append(("files", " ".join([f"{self.folder}:", *sorted(path.name for path in self.folder.iterdir())])))
         self.info(format_rows(rows))
-        # wandb.
         if self._wandb:
             if sample:
-                self._wandb.add_sample(progress.step, prompt=sample[0], text=sample[1])
-            self._wandb.finish(summary)
+                self._wandb.add_sample(self.progress.step, prompt=sample[0], text=sample[1])
+            self._wandb.finish(self._summary)
 
 
 def format_loss(nats: float, bits: float | None) -> str:

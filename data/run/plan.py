@@ -14,21 +14,22 @@ WIDTH = 80
 """Columns of the printed text: the usual width of a terminal."""
 
 
-def format_plan(run: Run, source: Source, *, notes: list[str], dtype: torch.dtype, kernel: str, compiled: bool, device: str,
+def format_plan(run: Run, source: Source, *, notes: list[str], dtype: torch.dtype, kernel: str, compiled: int, device: str,
                 world_size: int, parameters: int, total_tokens: int, flops_per_token: float, state_bytes: int,
                 activation_bytes: int) -> str:
     """Return what the run will do: machine, data, model, training and memory, one labelled row each.
 
     `notes` are remarks, a row each, after those of the source. `dtype` is the type of activations, `kernel` the
-    implementation of attention. `total_tokens` is the number of training tokens of all steps.
+    implementation of attention, `compiled` the number of shapes that are compiled. `total_tokens` is the number of training
+    tokens of all steps.
     """
     attention = kernel if run.model.flash == "default" else f"{kernel} by {run.model.flash}"
     return format_rows([
         ("run", f"preset {run.preset}, seed {run.run.seed}, on {world_size} x {device}"),
         ("numerics", f"activations in {str(dtype).removeprefix('torch.')}, attention by {attention}, "
-                     f"torch.compile {'on' if compiled else 'off'}"),
+                     f"torch.compile {f'on, {compiled} shapes' if compiled else 'off'}"),
         ("data", f"{source.name}, hash {source.data_hash}; {sum(map(len, source.train)):,} training tokens, "
-                 f"{len(source.validation) - 1:,} validation tokens, vocabulary of {source.vocab_size:,} tokens"),
+                 f"{max(0, len(source.validation) - 1):,} validation tokens, vocabulary of {source.vocab_size:,} tokens"),
         *(("note", note) for note in (*source.notes, *notes)),
         ("model", f"{parameters:,} parameters, {flops_per_token / 1e6:,.1f} million floating-point operations per token "
                   "(forward and backward)"),

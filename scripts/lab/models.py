@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from configs.notation import raise_if
-from configs.schema import Data, Model, Run
+from configs.schema import Model, Run
 from configs.serialize import config_from_dict
-from data.sources import GPT2_VOCAB, Source, open_source
+from data.sources import Source, open_source, vocabulary
 from optim.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -108,23 +108,13 @@ def build_trained(run: Run, weights: Mapping[str, "Tensor"], *, max_tokens: int,
     mismatched = sorted(set(model.state_dict()) ^ set(weights))
     raise_if(bool(mismatched), f"{origin} was trained by another version: its weights differ in {', '.join(mismatched[:3])}")
     model.load_state_dict(dict(weights))
-    # Windows may grow over a run. Evaluation uses those of the last step, unless the caller passes its own.
-    last = Schedule(run).values(run.train.steps - 1)
+    # Windows may grow over a run. Evaluation uses those of the last validation, unless the caller passes its own.
+    last = Schedule(run).validation_values(run.train.steps)
     model.config = replace(model.config, window_tokens=last.window_tokens, long_window_tokens=last.long_window_tokens)
     return Trained(run, source, model)
 
 
 # ---- Shapes alone ---------------------------------------------------------------------------------------------------
-
-
-BYTE_TOKENS = 257  # 256 bytes and end-of-text
-
-
-def vocabulary(data: Data) -> int:
-    """Return the vocabulary size of a source's tokenizer, without opening the source."""
-    if data.source == "shards":
-        return GPT2_VOCAB
-    return {"bpe": data.bpe_vocab_tokens + 1, "bytes": BYTE_TOKENS, "gpt2": GPT2_VOCAB}[data.tokenizer]
 
 
 def meta_model(run: Run, *, max_tokens: int) -> "GPT":

@@ -79,6 +79,7 @@ IMPOSSIBLE = [
     (Run, dict(train=Train(batch_tokens=4000)), r"multiple of data.sequence_tokens \(128\), got 4000; nearest: 3968"),
     (Run, dict(train=Train(batch_tokens=1)), "nearest: 128"),
     (Run, dict(train=Train(micro_tokens=100)), "must hold one sequence of 128 tokens, got 100"),
+    (Run, dict(train=Train(val_long_window_tokens=2560)), "val_long_window_tokens needs --model.long_window_tokens"),
     (Run, dict(schedule=Schedule(window_tokens="0=0.5 100%=1")), "needs --model.window_tokens"),
 ]
 

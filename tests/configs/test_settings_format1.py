@@ -26,11 +26,6 @@ RECIPES = ("speedrun", "speedrun_1gpu", "speedrun_consumer", "speedrun_cpu", "me
 UNCHANGED = [name for name, settings in USED.items() if settings["preset"] not in RECIPES]
 
 
-# Settings that presets have changed since, by name.
-CHANGED = dict.fromkeys(("preset/speedrun", "preset/speedrun_1gpu", "preset/speedrun_consumer"),
-                        {"model.fp8": "auto", "model.fp8_scales": "static", "model.fp8_grad_max": 96.0})
-
-
 def run_named(name):
     """The run of that name in format 2: KIND/PRESET, KIND/ROW or KIND/ENTRY."""
     kind, *path = name.split("/")
@@ -54,7 +49,7 @@ def acting(run):
 
 @pytest.mark.parametrize("name", UNCHANGED)
 def test_a_run_has_the_settings_of_format_1(name):
-    assert acting(config_from_dict(unflatten(USED[name] | CHANGED.get(name, {})))) == acting(run_named(name))
+    assert acting(config_from_dict(unflatten(USED[name]))) == acting(run_named(name))
 
 
 @pytest.mark.parametrize("name", [name for name in SETTINGS["runs"] if name.startswith("entry/")])

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.batches import Batches, Position
+from data import orders
+from data.batches import Batches, Position, rows_of_rank
 from data.shards import read_shard, write_shard
 
 START = 0  # opens each document
@@ -256,3 +257,37 @@ def test_documents_are_indexed_once_per_shard():
     batches = open_batches(order="documents", total_steps=3)
     read(batches, steps=3)
     assert len(batches._order._starts) == (SHARDS[0] == START).sum()
+
+
+# ---- Index of documents --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("piece", [1, 7, 131, 1000])
+def test_documents_are_found_piece_by_piece(piece, monkeypatch):
+    monkeypatch.setattr(orders, "SCAN_TOKENS", piece)
+    assert np.array_equal(orders.find_documents(SHARDS[0], START), np.flatnonzero(SHARDS[0] == START))
+    assert orders.find_documents(SHARDS[0], 65_535).tolist() == []
+
+
+def test_a_shard_is_scanned_once_and_ahead_also_if_the_document_length_changes(monkeypatch):
+    """The next shard is found before the stream reaches it; two indices are held at most."""
+    scanned, find = [], orders.find_documents
+
+    def count(tokens, document_start):
+        scanned.append(len(tokens))
+        return find(tokens, document_start)
+
+    monkeypatch.setattr(orders, "find_documents", count)
+    batches = open_batches(order="documents", plan=lambda step: (24, 6, 8 if step % 2 else 5))
+    batches.start(0, Position())
+    batches._indexer.submit(int).result()
+    assert scanned == [131, 90]
+    positions = [batches.next()[2] for _ in range(STEPS)]
+    batches.close()
+    shards = sum(after.shard != before.shard for before, after in pairwise(positions)) + 1
+    assert shards > 1 and len(scanned) <= shards + 2 and len(batches._order._found) == 2
+
+
+def test_rows_of_all_ranks_are_all_rows():
+    for count, ranks in ((8, 3), (24, 5), (2, 4)):
+        assert [row for rank in range(ranks) for row in rows_of_rank(count, rank, ranks)] == list(range(count))

@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.optim import Adam, Dion, Muon, NorMuon, Optim, RuleConfig, Steepest
 from optim.comm import Comm
 from optim.groups import ParamGroup, build_groups
-from optim.metrics import StepMetrics, angle_between, equilibrium_angle, squares_by_tensor, variance_ratio
+from optim.metrics import StepMetrics, angle_between, equilibrium_angle, squares_by_tensor, step_squares, variance_ratio
 from optim.muon import average_gradient
 from optim.sharded import ShardedOptimizer
 from tests.optim.oracle import FULL, hyper
@@ -125,3 +126,28 @@ def test_what_ranks_own_adds_up_wherever_they_cut(config):
     for bank.shard in (slice(0, 0), *map(slice, ends, ends[1:])):
         parts += squares_by_tensor(bank, before[bank.shard])
     assert torch.allclose(parts, whole) and (whole > 0).all()
+
+
+# ---- In pieces -----------------------------------------------------------------------------------------------------------
+
+
+class LargestFloat64(TorchDispatchMode):
+    """Record the number of elements of the largest float64 tensor that is computed."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_squares_are_summed_in_pieces_of_bounded_size(monkeypatch):
+    _, group = built(MUON)
+    before, after = torch.randn(3, 50, 20).bfloat16(), torch.randn(3, 50, 20).bfloat16()
+    whole = step_squares(group.rule.norm, before, after)
+    monkeypatch.setattr("optim.metrics.CHUNK_ELEMENTS", 700)
+    with LargestFloat64() as largest:
+        pieces = step_squares(group.rule.norm, before, after)
+    assert largest.elements == 700 and [*pieces[:3]] == pytest.approx([*whole[:3]], rel=1e-13)

@@ -9,8 +9,17 @@ from hypothesis import strategies as st
 
 from configs.presets import PRESETS
 from configs.schema import Data, Model, Run, Schedule, Train
+from optim.schedule import (
+    MAX_SHAPES,
+    Values,
+    graph_key,
+    is_due,
+    is_validation_step,
+    loss_weights,
+    training_shapes,
+    validation_shapes,
+)
 from optim.schedule import Schedule as Planned
-from optim.schedule import Values, graph_key, is_due, is_validation_step, loss_weights
 
 
 def planned(*, steps=100, batch=4096, sequence=128, window=None, **curves) -> Planned:
@@ -129,3 +138,37 @@ def test_events_are_due_at_every_multiple_of_their_period_and_never_without_one(
 def test_validations_are_more_frequent_in_the_last_tenth_and_include_the_last_step(settings, steps):
     train = Train(**settings)
     assert [step for step in range(1, 21) if is_validation_step(train, step)] == steps
+
+
+# ---- Graphs of a compiled run --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_no_preset_has_more_shapes_than_can_be_compiled(name):
+    run = PRESETS[name]()
+    assert len(training_shapes(run, limited=True)) <= MAX_SHAPES and len(validation_shapes(run)) <= MAX_SHAPES + 1
+
+
+def test_speedrun_has_a_shape_for_each_stage_and_validates_the_last_one_with_a_longer_window():
+    run = PRESETS["speedrun"]()
+    assert [(v.batch_tokens, *v.windows.values()) for v in training_shapes(run)] == [
+        (131_072, 128, 384), (262_144, 384, 896), (393_216, 640, 1408), (393_216, 768, 1664)]
+    assert [tuple(v.windows.values()) for v in validation_shapes(run)] == [(128, 384), (384, 896), (640, 1408), (768, 2560)]
+    assert Planned(run).validation_values(1284).long_window_tokens == 1664
+    assert run.data.val_sequence_tokens == 262_144
+
+
+def test_medium_keeps_to_its_straight_lines_in_steps_of_128():
+    run = PRESETS["medium"]()
+    for step in range(0, run.train.steps, 7):
+        values, share = Planned(run).values(step), step / run.train.steps
+        assert values.window_tokens % 128 == values.long_window_tokens % 128 == 0
+        assert abs(values.window_tokens - (384 + 768 * share)) <= 128
+        assert abs(values.long_window_tokens - (384 + 2560 * share)) <= 2.2 * 128
+
+
+def test_a_schedule_of_many_shapes_is_refused_with_their_number_and_the_curve():
+    run = Run(model=Model(window_tokens=64), schedule=Schedule(window_tokens="0=1 100%=2"), train=Train(steps=300))
+    assert len(training_shapes(run)) == 65
+    with pytest.raises(ValueError, match="65 shapes.*at most 8.*--schedule.window_tokens in jumps.*hold.*--run.compile off"):
+        training_shapes(run, limited=True)

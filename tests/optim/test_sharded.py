@@ -375,6 +375,7 @@ def test_restore_undoes_bit_for_bit():
     optimizer.state.restore(snapshot)
     assert_same(optimizer.state.tensors(), before)
     assert_same(copies(params), weights_of(before))
+    assert optimizer.state.tensors(keep=False) == {}
 
 
 # ---- Several ranks -------------------------------------------------------------------------------

@@ -8,11 +8,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data.run import environment
-from data.run.environment import code_files, code_hash, code_text, describe_environment, peak_flops, split_code
+from data.run.environment import (
+    choose_device,
+    code_files,
+    code_hash,
+    code_text,
+    describe_environment,
+    peak_flops,
+    split_code,
+)
 
 ROOT = Path(environment.__file__).resolve().parents[2]
 
@@ -114,3 +123,13 @@ def test_a_damaged_code_text_is_refused(text):
 def test_code_hash_tells_texts_apart():
     assert code_hash("a") == code_hash("a") != code_hash("b")
     assert len(code_hash("a")) == 16 and int(code_hash("a"), 16) >= 0
+
+
+def test_on_cuda_float32_products_use_tf32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+    before = torch.get_float32_matmul_precision()
+    try:
+        assert choose_device("cuda", 3) == torch.device("cuda", 3) and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)

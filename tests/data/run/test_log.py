@@ -39,7 +39,8 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
     log.training(1.0, flops_per_token=1.0)
     log.info("hello")
     log.bar.update()
-    log.finish(sample=None, wall_seconds=1.0, parameters=1, data_hash="d")
+    log.write_summary(1.0, 1, data_hash="d")
+    log.finish(None)
     assert log.metrics_bytes() == 0 and not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
 
 
@@ -90,7 +91,8 @@ def test_missing_metrics_are_named(tmp_path):
 def test_a_summary_has_exactly_its_keys(tmp_path, capsys):
     log = open_log(tmp_path, step=3)
     log.progress.val_loss_nats, log.progress.best_val_loss_nats = math.inf, 2.0
-    log.finish(sample=("once\x1b", " upon\n a"), wall_seconds=2.0, parameters=5, data_hash="d")
+    log.write_summary(2.0, 5, data_hash="d")
+    log.finish(("once\x1b", " upon\n a"))
     written, printed = json.loads((tmp_path / "summary.json").read_text()), capsys.readouterr().out
     assert tuple(written) == SUMMARY_KEYS and written["steps"] == 3 and written["val_loss_nats"] is None
     sample = "prompt from the validation text:\n    once?\n\nthe model continues:\n     upon\n     a\n"
