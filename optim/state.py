@@ -31,7 +31,7 @@ class OptimizerState:
                 wholes["pending"] = bank.grads.clone()
                 self._comm.all_reduce(wholes["pending"]).wait()
             for key, whole in wholes.items():
-                parts = bank.per_parameter(whole).cpu()
+                parts = bank.per_parameter(whole.cpu())
                 tensors |= {f"{key}/{name}": part for name, part in zip(bank.names, parts, strict=True)}
         return tensors
 
@@ -68,9 +68,10 @@ class OptimizerState:
         """Return the names and shapes of `tensors`, without communication."""
         shapes = {f"shared/{role}/{key}": (1,) for role, numbers in self._shared.items() for key in numbers}
         for bank in self._banks:
-            of_bank = {key: bank.part_shape(shard) for key, shard in _shards(bank).items()}
-            of_bank |= {"pending": tuple(bank.shape)} if bank.update_every > 1 else {}
-            shapes |= {f"{key}/{name}": shape for key, shape in of_bank.items() for name in bank.names}
+            of_bank = {key: bank.part_shapes(shard) for key, shard in _shards(bank).items()}
+            of_bank |= {"pending": bank.part_shapes(bank.grads)} if bank.update_every > 1 else {}
+            shapes |= {f"{key}/{name}": shape for key, of_key in of_bank.items()
+                       for name, shape in zip(bank.names, of_key, strict=True)}
         return shapes
 
     def snapshot(self) -> list[Tensor]:
@@ -97,4 +98,5 @@ def _shards(bank: Bank) -> dict[str, Tensor]:
 
 def _fill(bank: Bank, whole: Tensor, key: str, tensors: dict[str, Tensor]) -> None:
     """Copy `KEY/NAME` of each of a bank's parameters into `whole`, in place."""
-    bank.per_parameter(whole).copy_(torch.stack([tensors[f"{key}/{name}"] for name in bank.names]))
+    for name, part in zip(bank.names, bank.per_parameter(whole), strict=True):
+        part.copy_(tensors[f"{key}/{name}"])

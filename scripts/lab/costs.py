@@ -9,8 +9,8 @@ import torch
 
 from configs.optim import Graft
 from configs.schema import Run
-from optim.bank import SMALL_BANK_ELEMENTS, Bank, as_matrices, group_by_shape, shard_view
-from optim.groups import ParamGroup, build_groups
+from optim.bank import SMALL_BANK_ELEMENTS, Bank, empty_bank, group_by_update, init_state
+from optim.groups import build_groups
 from optim.hooks import build_hooks
 from optim.schedule import Schedule, Values
 from scripts.lab.models import meta_model
@@ -181,13 +181,17 @@ def measure_sizes(run: Run) -> tuple[Sizes, list[Stage]]:
     schedule = Schedule(run)
     values = [schedule.values(step) for step in range(run.train.steps)]
 
-    # Sizes: one bank for each set of parameters of one group and shape, as the optimizer makes them.
+    # Sizes: of the banks that the optimizer makes, at world size 1.
     model = meta_model(run, max_tokens=max(v.sequence_tokens for v in values))
     with torch.device("meta"):
         groups = build_groups(dict(model.named_parameters()), model.roles(), run.optim, model.axes())
-        banks = [empty_bank(run, group, names) for group in groups for names in group_by_shape(group)]
-    elements = sum(bank.shape.numel() * len(bank.names) for bank in banks)
-    matrix_elements = sum(bank.shape.numel() * len(bank.names) for bank in banks if bank_flops(bank))
+        banks = [empty_bank(group, names) for group in groups for names in group_by_update(group)]
+        for bank in banks:
+            init_state(bank)
+            for hook in build_hooks(run):
+                hook.init(bank)
+    elements = sum(shape.numel() for bank in banks for shape in bank.shapes)
+    matrix_elements = sum(shape.numel() for bank in banks if bank_flops(bank) for shape in bank.shapes)
 
     # Stages: a new one begins where the batch, the sequence length or a window changes.
     stages, first = [], 0
@@ -199,25 +203,8 @@ def measure_sizes(run: Run) -> tuple[Sizes, list[Stage]]:
     return Sizes(elements, matrix_elements, tuple(map(bank_size, banks))), stages
 
 
-def empty_bank(run: Run, group: ParamGroup, names: list[str]) -> Bank:
-    """Return the bank that an optimizer at world size 1 makes of these parameters, with its state.
-
-    Only shapes and dtypes matter, not values: under `torch.device("meta")` nothing is allocated.
-    """
-    spec = group.specs[names[0]]
-    weights = shard_view(torch.stack([group.params[name].detach() for name in names]), group.scope, spec.blocks)
-    # The weights stand in for the gradients too: both have one shape, and a copy would cost memory.
-    bank = Bank(group, names, group.params[names[0]].shape, weights, weights, slice(None), False,
-                group.step_for(spec), spec, group.config.update_every, as_matrices(weights))
-    bank.state = bank.step.init_state(bank.matrices)
-    bank.state |= group.rule.init_state(bank.matrices.float() if group.config.state_dtype == "float32" else bank.matrices)
-    for hook in build_hooks(run):
-        hook.init(bank)
-    return bank
-
-
 def bank_size(bank: Bank) -> BankSize:
-    """Return the sizes of a bank at world size 1, which has no padding."""
+    """Return the sizes of a bank at world size 1, which has no padding for ranks."""
     entries = bank.weights.size(0)
     return BankSize(entries, bank.weights.nbytes // entries, sum(t.nbytes for t in bank.state.values()) / entries,
                     bank_flops(bank), bank.group.config.update_every, bank.weights.numel() < SMALL_BANK_ELEMENTS)
@@ -226,7 +213,7 @@ def bank_size(bank: Bank) -> BankSize:
 def bank_flops(bank: Bank) -> float:
     """Return the operations to orthogonalise one matrix of a bank; 0 if its rule does not orthogonalise."""
     config = bank.group.config
-    if bank.weights.ndim != 3 or len(bank.shape) != 2:
+    if bank.weights.ndim != 3 or len(bank.shapes[0]) != 2:
         return 0.0
     return newton_schulz_flops(*bank.weights.shape[1:], newton_schulz_steps(config) + newton_schulz_steps(config.graft))
 
