@@ -20,7 +20,8 @@ from optim.rule import Hyper, Step
 from optim.schedule import Values
 from optim.state import OptimizerState
 
-NEVER = 2**30  # step in `_bad` while no gradient was bad
+# A bad gradient is noted as one number, step * BAD_STEP + entry, so that the least is the first; NEVER: none was bad.
+BAD_STEP, NEVER = 2**40, 2**62
 CHECKED_AT_ONCE = ("cpu", "mps")  # devices where the check of gradients is cheap; on CUDA it would wait for the GPU
 
 
@@ -46,10 +47,10 @@ class ShardedOptimizer:
         # them in `before`, first of all hooks. It needs gradients early, so it receives them itself.
         if any(self.shared.values()):
             self.hooks.insert(0, RoleSums(comm, self._receive))
-        # For each bank the step of its first bad gradient, and the entry of its shard that was bad. On the device, so that a
-        # step can write them without waiting for it.
-        self._bad = [torch.tensor([NEVER, 0], device=comm.device) for _ in self.banks]
-        self.state = OptimizerState(self.banks, self.shared, comm, also_restored=self._bad)
+        # For each bank the step of its first bad gradient and the entry of its shard that was bad, as one number. On the
+        # device, so that a step can write it without waiting.
+        self._bad = torch.full((len(self.banks),), NEVER, device=comm.device)
+        self.state = OptimizerState(self.banks, self.shared, comm, also_restored=[self._bad])
         if compile_updates:
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # one graph for each bank
         self._compiled = torch.compile(_update, dynamic=False) if compile_updates else _update
@@ -129,15 +130,15 @@ class ShardedOptimizer:
 
         A collective that waits for the device.
         """
-        steps, entries = torch.stack(self._bad, dim=1).tolist()
-        first_steps = [-x for x in self.comm.max(*(-step for step in steps))]  # the minimum over ranks
+        noted = [divmod(number, BAD_STEP) for number in self._bad.tolist()]  # (step, entry)
+        first_steps = [-x for x in self.comm.max(*(-step for step, _ in noted))]  # the minimum over ranks
         step = min(first_steps, default=NEVER)
-        if step == NEVER:
+        if step >= NEVER // BAD_STEP:
             return
         index = first_steps.index(step)
-        bank, is_here = self.banks[index], steps[index] == step
+        bank, (own_step, entry) = self.banks[index], noted[index]
         # Only ranks whose shard was bad know the entry. The maximum over ranks makes all of them name the same parameter.
-        entry = int(self.comm.max(bank.shard.start + entries[index] if is_here else -1)[0])
+        entry = int(self.comm.max(bank.shard.start + entry if own_step == step else -1)[0])
         raise NonFiniteError(f"the gradient of {bank.name_at(entry)} is not finite at step {step:.0f}; it was not used. "
                              f"A smaller optim.{bank.group.role}.lr may help")
 
@@ -189,16 +190,13 @@ def _update(group: ParamGroup, step: Step, grad: Tensor, matrices: Tensor, state
 def mask_non_finite(grad: Tensor, bad: Tensor, step: Tensor) -> Tensor:
     """Return a bank's gradient with 0 for each number that is not finite; note the first entry of the bank that has one.
 
-    `bad` (2,) is written in place: (step, entry) of the first bad gradient so far, (NEVER, 0) without one. `step` is 0-D, on
-    the CPU. Arithmetic without a branch, so that it never waits for the device; compiled, it is part of the update's own
-    passes over memory.
+    0-D `bad` is step * BAD_STEP + entry of the first bad gradient so far, updated in place; `step` is 0-D, on the CPU.
+    Arithmetic without a branch, so that it never waits for the device; compiled, it is part of the update's own passes.
     """
-    finite, entries = grad.isfinite(), grad.size(0)
-    numbers = torch.arange(entries, device=grad.device).view(-1, *[1] * (grad.ndim - 1))
-    entry = torch.where(finite, entries, numbers).amin()
-    is_first = (entry < entries) & (bad[0] == NEVER)
-    bad[1] = torch.where(is_first, entry, bad[1])
-    bad[0] = torch.where(is_first, step.to(bad.dtype), bad[0])
+    finite = grad.isfinite()
+    entries = torch.arange(grad.size(0), device=grad.device).view(-1, *[1] * (grad.ndim - 1))
+    first = torch.where(finite, NEVER, entries).amin() + step.to(torch.int64) * BAD_STEP
+    bad.copy_(torch.minimum(bad, first))
     return grad.masked_fill(~finite, 0)
 
 
