@@ -1,8 +1,8 @@
 """Presets of the speedrun's record recipe, for eight H100s down to a laptop.
 
 The record is KellerJordan/modded-nanogpt's number 89 of 17 July 2026: loss 3.28 in 73.8 s on 8 H100s. Not taken over are its
-8-bit products (--model.fp8 switches them on), embedding and head in bfloat16, and MUDD's connections into the attention
-values. The record computes all gates by two small networks; here each technique has its own.
+8-bit products (--model.fp8 switches them on) and MUDD's connections into the attention values. The record computes all gates
+by two small networks; here each technique has its own.
 """
 
 from dataclasses import replace
@@ -10,6 +10,7 @@ from dataclasses import replace
 from configs.optim import Adam, Extra, NorMuon, Optim
 from configs.schema import Data, Identity, Log, Model, Run, Schedule, Train, with_settings
 
+IN_FLOAT32 = {f"model.{name}_dtype": "float32" for name in ("matrix", "embed", "head", "table")}
 STEPS, STAGES = 1285, (423, 847, 1270)  # the record's steps, and the first step of its stages 2 to 4
 # The record multiplies lr by 1, 1.52 and 1.73 in stages 1 to 3, as the batch grows to two and three times its first size,
 # and from step 508 mixes linearly towards 0.15, which is the lr of stage 4: at step 846 it is 0.912, at 847 1.027.
@@ -31,8 +32,9 @@ def record_optim() -> Optim:
     # The record has weight decay 0.005 x 150 (embedding, head) and 0.005 x 5 (tables), multiplied by lr twice: by the peak
     # here (0.005 x 150 x 0.008 = 0.006; 0.005 x 5 x 0.6 = 0.015; for matrices 1.2 x 0.023 = 0.0276) and by the optimizer.
     adam = Adam(lr=0.008, beta1=0.5, beta2=0.95, eps=1e-10, weight_decay=0.006, decay="cautious", update_every=2)
-    table = replace(adam, lr=0.6, beta1=0.75, weight_decay=0.015, **exact)
     small = replace(adam, lr=0.008, beta1=0.9, beta2=0.99, weight_decay=0.0)
+    adam = replace(adam, **exact)  # `small` are float32, and need no remainder
+    table = replace(adam, lr=0.6, beta1=0.75, weight_decay=0.015)
     # mlp.down: the record stores it in the shape of mlp.up, whose unit is (m/n)^.5 = 2, and doubles its lr. Here its unit is
     # 1, so that the factor is 4. Queries and keys are orthogonalised in 3 blocks, one per pair of heads.
     matrix = NorMuon(unit="at_least_one", normalise="longer", lr=0.023, beta2=0.9, eps=1e-10, weight_decay=0.0276,
@@ -61,7 +63,7 @@ def speedrun() -> Run:
                     paired_heads=(0, 2, 5, 9), key_offset=True, xsa=True, head_gates=True, attention_free=(6,),
                     shared_attention_input=7, projection_gains=True, residual_growth=1.1, skips=("3>6",),
                     dynamic_heads=(10,), dense="mudd", mtp_weights=(0.5, 0.25), prefix_loss=0.25,
-                    matrix_dtype="bfloat16", table_dtype="bfloat16"),
+                    matrix_dtype="bfloat16", embed_dtype="bfloat16", head_dtype="bfloat16", table_dtype="bfloat16"),
         optim=record_optim(),
         # Per stage, as in the record: batches of 131,072, 262,144 and 393,216 tokens; windows 128/384, 384/896, 640/1408 and
         # 768/1664; documents of up to 896 tokens, then 2048. The auxiliary losses fade out until stage 3.
@@ -85,7 +87,7 @@ def medium() -> Run:
     lr = "0=1 30%=1 100%=0.1"
     return with_settings(speedrun(), {
         "preset": "medium", "run": Identity(target_loss_nats=2.92),
-        "model.layers": 16, "model.dim": 1024, "model.matrix_dtype": "float32", "model.table_dtype": "float32",
+        "model.layers": 16, "model.dim": 1024, **IN_FLOAT32,
         "model.value_embeds": 0, "model.value_embed_layers": (), "model.value_gates": False,
         "model.bigram_buckets": 0, "model.bigram_signs": 0,
         "model.window_tokens": 384, "model.long_window_tokens": 384, "model.full_attention_layers": (3, 7, 11, 15),
@@ -111,7 +113,7 @@ def speedrun_cpu() -> Run:
     return with_settings(speedrun(), {
         "preset": "speedrun_cpu", "run": Identity(), "data": Data(sequence_tokens=128, val_bytes=65_536),
         "model.layers": 5, "model.dim": 64, "model.head_dim": 16, "model.embed_std": 0.05,
-        "model.matrix_dtype": "float32", "model.table_dtype": "float32",
+        **IN_FLOAT32,
         "model.value_embeds": 2, "model.value_embed_layers": (1, 4),
         "model.bigram_buckets": 16_384, "model.bigram_signs": 256, "model.ngram_orders": (3,),
         "model.window_tokens": 32, "model.long_window_tokens": 64, "model.full_attention_layers": (1, 4),

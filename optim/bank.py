@@ -9,13 +9,13 @@ depends on the group's scope, the finest piece that can be updated alone:
     matrix     (K b, m / b, n)  the matrices of all parameters, of one shape, each cut into b blocks of rows
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from optim.comm import DONE, Comm, Work
+from optim.comm import DONE, Comm, SparseRows, Work
 from optim.groups import ParamGroup, TensorSpec
 from optim.rule import Step
 
@@ -59,6 +59,10 @@ class Bank:
     """Collective that writes `reduced_grad`."""
     received: bool = False
     """True if this step has waited for `work`."""
+    twin: "Bank | None" = None
+    """Bank that this one is tied to in this step: it takes that bank's gradient and weights."""
+    used: "UsedRows | None" = None
+    """Rows that had gradients, for a sharded bank that exchanges only those; else None."""
 
     def per_parameter(self, whole: Tensor) -> list[Tensor]:
         """View a whole-bank tensor, shard dimension first, as one part per parameter, without padding."""
@@ -87,6 +91,33 @@ class Bank:
         return state if self.group.scope == "matrix" else state.flatten(0, 1)
 
 
+class UsedRows:
+    """Rows of a bank that have had gradients since the last update, as the host knows them."""
+
+    def __init__(self, bank: Bank) -> None:
+        self.mask = torch.zeros(len(bank.weights), dtype=torch.bool)
+        self._starts = {name: part.start for name, part in zip(bank.names, bank.parts, strict=True)}
+        self._update_every, self._steps = bank.update_every, 0
+        self.announced: SparseRows | None = None
+
+    def add(self, rows: Mapping[str, Tensor]) -> None:
+        """Add one step's rows, by parameter name, if each parameter has its own: int64 of any shape, with repetitions."""
+        if self._starts.keys() <= rows.keys():
+            for name, start in self._starts.items():
+                self.mask[rows[name].flatten() + start] = True
+            self._steps += 1
+
+    @property
+    def complete(self) -> bool:
+        """True if the rows of all steps since the last update were added."""
+        return self._steps == self._update_every
+
+    def clear(self) -> None:
+        """Forget the rows, after an update or where other gradients have been loaded."""
+        self.mask.zero_()
+        self._steps, self.announced = 0, None
+
+
 def make_bank(group: ParamGroup, names: list[str], comm: Comm) -> Bank:
     """Move the storage of parameters into a new bank, with rank 0's weights, zero gradients and the initial state."""
     bank = empty_bank(group, names, world_size=comm.world_size, rank=comm.rank)
@@ -100,6 +131,8 @@ def make_bank(group: ParamGroup, names: list[str], comm: Comm) -> Bank:
     for param, weight, grad in zip(params, bank.per_parameter(bank.weights), bank.per_parameter(bank.grads), strict=True):
         param.data, param.grad = weight, grad
     init_state(bank)
+    if bank.sharded and group.config.extra.sparse_rows:
+        bank.used = UsedRows(bank)
     return bank
 
 

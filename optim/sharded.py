@@ -6,7 +6,7 @@ all-reduced instead and updated on every rank: for them one more collective cost
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -55,9 +55,28 @@ class ShardedOptimizer:
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # one graph for each bank
         self._compiled = torch.compile(_update, dynamic=False) if compile_updates else _update
 
+    @property
+    def exchanges_rows(self) -> bool:
+        """True if some banks exchange only rows with gradients, and `note_rows` saves waiting for the device."""
+        return any(bank.used is not None for bank in self.banks)
+
+    def note_rows(self, rows: Mapping[str, Tensor], count: int) -> None:
+        """Note the rows of lookup tables that get gradients at step `count`, by parameter name; all that are not noted have
+        gradient 0. CPU tensors. Call it before the forward pass of every step: ranks then exchange the numbers of their
+        rows while the device computes. Where it was not called, `step` looks for the rows, which waits for the device.
+        """
+        for bank in self.banks:
+            if bank.used is not None:
+                bank.used.add(rows)
+                if count % bank.update_every == 0 and bank.used.complete:
+                    bank.used.announced = self.comm.announce_rows(bank.used.mask)
+
     @torch.no_grad()
-    def step(self, values: Values, count: int) -> None:
+    def step(self, values: Values, count: int, *, tied: tuple[str, str] | None = None) -> None:
         """Update all weights from the gradients' sum over ranks; `count` is 1 at the first step. Overwrites gradients.
+
+        `tied` names two parameters that are one in this step: both take the step of the sum of their gradients. Each is
+        alone in its bank; they must be equal in weights, state and settings.
 
         Groups with `update_every` k are updated at every k-th step, by the mean of k steps' gradients. A gradient that is
         not finite raises NonFiniteError before any weight changes; on CUDA its numbers that are not finite count as 0
@@ -65,6 +84,7 @@ class ShardedOptimizer:
         """
         # Launch all reductions first: they run in the background, the later ones while the first banks are updated.
         due = [bank for bank in self.banks if count % bank.update_every == 0]
+        self._tie(tied, due)
         for bank in due:
             self._launch(bank)
         hypers = {bank.group.role: Hyper.at(bank.group.config, values, count, self.shared[bank.group.role]) for bank in due}
@@ -87,20 +107,38 @@ class ShardedOptimizer:
             # Hooks see every bank at every step, and before the gather, because they may change this rank's shard.
             for hook in self.hooks:
                 hook.after_update(bank, count)
-            if bank in due and bank.sharded:
+            if bank in due and bank.sharded and bank.twin is None:
                 gathers.append(self.comm.all_gather(bank.weights))
         # Wait for the gathers last: nothing reads the other ranks' weights before the next forward pass.
         for gather in gathers:
             gather.wait()
+        for bank in due:
+            if bank.twin is not None and bank.sharded:
+                bank.weights.copy_(bank.twin.weights)
         zero([bank.grads for bank in due if bank.update_every > 1])
+
+    def _tie(self, tied: tuple[str, str] | None, due: list[Bank]) -> None:
+        """Make the second tied parameter's bank the twin of the first's, whose gradient becomes the sum of both."""
+        for bank in due:
+            bank.twin = None
+        if tied is not None:
+            by_name = {name: bank for bank in self.banks for name in bank.names}
+            first, second = (by_name[name] for name in tied)
+            assert first.parts == second.parts and first.weights.shape == second.weights.shape
+            if first in due:
+                first.grads.add_(second.grads)
+                second.twin = first
 
     def _launch(self, bank: Bank) -> None:
         """Start to sum a bank's gradients over ranks; `bank.reduced_grad` is this rank's shard, once it is received."""
         bank.received = False
+        if bank.twin is not None:
+            return
         if not bank.sharded:
             bank.reduced_grad, bank.work = bank.grads, self.comm.all_reduce(bank.grads)
-        elif bank.group.config.extra.sparse_rows:  # few rows are not zero (n-gram tables): send only those
-            bank.reduced_grad, bank.work = self.comm.reduce_scatter_rows(bank.grads)
+        elif bank.used is not None:  # few rows are not zero (n-gram tables): send only those
+            bank.reduced_grad, bank.work = self.comm.reduce_scatter_rows(bank.grads, bank.used.announced)
+            bank.used.clear()
         else:
             bank.reduced_grad, bank.work = self.comm.reduce_scatter(bank.grads)
 
@@ -108,8 +146,12 @@ class ShardedOptimizer:
         """Wait for a bank's gradient, once a step. Where `_checks_early`, zero and note what is not finite in it."""
         if bank.received:
             return
-        bank.work.wait()
         bank.received = True
+        if bank.twin is not None:
+            self._receive(bank.twin, count)
+            bank.reduced_grad = bank.twin.reduced_grad
+            return
+        bank.work.wait()
         if self._checks_early(bank) and bank.reduced_grad.numel():
             # NaN makes both extremes NaN. One pass over memory, in a tenth of the time of the maximum norm on CPUs.
             low, high = torch.aminmax(bank.reduced_grad)

@@ -59,6 +59,8 @@ class OptimizerState:
                     bank.weights.copy_(whole)
                 else:
                     shard.copy_(whole[bank.shard])
+            if bank.used is not None:  # the loaded gradients have other rows
+                bank.used.clear()
             if bank.update_every > 1:
                 bank.grads.zero_()
                 if self._comm.rank == 0:  # on one rank only: `pending` is a sum, and the step will sum over ranks again
@@ -83,6 +85,9 @@ class OptimizerState:
         """Undo every change since the snapshot was taken, in place."""
         for tensor, saved in zip(self._all(), snapshot, strict=True):
             tensor.copy_(saved)
+        for bank in self._banks:
+            if bank.used is not None:
+                bank.used.clear()
 
     def _all(self) -> list[Tensor]:
         """Return all tensors on this rank that a step changes."""

@@ -40,8 +40,8 @@ def read(batches: Batches, step: int = 0, position: Position | None = None, step
     batches.start(step, position or Position())
     batches_read = [batches.next() for _ in range(step, steps)]
     batches.close()
-    assert all(x.dtype == y.dtype == torch.int64 and x.is_contiguous() and y.is_contiguous() for x, y, _ in batches_read)
-    return [(x.tolist(), y.tolist(), position) for x, y, position in batches_read]
+    assert all(x.dtype == y.dtype == torch.int64 and x.is_contiguous() and y.is_contiguous() for x, y, *_ in batches_read)
+    return [(x.tolist(), y.tolist(), position) for x, y, position, _ in batches_read]
 
 
 def growing(step: int) -> tuple[int, int, int]:
@@ -85,7 +85,7 @@ def test_targets_are_the_next_inputs(order):
 def test_a_rank_without_rows_gets_empty_tensors(order):
     batches = open_batches(order=order, rank=0, world_size=5)
     batches.start(0, Position())
-    inputs, targets, _ = batches.next()
+    inputs, targets, *_ = batches.next()
     batches.close()
     assert inputs.shape == targets.shape == (0, 6)
 
