@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from configs.optim import Adam, Muon, Optim
 from configs.schema import Data, Identity, Log, Model, Run, Schedule, Train, with_settings
-from configs.speedrun import medium, speedrun, speedrun_cpu
+from configs.speedrun import IN_FLOAT32, medium, speedrun, speedrun_cpu
 
 SPHERE_ROLES = ("matrix", "embed", "head", "value_embed")  # roles with vectors along the model dimension (nGPT)
 
@@ -185,7 +185,7 @@ PRESETS: dict[str, Callable[[], Run]] = {
     "speedrun_1gpu": Variant(
         "speedrun", "`speedrun` on one GPU, by gradient accumulation.",
         # One rank exchanges nothing: bfloat16 weights would halve no communication.
-        {"model.matrix_dtype": "float32", "model.table_dtype": "float32"}),
+        IN_FLOAT32),
     "speedrun_consumer": Variant(
         "speedrun_1gpu",
         "`speedrun` on an RTX 3090 or 4090 with 24 GB.",

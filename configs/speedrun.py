@@ -10,11 +10,16 @@ from dataclasses import replace
 from configs.optim import Adam, Extra, NorMuon, Optim
 from configs.schema import Data, Identity, Log, Model, Run, Schedule, Train, with_settings
 
-IN_FLOAT32 = {f"model.{name}_dtype": "float32" for name in ("matrix", "embed", "head", "table")}
 STEPS, STAGES = 1285, (423, 847, 1270)  # the record's steps, and the first step of its stages 2 to 4
 # The record multiplies lr by 1, 1.52 and 1.73 in stages 1 to 3, as the batch grows to two and three times its first size,
 # and from step 508 mixes linearly towards 0.15, which is the lr of stage 4: at step 846 it is 0.912, at 847 1.027.
 LR = "0=1 hold 423=1.52 508=1.52 846=0.912 hold 847=1.027 1270=0.15 100%=0.15"
+
+
+# Settings of presets that store all weights in float32.
+IN_FLOAT32 = {f"model.{name}_dtype": "float32" for name in ("matrix", "embed", "head", "table")} | {
+    f"optim.{role}.{name}": value for role in ("embed", "head")
+    for name, value in (("rounding", "nearest"), ("state_dtype", "same"))}
 
 
 def stages(first: float, *later: float) -> str:

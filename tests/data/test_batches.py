@@ -1,6 +1,7 @@
 """Batches: slow twins, exact coverage over ranks, resuming at any step."""
 
 import json
+import threading
 from dataclasses import asdict
 from itertools import pairwise
 
@@ -209,6 +210,17 @@ def test_an_epoch_that_ends_with_a_batch_is_not_entered_twice():
     taken = read(open_batches([np.arange(25, dtype=np.uint16)], batch=6, total_steps=60), steps=60)
     counts = [len(windows) for windows in epochs_of(taken).values()]
     assert set(counts[:-1]) <= {3, 4}
+
+
+def test_the_thread_computes_what_belongs_beside_a_batch():
+    threads = []
+    batches = open_batches(beside=lambda inputs: threads.append(threading.current_thread().name) or inputs.sum())
+    batches.start(0, Position())
+    for batch in (batches.next(), batches.next()):
+        assert batch.beside == batch.inputs.sum()
+    batches.close()
+    assert all(name.startswith("batches") for name in threads)
+    assert open_batches()._beside is None
 
 
 # ---- documents -----------------------------------------------------------------------------------
