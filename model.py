@@ -57,7 +57,7 @@ class Linear(nn.Module):
                  axis: int = -1) -> None:
         super().__init__()
         std = 0.0 if zero and config.zero_init_projections else (config.init_gain / fan_in) ** 0.5
-        dtype = getattr(torch, config.matrix_dtype if role == "matrix" else "float32")
+        dtype = getattr(torch, {"matrix": config.matrix_dtype, "head": config.head_dtype}.get(role, "float32"))
         # Drawn even if std is 0, so that other weights do not depend on `zero_init_projections`.
         self.weight = parameter((torch.randn(fan_out, fan_in) * std).to(dtype), role, axis=axis)
         self.bias = parameter(torch.zeros(fan_out), "bias") if config.biases else None
@@ -112,6 +112,12 @@ class NgramEmbedding(nn.Module):
 
     def forward(self, tokens_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
         """Token ids and document starts, (B, T) each -> (B, T, C)."""
+        bucket, sign_row = self.table_rows(tokens_BT, starts_BT)
+        vectors = rows(self.table, bucket, sparse=True)
+        return vectors if self.signs is None else vectors * F.embedding(sign_row, self.signs)
+
+    def table_rows(self, tokens_BT: Tensor, starts_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the rows of the table and of the signs that belong to each token, (B, T) each, on any device."""
         last_row, before = self.table.size(0) - 1, self.order - 1
         # Hash the n tokens: grams[k] holds the token k places back.
         past = F.pad(tokens_BT, (before, 0))
@@ -123,9 +129,8 @@ class NgramEmbedding(nn.Module):
         if starts_BT is not None:
             starts = F.pad(starts_BT, (before, 0))
             crosses = crosses | sum(starts[:, before - k:starts.size(1) - k] for k in range(before)).bool()
-        bucket, sign_row = bucket.masked_fill(crosses, last_row), sign_row.masked_fill(crosses, 0)
-        vectors = rows(self.table, bucket, sparse=True)
-        return vectors if self.signs is None else vectors * F.embedding(sign_row % len(self.signs), self.signs)
+        sign_row = sign_row.masked_fill(crosses, 0) % (1 if self.signs is None else len(self.signs))
+        return bucket.masked_fill(crosses, last_row), sign_row
 
 
 class Smear(nn.Module):
@@ -679,6 +684,12 @@ class GPT(nn.Module):
     def axes(self) -> dict[str, int]:
         """Return, by name, the axis of each parameter that is the model dimension: -1, or -2 for output projections."""
         return dict(self._axes)
+
+    def used_rows(self, tokens_BT: Tensor) -> dict[str, Tensor]:
+        """Return the rows of each table that tokens (B, T) on the CPU look up, by parameter name; reads no weight."""
+        starts_BT = tokens_BT == self.document_start if self.config.document_mask else None
+        rows = {f"ngrams.{i}.table": ngram.table_rows(tokens_BT, starts_BT)[0] for i, ngram in enumerate(self.ngrams)}
+        return rows | {f"value_embeds.{i}": tokens_BT for i in range(len(self.value_embeds))}
 
     def factors(self) -> dict[str, Tensor]:
         """Return the learned factors of nGPT by module name: eigen learning rates alpha, s_qk, s_u, s_v, s_z."""

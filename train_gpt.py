@@ -205,7 +205,8 @@ class Trainer:
         run, source = self.run, self.source
         batches = Batches(source.train, order=run.data.order, seed=run.run.seed, document_start=source.document_start,
                           rank=self.comm.rank, world_size=self.comm.world_size, plan=self.schedule.portions,
-                          total_steps=run.train.steps, pin=self.device.type == "cuda", vocab_size=source.vocab_size)
+                          total_steps=run.train.steps, pin=self.device.type == "cuda", vocab_size=source.vocab_size,
+                          beside=self.model.used_rows if self.optimizer.exchanges_rows else None)
         batches.start(self.progress.step, Position(**self.progress.position))
         return batches
 
@@ -216,19 +217,17 @@ class Trainer:
         0-D. `remember` copies the weights first, so that `self.measures` can measure the step."""
         progress, train, values = self.progress, self.run.train, self.schedule.values(self.progress.step)
         # Data: this rank's rows of the global batch, which a thread prepared during the previous step.
-        inputs, targets, position = batches.next()
+        inputs, targets, position, used_rows = batches.next()
+        if used_rows is not None:
+            self.optimizer.note_rows(used_rows, progress.step + 1)
         # Gradients: added up over micro-batches.
         nats = self.gradients(inputs, targets, values)
-        # Tied head: two tensors, equal in weights and optimizer settings (the config checks it); equal gradients keep them
-        # equal. With update_every > 1 gradients add up over steps, and are summed once, at the step of the update.
-        tied = progress.step < train.tied_until_frac * train.steps
-        if tied and is_due(progress.step + 1, self.run.optim.embed.update_every):
-            embed, head = self.model.embed.grad, self.model.head.weight.grad
-            head.copy_(embed.add_(head))
         # Update: sum the gradients over ranks; each rank updates its slice of the weights and sends it to all others.
         if remember:
             self.measures.remember(self.optimizer.banks)
-        self.optimizer.step(values, progress.step + 1)
+        # Tied head: two tensors, equal in weights and optimizer settings (the config checks it), which one step keeps equal.
+        tied = ("embed", "head.weight") if progress.step < train.tied_until_frac * train.steps else None
+        self.optimizer.step(values, progress.step + 1, tied=tied)
         self.optimizer.zero_grad()  # those of groups with update_every > 1 go on adding up
         # Progress: the state, besides tensors, that a resumed run needs.
         progress.step += 1

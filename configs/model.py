@@ -61,6 +61,8 @@ class Model:
     rounding remainder and state_dtype float32 in the group, the weights stay as exact as in float32 (speedrun, 2025)."""
     embed_dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage dtype of the token embedding, its gradient and optimizer state."""
+    head_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Storage dtype of the head's matrix, its gradient and optimizer state, if it is not tied to the embedding."""
     table_dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage dtype of value embeddings and hashed tables, their gradients and optimizer state."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from configs.optim import Adam, Muon, Optim
 from configs.schema import Data, Identity, Log, Model, Run, Schedule, Train, with_settings
-from configs.speedrun import medium, speedrun, speedrun_cpu
+from configs.speedrun import IN_FLOAT32, medium, speedrun, speedrun_cpu
 
 SPHERE_ROLES = ("matrix", "embed", "head", "value_embed")  # roles with vectors along the model dimension (nGPT)
 
@@ -186,8 +186,7 @@ PRESETS: dict[str, Callable[[], Run]] = {
         "speedrun", "`speedrun` on one GPU of 24 to 141 GB.",
         # One rank exchanges nothing: bfloat16 weights would halve no communication. Validation in shorter rows, whose
         # activations fit into 24 GB; they cut 120 documents more in two.
-        {"model.matrix_dtype": "float32", "model.table_dtype": "float32", "train.micro_tokens": None,
-         "data.val_sequence_tokens": 65_536}),
+        IN_FLOAT32 | {"train.micro_tokens": None, "data.val_sequence_tokens": 65_536}),
     "speedrun_b200": Variant(
         "speedrun_1gpu", "`speedrun` on one B200 or H200, 3 passes a step.",
         # 66 GB of activations; 393,216 tokens at once would take 199 GB.

@@ -255,8 +255,9 @@ class Run:
                  "train.val_long_window_tokens needs --model.long_window_tokens, the window that it replaces")
         # While they are tied, embedding and head are one tensor in one optimizer group: one rule, one dtype.
         tied = train.tied_until_frac > 0
-        raise_if(tied and (self.optim.embed != self.optim.head or self.model.embed_dtype != "float32"),
-                 "train.tied_until_frac needs optim.embed and optim.head to be alike, and --model.embed_dtype float32")
+        raise_if(tied and (self.optim.embed != self.optim.head or self.model.embed_dtype != self.model.head_dtype),
+                 "train.tied_until_frac needs optim.embed and optim.head to be alike, and model.embed_dtype "
+                 f"({self.model.embed_dtype}) and model.head_dtype ({self.model.head_dtype}) to be equal")
         raise_if(tied and (self.model.tied_head or self.model.geometry == "sphere"),
                  "train.tied_until_frac unties the head in the run: it needs --model.no_tied_head and geometry euclidean")
         slow_roles = [role.name for role in fields(Optim) if getattr(self.optim, role.name).update_every > 1]

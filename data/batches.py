@@ -5,7 +5,7 @@ Letters in shapes: n = rows of this rank, T = tokens of a sequence.
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,18 @@ from torch import Tensor
 from data.orders import Contiguous, Documents, Position, RowRequest, Shuffled
 from data.shards import check_vocabulary
 
-Batch = tuple[Tensor, Tensor, Position]
+
+class Batch(NamedTuple):
+    """One rank's rows of a global batch."""
+
+    inputs: Tensor
+    """Token ids, int64 (n, T), on the CPU."""
+    targets: Tensor
+    """The tokens after them, likewise."""
+    position: Position
+    """Position in the data after this batch."""
+    beside: object = None
+    """What `Batches.beside` returned for the inputs."""
 
 
 class Batches:
@@ -27,12 +38,13 @@ class Batches:
     def __init__(self, source_arrays: Sequence[np.ndarray], *, order: Literal["contiguous", "shuffled", "documents"],
                  seed: int, document_start: int | None, rank: int, world_size: int,
                  plan: Callable[[int], tuple[int, int, int]], total_steps: int, pin: bool = False,
-                 vocab_size: int | None = None) -> None:
+                 vocab_size: int | None = None, beside: Callable[[Tensor], object] | None = None) -> None:
         """Choose the order in which the flat token arrays `source_arrays` are read; no token is read yet.
 
         `plan` maps a step to its (batch_tokens of all ranks, sequence_tokens, max_document_tokens). `document_start` is
         the token that begins each document. `pin` puts batches into page-locked memory. With `vocab_size` every token is
-        checked against it. Raises ValueError for order "documents" without a `document_start`.
+        checked against it. `beside` is a function of the inputs that the thread computes for each batch. Raises ValueError
+        for order "documents" without a `document_start`.
         """
         if order == "documents" and document_start is None:
             raise ValueError("--data.order documents needs a source with document starts: shards or text")
@@ -41,7 +53,7 @@ class Batches:
                       "shuffled": lambda: Shuffled(source_arrays, seed),
                       "documents": lambda: Documents(source_arrays, document_start, self._indexer)}
         self._order = make_order[order]()
-        self._shards, self._vocab_size, self._pin = source_arrays, vocab_size, pin
+        self._shards, self._vocab_size, self._pin, self._beside = source_arrays, vocab_size, pin, beside
         self._rank, self._world_size = rank, world_size
         self._plan, self._total_steps = plan, total_steps
         # One thread and one batch ahead: a batch begins where the one before it ended, so two cannot be built at once.
@@ -61,15 +73,15 @@ class Batches:
         self._next = self._worker.submit(self._build, step, position) if step < self._total_steps else None
 
     def next(self) -> Batch:
-        """Return (inputs, targets, position after them) of the next step, and begin to build the step after it.
+        """Return the batch of the next step, and begin to build that of the step after it.
 
-        Both tensors are int64 (n, T) on the CPU; n is 0 on some ranks if the batch has fewer rows than there are ranks.
-        Raises ValueError if the data are too short for the batch or hold a token outside the vocabulary.
+        It has no rows on some ranks if there are fewer rows than ranks. Raises ValueError if the data are too short for the
+        batch or hold a token outside the vocabulary.
         """
         assert self._next is not None, "start() comes first, and there is no batch after the last step"
         batch = self._next.result()
         # From here on the thread builds the next batch while the caller computes with this one.
-        self._submit(self._step + 1, batch[2])
+        self._submit(self._step + 1, batch.position)
         return batch
 
     def close(self) -> None:
@@ -96,7 +108,7 @@ class Batches:
         inputs, targets = (torch.from_numpy(np.array(part, dtype=np.int64, order="C")) for part in (inputs, targets))
         if self._pin:  # only from page-locked memory does a copy to the GPU overlap with its work
             inputs, targets = inputs.pin_memory(), targets.pin_memory()
-        return inputs, targets, position_after
+        return Batch(inputs, targets, position_after, None if self._beside is None else self._beside(inputs))
 
     def _raise_out_of_vocabulary(self, vocab_size: int) -> None:
         """Raise ValueError with file and position of the first token outside the vocabulary."""

@@ -38,10 +38,22 @@ class _RowsWork(Work):
     def wait(self) -> None:
         for work in self.works:
             work.wait()
-        # Added in the order of the ranks, so that rounding is the same in every run. `+=` is safe with these indices,
-        # because one rank sends each row at most once.
+        # Added in the order of the ranks, so that rounding is the same in every run; one rank sends each row at most once.
         for indices, rows in self.parts:
-            self.result[indices] += rows
+            self.result.index_add_(0, indices, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class SparseRows:
+    """Rows of a bank that this rank will send to their owners, and their numbers, which the ranks exchange meanwhile."""
+
+    indices: Tensor
+    """Rows that this rank sends, in order; on the device."""
+    send_counts: Tensor
+    """Number of them that each rank gets; on the CPU."""
+    receive_counts: Tensor
+    """Number of rows that each rank sends here; on the CPU, valid once `work` was waited for."""
+    work: Work
 
 
 def local_rank() -> int:
@@ -60,8 +72,14 @@ class Comm:
         # NCCL allows the input of a collective to be a slice of its output, or the output one of the input, and then copies
         # nothing. gloo needs separate memory: one buffer more for each collective below.
         self._in_place = self.device.type == "cuda"
-        if self.world_size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self._cpu_group: dist.ProcessGroup | None = None  # None: the default group
+        if self.world_size > 1 and self.device.type == "cuda":
+            # With device_id NCCL connects at once and knows each rank's GPU, which it would otherwise guess.
+            dist.init_process_group("nccl", device_id=self.device)
+            # A second group, for CPU tensors: what the host alone decides need not wait for the GPU.
+            self._cpu_group = dist.new_group(backend="gloo")
+        elif self.world_size > 1:
+            dist.init_process_group("gloo")
 
     def slice_of(self, length: int) -> slice:
         """Return this rank's shard of a dimension of `length`, which the world size divides."""
@@ -79,22 +97,32 @@ class Comm:
         collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         return result, collective(result, bank, op=dist.ReduceOp.SUM, async_op=True)
 
-    def reduce_scatter_rows(self, bank: Tensor) -> tuple[Tensor, Work]:
+    def announce_rows(self, used: Tensor) -> SparseRows:
+        """Start to tell every rank how many rows it will get from this one. `used` (rows of a bank,) is True for those that
+        may differ from zero; bool, on the CPU. Waits for no device."""
+        send_counts = used.view(self.world_size, -1).sum(1)
+        receive_counts = torch.empty_like(send_counts)
+        work = dist.all_to_all_single(receive_counts, send_counts, group=self._cpu_group, async_op=True)
+        indices = used.nonzero().flatten()
+        if self.device.type == "cuda":  # only from page-locked memory is a copy asynchronous
+            indices = indices.pin_memory()
+        return SparseRows(indices.to(self.device, non_blocking=True), send_counts, receive_counts, work)
+
+    def reduce_scatter_rows(self, bank: Tensor, announced: SparseRows | None = None) -> tuple[Tensor, Work]:
         """Do the same as `reduce_scatter` for a bank most of whose rows are zero: send only rows that are not, with their
-        indices. Waits for the device once, because a receiver must know how many rows will arrive."""
+        indices. The sender must name them, because a receiver must know how many rows will arrive: without `announced` they
+        are looked for, which waits for the device."""
         shard = bank[self.slice_of(bank.size(0))]
         if self.world_size == 1:
             return shard, DONE
-        # Tell every rank how many rows it will get. NaN counts as nonzero, so that bad gradients are sent and found.
-        nonzero = bank.flatten(1).any(1).nonzero().flatten()
-        send_counts = torch.bincount(nonzero // shard.size(0), minlength=self.world_size)
-        receive_counts = torch.empty_like(send_counts)
-        dist.all_to_all_single(receive_counts, send_counts)
-        receives, sends = receive_counts.tolist(), send_counts.tolist()
+        if announced is None:  # NaN counts as nonzero, so that bad gradients are sent and found
+            announced = self.announce_rows(bank.flatten(1).any(1).cpu())
+        announced.work.wait()
+        receives, sends = announced.receive_counts.tolist(), announced.send_counts.tolist()
         # Exchange rows, and their indices within the receiver's shard.
-        rows, indices = bank.new_empty(sum(receives), *bank.shape[1:]), nonzero.new_empty(sum(receives))
-        works = [dist.all_to_all_single(rows, bank[nonzero], receives, sends, async_op=True),
-                 dist.all_to_all_single(indices, nonzero % shard.size(0), receives, sends, async_op=True)]
+        rows, indices = bank.new_empty(sum(receives), *bank.shape[1:]), announced.indices.new_empty(sum(receives))
+        works = [dist.all_to_all_single(rows, bank[announced.indices], receives, sends, async_op=True),
+                 dist.all_to_all_single(indices, announced.indices % shard.size(0), receives, sends, async_op=True)]
         result = torch.zeros_like(shard)
         return result, _RowsWork(works, result, list(zip(indices.split(receives), rows.split(receives), strict=True)))
 

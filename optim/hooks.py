@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import Run, Train
-from optim.bank import Bank
+from optim.bank import Bank, rule_gradient
 from optim.comm import Comm
 from optim.rule import Hyper
 from optim.schedule import Schedule
@@ -131,7 +131,8 @@ class RoleSums(Hook):
     def _local_sums(self, bank: Bank, hyper: Hyper) -> Tensor:
         """Return one bank's sums on this rank."""
         hyper = hyper._replace(lr=hyper.lr * bank.spec.lr_factor) if bank.spec.lr_factor != 1 else hyper
-        sums = bank.group.rule.sums(bank.matrices, bank.rule_gradient(), bank.state, hyper)
+        grad = rule_gradient(bank.group, bank.step, bank.reduced_grad, bank.matrices, bank.state)
+        sums = bank.group.rule.sums(bank.matrices, grad, bank.state, hyper)
         # Every rank has the whole of a bank that is not sharded; only rank 0's copy counts.
         return sums if bank.sharded or self._comm.rank == 0 else torch.zeros_like(sums)
 

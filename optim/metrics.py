@@ -131,7 +131,7 @@ def squares_by_tensor(bank: Bank, before: Tensor) -> Tensor:
     whole = torch.zeros(len(bank.weights), 3, dtype=torch.float64)
     whole[bank.shard] = torch.stack([x.square().sum(1) for x in (new - old, old, new)], dim=1)
     # A parameter may be cut between ranks, anywhere in the shard dimension: sum over its rows or elements.
-    return bank.per_parameter(whole).reshape(len(bank.names), -1, 3).sum(1)
+    return torch.stack([whole[part].sum(0) for part in bank.parts])
 
 
 def rotation(update: float, before: float, after: float) -> dict[str, float]:

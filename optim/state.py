@@ -33,7 +33,7 @@ class OptimizerState:
                 wholes["pending"] = bank.grads.clone()
                 self._comm.all_reduce(wholes["pending"]).wait()
             for key, whole in wholes.items() if keep else ():
-                parts = bank.per_parameter(whole).cpu()
+                parts = bank.per_parameter(whole.cpu())
                 tensors |= {f"{key}/{name}": part for name, part in zip(bank.names, parts, strict=True)}
         return tensors if keep else {}
 
@@ -61,6 +61,8 @@ class OptimizerState:
                     bank.weights.copy_(whole)
                 else:
                     shard.copy_(whole[bank.shard])
+            if bank.used is not None:  # the loaded gradients have other rows
+                bank.used.clear()
             if bank.update_every > 1:
                 bank.grads.zero_()
                 if self._comm.rank == 0:  # on one rank only: `pending` is a sum, and the step will sum over ranks again
@@ -70,9 +72,10 @@ class OptimizerState:
         """Return the names and shapes of `tensors`, without communication."""
         shapes = {f"shared/{role}/{key}": (1,) for role, numbers in self._shared.items() for key in numbers}
         for bank in self._banks:
-            of_bank = {key: bank.part_shape(shard) for key, shard in _shards(bank).items()}
-            of_bank |= {"pending": tuple(bank.shape)} if bank.update_every > 1 else {}
-            shapes |= {f"{key}/{name}": shape for key, shape in of_bank.items() for name in bank.names}
+            of_bank = {key: bank.part_shapes(shard) for key, shard in _shards(bank).items()}
+            of_bank |= {"pending": bank.part_shapes(bank.grads)} if bank.update_every > 1 else {}
+            shapes |= {f"{key}/{name}": shape for key, of_key in of_bank.items()
+                       for name, shape in zip(bank.names, of_key, strict=True)}
         return shapes
 
     def snapshot(self) -> list[Tensor]:
@@ -85,6 +88,9 @@ class OptimizerState:
         """Undo every change since the snapshot was taken, in place."""
         for tensor, saved in zip(self._all(), snapshot, strict=True):
             tensor.copy_(saved)
+        for bank in self._banks:
+            if bank.used is not None:
+                bank.used.clear()
 
     @contextmanager
     def restored(self, model: nn.Module) -> Iterator[None]:
@@ -112,4 +118,5 @@ def _shards(bank: Bank) -> dict[str, Tensor]:
 
 def _fill(bank: Bank, whole: Tensor, key: str, tensors: dict[str, Tensor]) -> None:
     """Copy `KEY/NAME` of each of a bank's parameters into `whole`, in place."""
-    bank.per_parameter(whole).copy_(torch.stack([tensors[f"{key}/{name}"] for name in bank.names]))
+    for name, part in zip(bank.names, bank.per_parameter(whole), strict=True):
+        part.copy_(tensors[f"{key}/{name}"])

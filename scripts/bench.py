@@ -29,10 +29,12 @@ from data.batches import Batches
 from data.orders import Position
 from data.run.environment import choose_device, describe_environment
 from data.sources import Source, open_source, vocabulary
-from model import GPT, AuxLossWeights, LayerInputs, mean_span
+from kernels.attention import document_first
+from kernels.cross_entropy import AuxLossWeights
+from model import GPT, LayerInputs, mean_span
 from optim.comm import Comm, local_rank
 from optim.groups import build_groups
-from optim.schedule import Schedule
+from optim.schedule import Schedule, loss_weights
 from optim.sharded import ShardedOptimizer
 from scripts import command
 from scripts.lab.models import CACHE, portable_config
@@ -121,12 +123,12 @@ def model_parts(run: Run, model: GPT, tokens: Tensor) -> Iterator[Part]:
     layer = next(i for i, block in enumerate(model.blocks) if block.attention is not None)
     attention, mlp = model.blocks[layer].attention, model.blocks[layer].mlp
     value_embed = torch.zeros_like(x) if attention.mix_value is not None else None
-    starts = tokens == model.document_start if model.config.document_mask else None
-    inputs = LayerInputs(mask=model.masks(tokens, starts, windows)[layer], window=windows[layer], value_embed=value_embed,
-                         x0=x.detach(), starts=starts)
+    starts = tokens == model.document_start if config.document_mask else None
+    first = None if starts is None else document_first(starts)
+    inputs = LayerInputs(mask=model.masks(tokens, first, windows)[layer], yarn_window=windows[layer],
+                         value_embed=value_embed, x0=x.detach(), starts=starts, first=first)
     # The losses of training; plain models have none but the cross-entropy.
-    weights = (torch.full((), weight, device=tokens.device) for weight in (values.mtp, values.prefix_loss))
-    aux = AuxLossWeights(*weights) if on_cuda else None
+    aux = AuxLossWeights.of(*loss_weights(values, config), tokens.device) if on_cuda else None
 
     def with_backward(function: Callable[..., Tensor], *args: object) -> Callable[[], None]:
         compiled = torch.compile(function, dynamic=False) if on_cuda else function
@@ -140,7 +142,7 @@ def model_parts(run: Run, model: GPT, tokens: Tensor) -> Iterator[Part]:
         # gradients written, and three tensors of the size of x.
         return Part(name, run, 6 * elements * tokens.numel() + more_flops, 12 * elements + 3 * x.nbytes)
 
-    span = mean_span(tokens.size(1), inputs.window or tokens.size(1))
+    span = mean_span(tokens.size(1), windows[layer] or tokens.size(1))
     scores = 12 * config.dim * span * tokens.numel()  # queries times keys, weights times values: 2 products, 6 FLOPs each
     yield part("attention", matrix_elements(attention), with_backward(attention, x, inputs), scores)
     yield part("MLP", matrix_elements(mlp), with_backward(mlp, x))

@@ -46,6 +46,17 @@ def test_hashed_ngrams_equal_the_loop(order, documents, signs):
             assert torch.equal(output[b, t], embedding.table[bucket] * sign), (b, t)
 
 
+@pytest.mark.parametrize("documents", [False, True])
+def test_used_rows_are_those_with_a_gradient(documents):
+    tokens, config = some_tokens() % 40, replace(CONFIG, document_mask=documents, ngram_orders=(3,), value_embeds=1)
+    model = GPT(config, vocab_size=40, max_tokens=12, document_start=START)
+    model(tokens, tokens).backward()
+    rows, tables = model.used_rows(tokens), dict(model.named_parameters())
+    assert set(rows) == {"ngrams.0.table", "ngrams.1.table", "value_embeds.0"}
+    for name, used in rows.items():
+        assert tables[name].grad.any(1).nonzero()[:, 0].tolist() == used.unique().tolist(), name
+
+
 def test_signs_are_balanced_and_leave_the_global_generator_alone():
     state = torch.get_rng_state()
     signs = random_signs(512, 64, seed=2)

@@ -7,21 +7,27 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.cli import parse
-from configs.optim import RULES, Extra
+from configs.optim import RULES, Extra, Optim
+from configs.optim import Adam as ConfigAdam
 from configs.presets import PRESETS
 from configs.schema import Run
 from model import GPT, AuxLossWeights
 from optim.adam import Adam
-from optim.comm import Comm
+from optim.comm import DONE, Comm, Work
 from optim.groups import build_groups
 from optim.rule import Step
 from optim.schedule import Schedule
 from optim.sharded import ShardedOptimizer
+from tests.optim.oracle import FULL
 from train_gpt import Trainer
 
 TOKENS = 64
+CALLS = 6  # eager operations of an optimizer step beside the compiled updates; each costs the host some 5 microseconds
+VIEWS = ("view", "select", "slice", "reshape", "alias", "detach", "unsqueeze", "transpose", "as_strided",
+         "lift_fresh")  # launch nothing
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch reports synchronisations on CUDA only")
 
 
@@ -64,6 +70,58 @@ def test_reading_a_value_in_a_step_raises(monkeypatch):
     monkeypatch.setattr(Adam, "direction", lambda rule, W, grad, *rest: direction(rule, W, grad * grad.sum().item(), *rest))
     with pytest.raises(RuntimeError, match="item"):
         steps_without_values(PRESETS["tiny_adamw"]())
+
+
+class CountCalls(TorchDispatchMode):
+    """Counts operations that would launch a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func).removeprefix("aten.")
+        self.calls += [name] if not name.startswith(VIEWS) else []
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_step_of_the_record_is_a_few_compiled_updates_and_little_else(count):
+    run, updates = PRESETS["speedrun"](), []
+    optimizer = steps_without_values(run, count=0)
+    optimizer._compiled = lambda *_, **__: updates.append(1)
+    with CountCalls() as counted:
+        optimizer.step(Schedule(run).values(0), count, tied=("embed", "head.weight"))
+        optimizer.zero_grad()
+    assert len(counted.calls) <= CALLS, counted.calls
+    assert len(updates) == len([bank for bank in optimizer.banks if count % bank.update_every == 0]) <= 12
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_sparse_rows_are_exchanged_without_waiting_if_they_are_noted(noted, monkeypatch):
+    """On rank 0 of 2, whose peer sends what it gets."""
+    def exchange(out: torch.Tensor, sent: torch.Tensor, *_: object, **__: object) -> Work:
+        if out.device.type == "cpu":
+            out.copy_(sent)
+        return DONE
+
+    monkeypatch.setattr(torch.distributed, "all_to_all_single", exchange)
+    comm = Comm("meta")
+    comm.world_size, comm.broadcast, comm.all_gather = 2, lambda _: None, lambda _: DONE
+    table = torch.nn.Parameter(torch.zeros(4096, 8, device="meta"))
+    optim = Optim(bigram_embed=ConfigAdam(update_every=2, extra=Extra(sparse_rows=True)))
+    optimizer = ShardedOptimizer(build_groups({"table": table}, {"table": "bigram_embed"}, optim), comm)
+    assert optimizer.exchanges_rows
+    for count in (1, 2):
+        if noted:
+            optimizer.note_rows({"table": torch.tensor([[5, 4000], [count, 5]])}, count)
+        if count == 2 and noted:
+            assert optimizer.banks[0].used.announced.send_counts.tolist() == [3, 1]
+        if count == 1 or noted:
+            optimizer.step(FULL, count)
+        else:
+            with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+                optimizer.step(FULL, count)
 
 
 @needs_cuda

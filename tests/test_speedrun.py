@@ -182,7 +182,8 @@ def test_a_run_resumed_after_untying_equals_the_uninterrupted_run(folder, monkey
         assert torch.equal(parameter, whole[f"weights/{name}"]), name
 
 
-@pytest.mark.parametrize("flags", [["--optim.head.lr", "0.5"], ["--model.tied_head"], ["--model.embed_dtype", "bfloat16"]])
+@pytest.mark.parametrize("flags", [["--optim.head.lr", "0.5"], ["--model.tied_head"], ["--model.embed_dtype", "bfloat16"],
+                                   ["--model.head_dtype", "bfloat16"]])
 def test_settings_that_conflict_with_tying_are_refused(flags, capsys):
     with pytest.raises(SystemExit):
         parse(["speedrun_cpu", *flags])

@@ -18,8 +18,8 @@ from configs.optim import Graft
 from configs.presets import PRESETS
 from configs.schema import Run
 from model import GPT
-from optim.bank import SMALL_BANK_ELEMENTS, Bank, as_matrices, group_by_shape, shard_view
-from optim.groups import ParamGroup, build_groups
+from optim.bank import SMALL_BANK_ELEMENTS, Bank, empty_bank, group_by_update, init_state
+from optim.groups import build_groups
 from optim.hooks import build_hooks
 from optim.schedule import Schedule, Values
 from scripts.lab.costs import Assumptions, Attention, Product, Update, Work, visible_tokens
@@ -316,7 +316,11 @@ def measure_sizes(run: Run) -> tuple[Sizes, GPT, list[tuple[int, int, Values]]]:
     model = meta_model(run, max_tokens=max(v.sequence_tokens for v in values))
     with torch.device("meta"):
         groups = build_groups(dict(model.named_parameters()), model.roles(), run.optim, model.axes())
-        banks = [empty_bank(run, group, names) for group in groups for names in group_by_shape(group)]
+        banks = [empty_bank(group, names) for group in groups for names in group_by_update(group)]
+        for bank in banks:
+            init_state(bank)
+            for hook in build_hooks(run):
+                hook.init(bank)
     # A new stage begins where the batch, the sequence length or a window changes.
     stages, first = [], 0
     for _, group in groupby(values, key=lambda v: (v.batch_tokens, v.sequence_tokens, *v.windows.values())):
@@ -325,23 +329,6 @@ def measure_sizes(run: Run) -> tuple[Sizes, GPT, list[tuple[int, int, Values]]]:
         first += 1 + len(others)
     parameters = sum(weight.numel() for weight in model.parameters())
     return Sizes(parameters, tuple(map(bank_size, banks))), model, stages
-
-
-def empty_bank(run: Run, group: ParamGroup, names: list[str]) -> Bank:
-    """Return the bank that an optimizer at world size 1 makes of these parameters, with its state.
-
-    Only shapes and dtypes matter, not values: under `torch.device("meta")` nothing is allocated.
-    """
-    spec = group.specs[names[0]]
-    weights = shard_view(torch.stack([group.params[name].detach() for name in names]), group.scope, spec.blocks)
-    # The weights stand in for the gradients too: both have one shape, and a copy would cost memory.
-    bank = Bank(group, names, group.params[names[0]].shape, weights, weights, slice(None), False,
-                group.step_for(spec), spec, group.config.update_every, as_matrices(weights))
-    bank.state = bank.step.init_state(bank.matrices)
-    bank.state |= group.rule.init_state(bank.matrices.float() if group.config.state_dtype == "float32" else bank.matrices)
-    for hook in build_hooks(run):
-        hook.init(bank)
-    return bank
 
 
 def bank_size(bank: Bank) -> BankSize:

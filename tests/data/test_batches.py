@@ -1,6 +1,7 @@
 """Batches: slow twins, exact coverage over ranks, resuming at any step."""
 
 import json
+import threading
 from dataclasses import asdict
 from itertools import pairwise
 
@@ -41,8 +42,8 @@ def read(batches: Batches, step: int = 0, position: Position | None = None, step
     batches.start(step, position or Position())
     batches_read = [batches.next() for _ in range(step, steps)]
     batches.close()
-    assert all(x.dtype == y.dtype == torch.int64 and x.is_contiguous() and y.is_contiguous() for x, y, _ in batches_read)
-    return [(x.tolist(), y.tolist(), position) for x, y, position in batches_read]
+    assert all(x.dtype == y.dtype == torch.int64 and x.is_contiguous() and y.is_contiguous() for x, y, *_ in batches_read)
+    return [(x.tolist(), y.tolist(), position) for x, y, position, _ in batches_read]
 
 
 def growing(step: int) -> tuple[int, int, int]:
@@ -86,7 +87,7 @@ def test_targets_are_the_next_inputs(order):
 def test_a_rank_without_rows_gets_empty_tensors(order):
     batches = open_batches(order=order, rank=0, world_size=5)
     batches.start(0, Position())
-    inputs, targets, _ = batches.next()
+    inputs, targets, *_ = batches.next()
     batches.close()
     assert inputs.shape == targets.shape == (0, 6)
 
@@ -210,6 +211,17 @@ def test_an_epoch_that_ends_with_a_batch_is_not_entered_twice():
     taken = read(open_batches([np.arange(25, dtype=np.uint16)], batch=6, total_steps=60), steps=60)
     counts = [len(windows) for windows in epochs_of(taken).values()]
     assert set(counts[:-1]) <= {3, 4}
+
+
+def test_the_thread_computes_what_belongs_beside_a_batch():
+    threads = []
+    batches = open_batches(beside=lambda inputs: threads.append(threading.current_thread().name) or inputs.sum())
+    batches.start(0, Position())
+    for batch in (batches.next(), batches.next()):
+        assert batch.beside == batch.inputs.sum()
+    batches.close()
+    assert all(name.startswith("batches") for name in threads)
+    assert open_batches()._beside is None
 
 
 # ---- documents -----------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""Sparse reduce-scatter sends only nonzero rows. Its sums on 2 and 3 ranks are tested in test_rules_on_ranks.py."""
+"""Sparse reduce-scatter sends only nonzero rows, and NCCL is told each rank's GPU. Sums on 2 and 3 ranks are tested in
+test_rules_on_ranks.py."""
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ def echo(monkeypatch) -> tuple[Comm, list[Tensor]]:
     """Return the Comm of rank 1 of 2, to which rank 0 sends the same as it sends itself; and the list of sent tensors."""
     sent: list[Tensor] = []
 
-    def exchange(out: Tensor, rows: Tensor, to: list | None = None, fro: list | None = None, *, async_op: bool = False):
+    def exchange(out: Tensor, rows: Tensor, to: list | None = None, fro: list | None = None, **_: object):
         halves = rows.split(fro or [1, 1])
         sent.append(rows)
         out.copy_(torch.cat([halves[1], halves[1]]))
@@ -56,3 +57,24 @@ def test_on_one_rank_it_is_the_bank():
     own, work = Comm().reduce_scatter_rows(bank)
     work.wait()
     assert torch.equal(own, bank)
+
+
+def test_a_row_may_be_announced_that_is_zero(echo):
+    comm, sent = echo
+    bank, used = torch.zeros(100, 16), torch.zeros(100, dtype=torch.bool)
+    bank[70] = 1.5
+    used[[3, 70]] = True
+    own, work = comm.reduce_scatter_rows(bank, comm.announce_rows(used))
+    work.wait()
+    assert own[20].eq(3).all() and own.sum() == 48
+    assert sorted(tensor.numel() for tensor in sent) == [2, 2, 32]
+
+
+def test_ranks_with_gpus_name_them_and_have_a_second_group_for_the_cpu(monkeypatch):
+    calls = []
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: calls.append((args, options)))
+    monkeypatch.setattr(dist, "new_group", lambda **options: calls.append(options))
+    Comm("cuda:3")
+    assert calls == [(("nccl",), {"device_id": torch.device("cuda:3")}), {"backend": "gloo"}]

@@ -38,7 +38,10 @@ CASES: dict[str, RuleConfig] = {name: config(lr=0.02, weight_decay=0.1) for name
     "adam_waiting": replace(ADAM, update_every=3),
     "prodigy_waiting": replace(PRODIGY, update_every=3),
     "adam_ahead": replace(ADAM, rounding="remainder"),
-    "adam_sparse": replace(ADAM, extra=Extra(sparse_rows=True))}
+    "adam_sparse": replace(ADAM, extra=Extra(sparse_rows=True)),
+    # Rows are noted, as a trainer does. With update_every 3, the pending gradients of `middle` have rows that were not.
+    "adam_sparse_noted": replace(ADAM, update_every=2, extra=Extra(sparse_rows=True)),
+    "adam_sparse_pending": replace(ADAM, update_every=3, extra=Extra(sparse_rows=True))}
 
 
 def random(shape: tuple[int, ...], *key: int) -> Tensor:
@@ -65,6 +68,8 @@ def run(params: dict, optimizer: ShardedOptimizer, steps: range) -> dict[str, Te
     With sparse rows, two of three rows are zero on all ranks, and every sixth row comes from one rank alone.
     """
     for step in steps:
+        if optimizer.exchanges_rows and optimizer.period > 1:
+            optimizer.note_rows(noted_rows(optimizer.comm, step), step + 1)
         for index, param in enumerate(params.values()):
             share = sparse_share(optimizer.comm, len(param), step) if is_sparse(optimizer) else share_of(optimizer.comm)
             param.grad.add_(gradient(index, step) * share)
@@ -83,6 +88,12 @@ def sparse_share(comm: Comm, rows: int, step: int) -> Tensor:
     by_one_rank = (row // 6 % comm.world_size == comm.rank).float()
     share = torch.where(row % 6 == 0, by_one_rank, torch.where(row % 3 == 0, share_of(comm), 0.0))
     return share.unsqueeze(1) if rows != 37 else share
+
+
+def noted_rows(comm: Comm, step: int) -> dict[str, Tensor]:
+    """Return the rows of each tensor to which this rank contributes, and row 1, which has gradient 0 in most steps."""
+    return {name: torch.cat([sparse_share(comm, shape[0], step).nonzero()[:, 0], torch.tensor([1])])
+            for name, shape in SHAPES.items() if len(shape) == 2}
 
 
 def is_sparse(optimizer: ShardedOptimizer) -> bool:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from configs.optim import SOAP, Adam, Extra, Muon, NorMuon, Optim, Steepest
+from configs.presets import PRESETS
 from configs.speedrun import record_optim
-from optim.bank import SMALL_BANK_ELEMENTS
+from model import GPT
+from optim.bank import SMALL_BANK_ELEMENTS, group_by_update
 from optim.comm import Comm
 from optim.groups import build_groups, build_rule
 from optim.metrics import StepMetrics
@@ -160,13 +162,52 @@ def test_a_bank_holds_one_role_shape_and_dtype():
         [f"wide{i}" for i in range(5)], ["tall0", "tall1"], ["half"]]
 
 
+def test_elementwise_groups_have_one_bank_whatever_the_shapes():
+    shapes = {"a": (3, 5), "b": (), "c": (40,), "d": (2, 2, 2)}
+    params = {name: nn.Parameter(torch.randn(shape, generator=seeded(name))) for name, shape in shapes.items()}
+    before = copies(params)
+    bank, = one_role(Adam(), params).banks
+    assert bank.names == list(shapes) and bank.weights.shape == (16 + 16 + 48 + 8,)
+    assert [part.start % 16 for part in bank.parts] == [0] * 4
+    assert [bank.name_at(entry) for entry in (0, 14, 16, 32, 71, 80, 87)] == ["a", "a", "b", "c", "c", "d", "d"]
+    assert_same(copies(params), before)
+    two_factors = one_role(Adam(extra=Extra(lr_factors=("c=2",))), params).banks
+    assert [bank.names for bank in two_factors] == [["a", "b", "d"], ["c"]]
+
+
+@pytest.mark.parametrize("config", [Adam(lr=0.1, weight_decay=0.2), Adam(lr=0.1, weight_decay=0.2, decay="cautious"),
+                                    Steepest(norm="sign", lr=0.1)], ids=["adamw", "cautious", "sign"])
+def test_a_shared_bank_is_as_good_as_one_for_each_parameter(config):
+    """Bit for bit, for sizes that vector instructions do and do not divide."""
+    shapes = {"a": (37, 5), "b": (), "c": (48,), "d": (2, 7), "e": (1031,)}
+    together = {name: nn.Parameter(torch.randn(shape, generator=seeded(name))) for name, shape in shapes.items()}
+    alone = {name: nn.Parameter(param.detach().clone()) for name, param in together.items()}
+    optimizers = [one_role(config, together), *(one_role(config, {name: param}) for name, param in alone.items())]
+    for step in range(3):
+        for name in shapes:
+            grad = torch.randn(shapes[name], generator=seeded(name, step))
+            together[name].grad.copy_(grad)
+            alone[name].grad.copy_(grad)
+        for optimizer in optimizers:
+            optimizer.step(values_at(step), step + 1)
+    assert_same(copies(together), copies(alone))
+
+
+def test_the_record_has_few_banks():
+    run = PRESETS["speedrun"]()
+    with torch.device("meta"):
+        model = GPT(run.model, vocab_size=50_257, max_tokens=128, document_start=0, prefix_of=[-1] * 50_257)
+    groups = build_groups(dict(model.named_parameters()), model.roles(), run.optim, model.axes())
+    assert sum(len(group_by_update(group)) for group in groups) <= 12
+
+
 def test_backward_accumulates_in_the_bank_and_zeroing_keeps_the_views():
     params = make_params()
     optimizer = make_optimizer(params)
     places = {name: param.grad.data_ptr() for name, param in params.items()}
     for times in (1, 2):
         sum((param.float() * 3).sum() for param in params.values()).backward()
-        assert all((bank.per_parameter(bank.grads) == 3 * times).all() for bank in optimizer.banks)
+        assert all((grad == 3 * times).all() for bank in optimizer.banks for grad in bank.per_parameter(bank.grads))
     assert {name: param.grad.data_ptr() for name, param in params.items()} == places
     optimizer.zero_grad()
     assert not any(param.grad.any() for param in params.values())
@@ -378,6 +419,44 @@ def test_restore_undoes_bit_for_bit():
     assert optimizer.state.tensors(keep=False) == {}
 
 
+# ---- Tied parameters -----------------------------------------------------------------------------
+
+TIED = Adam(lr=0.1, weight_decay=0.1, decay="cautious", update_every=2, rounding="remainder", state_dtype="float32")
+TIED_STEPS, UNTIED_STEPS = 4, 2
+
+
+def train_tied(comm: Comm, *, by_hand: bool = False) -> dict[str, tuple]:
+    """Train two tensors that are one for four steps; `by_hand`: give both the sum of their gradients, as the slow twin does.
+    Return (weights, state, number of collectives so far) after the tied steps and after all."""
+    start, sent = (torch.randn(150, 120, generator=seeded("tied")) / 5).bfloat16(), []
+    params = {name: nn.Parameter(start.clone()) for name in ("in", "out")}
+    groups = build_groups(params, {"in": "embed", "out": "head"}, Optim(embed=TIED, head=TIED))
+    optimizer, results = ShardedOptimizer(groups, comm), {}
+    for step in range(TIED_STEPS + UNTIED_STEPS):
+        is_tied, by_optimizer = step < TIED_STEPS, ("in", "out") if step < TIED_STEPS and not by_hand else None
+        for name, param in params.items():  # rank 0 of several has the whole gradient of one tensor, the last of the other
+            if comm.rank == (0 if name == "in" else comm.world_size - 1):
+                param.grad.add_(torch.randint(-9, 10, start.shape, generator=seeded(name, step)))
+        if by_hand and is_tied and step % 2:
+            params["out"].grad.copy_(params["in"].grad.add_(params["out"].grad))
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("reduce_scatter", "all_gather"):
+                call = getattr(Comm, name)
+                patch.setattr(Comm, name, lambda self, bank, call=call: sent.append(bank.shape) or call(self, bank))
+            optimizer.step(values_at(step), step + 1, tied=by_optimizer)
+        optimizer.zero_grad()
+        results["tied" if is_tied else "untied"] = copies(params), optimizer.state.tensors(), len(sent)
+    return results
+
+
+def test_tied_parameters_take_the_step_of_the_sum():
+    by_optimizer, by_hand = train_tied(Comm()), train_tied(Comm(), by_hand=True)
+    for key in ("tied", "untied"):
+        assert_same(by_optimizer[key][1], by_hand[key][1])
+    tied, untied = by_optimizer["tied"][0], by_optimizer["untied"][0]
+    assert torch.equal(tied["in"], tied["out"]) and not torch.equal(untied["in"], untied["out"])
+
+
 # ---- Several ranks -------------------------------------------------------------------------------
 
 
@@ -411,6 +490,7 @@ def as_rank(folder: Path) -> None:
     results["loaded"] = optimizer.state.tensors()
     run_steps(optimizer, params, range(HALF, STEPS))
     results["continued"] = optimizer.state.tensors()
+    results["tied"] = train_tied(optimizer.comm)
     torch.save(results, folder / f"rank{optimizer.comm.rank}.pt")
     optimizer.comm.close()
 
@@ -487,6 +567,16 @@ def test_several_ranks_state_continues_on_one(ranks, single):
     assert_same(optimizer.state.tensors(), ranks[0]["middle"])
     run_steps(optimizer, params, range(HALF, STEPS))
     assert_moved_alike(optimizer.state.tensors(), ranks[0]["final"], start_of(single["final"]))
+
+
+def test_one_of_two_tied_parameters_is_sent(ranks):
+    """Four tied steps are two updates: each sends one gradient and one set of weights. The untied update sends two."""
+    expected = train_tied(Comm(), by_hand=True)
+    for rank in ranks:
+        for key, sent in (("tied", 4), ("untied", 8)):
+            assert_same(rank["tied"][key][0], expected[key][0])
+            assert_same(rank["tied"][key][1], expected[key][1])
+            assert rank["tied"][key][2] == sent
 
 
 if __name__ == "__main__":
