@@ -512,6 +512,10 @@ class GPT(nn.Module):
         # Blocks, and connections between them other than the residual stream.
         self.blocks = nn.ModuleList(Block(config, max_tokens, mixes_value_embed=i in self.value_layers,
                                           attend=KERNELS[self.kernel].attend, layer=i) for i in range(config.layers))
+        # Layers of one kind share their rotary embedding, so that a compiled graph computes its sines and cosines once.
+        rotaries: dict[tuple[bool, int | None], Rotary] = {}
+        for attention in (block.attention for block in self.blocks if block.attention and block.attention.rotary):
+            attention.rotary = rotaries.setdefault((attention.paired, attention.rotary.first_window), attention.rotary)
         connected = config.skips or config.dense != "none" or config.backout is not None
         self.streams = Streams(config) if connected or config.shared_attention_input is not None else None
 

@@ -172,8 +172,8 @@ def triton_kernels() -> tuple[Callable, Callable, Callable]:
         return tl.exp(tl.where(visible, scores - logsum, float("-inf")))
 
     @triton.jit
-    def forward(q_ptr, k_ptr, v_ptr, a_ptr, first_ptr, u_ptr, logsum_ptr, T, window, scale,
-                H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
+    def dynamic_forward(q_ptr, k_ptr, v_ptr, a_ptr, first_ptr, u_ptr, logsum_ptr, T, window, scale,
+                        H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
         """u and the logsumexp of ROWS queries; the SPAN keys end with the last query."""
         base = tl.program_id(1).to(tl.int64) * T
         i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -194,9 +194,9 @@ def triton_kernels() -> tuple[Callable, Callable, Callable]:
             store_rows(u_ptr, base, i, h, T, u, H, D)
 
     @triton.jit
-    def by_queries(du_ptr, q_ptr, k_ptr, v_ptr, a_ptr, first_ptr, logsum_ptr, dq_ptr, da_ptr, T, window, scale,
-                   H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
-        """Gradients by q and a of ROWS queries; keys as in `forward`."""
+    def dynamic_by_queries(du_ptr, q_ptr, k_ptr, v_ptr, a_ptr, first_ptr, logsum_ptr, dq_ptr, da_ptr, T, window, scale,
+                           H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
+        """Gradients by q and a of ROWS queries; keys as in `dynamic_forward`."""
         base = tl.program_id(1).to(tl.int64) * T
         i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
         keys = (tl.program_id(0) + 1) * ROWS - SPAN + tl.arange(0, SPAN)[:, None]
@@ -214,8 +214,8 @@ def triton_kernels() -> tuple[Callable, Callable, Callable]:
             store_rows(dq_ptr, base, i, h, T, tl.dot(dscores.to(k.dtype), k, input_precision="ieee"), H, D)
 
     @triton.jit
-    def by_keys(du_ptr, q_ptr, k_ptr, v_ptr, a_ptr, first_ptr, logsum_ptr, da_ptr, dk_ptr, dv_ptr, T, window, scale,
-                H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
+    def dynamic_by_keys(du_ptr, q_ptr, k_ptr, v_ptr, a_ptr, first_ptr, logsum_ptr, da_ptr, dk_ptr, dv_ptr, T, window, scale,
+                        H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
         """Gradients by k and v of ROWS keys; the SPAN queries begin with the first key. Tiles are keys x queries."""
         base = tl.program_id(1).to(tl.int64) * T
         j = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -244,4 +244,4 @@ def triton_kernels() -> tuple[Callable, Callable, Callable]:
             dscores = (head_numbers(a_ptr, base, i, h, T, H) * scale) * weights * dweights
             store_rows(dk_ptr, base, j, h, T, tl.dot(dscores.to(q.dtype), q, input_precision="ieee"), H, D)
 
-    return forward, by_queries, by_keys
+    return dynamic_forward, dynamic_by_queries, dynamic_by_keys
