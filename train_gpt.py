@@ -212,7 +212,7 @@ class Trainer:
         # Tied head: two tensors, equal in weights and optimizer settings (the config checks it); equal gradients keep them
         # equal. With update_every > 1 gradients add up over steps, and are summed once, at the step of the update.
         tied = progress.step < train.tied_until_frac * train.steps
-        if tied and is_due(progress.step + 1, self.run.optim.embed.update_every):
+        if tied and is_due(progress.step + 1, self.run.optim.embed.period(progress.step + 1)):
             embed, head = self.model.embed.grad, self.model.head.weight.grad
             head.copy_(embed.add_(head))
         # Update: sum the gradients over ranks; each rank updates its slice of the weights and sends it to all others.

@@ -44,7 +44,7 @@ class Bank:
     spec: TensorSpec
     """Spec that the K parameters share."""
     update_every: int
-    """Steps over which gradients add up before one update."""
+    """Most steps over which gradients add up before one update."""
     matrices: Tensor
     """This rank's shard of the weights as stacked matrices (k, m, n), a view: what a rule updates."""
     state: dict[str, Tensor] = field(default_factory=dict)
@@ -110,7 +110,7 @@ def make_bank(group: ParamGroup, names: list[str], comm: Comm) -> Bank:
     comm.broadcast(weights)
     shard = comm.slice_of(weights.size(0)) if sharded else slice(0, weights.size(0))
     bank = Bank(group, names, params[0].shape, weights, torch.zeros_like(weights), shard, sharded, step, spec,
-                group.config.update_every, as_matrices(weights[shard]))
+                group.config.longest_period, as_matrices(weights[shard]))
     # Make parameters and gradients views: backward adds into the bank, and an update in place reaches the model.
     for param, weight, grad in zip(params, bank.per_parameter(weights), bank.per_parameter(bank.grads), strict=True):
         param.data, param.grad = weight, grad

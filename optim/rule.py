@@ -57,7 +57,7 @@ class Hyper(NamedTuple):
         """Return a rule's hyperparameters at step `count` (1 is the first), with the schedule's `values` applied."""
         configured = getattr(config, "momentum", getattr(config.graft, "momentum", 0.0))  # one for both rules of a graft
         momentum = configured if values.momentum is None else values.momentum
-        numbers = (config.lr * values.lr, config.weight_decay * values.weight_decay, momentum, count // config.update_every)
+        numbers = (config.lr * values.lr, config.weight_decay * values.weight_decay, momentum, config.updates(count))
         return cls(*(torch.tensor(x, dtype=torch.float32) for x in numbers), shared or {})
 
 

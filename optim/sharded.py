@@ -64,7 +64,7 @@ class ShardedOptimizer:
         and the next `check_finite` raises.
         """
         # Launch all reductions first: they run in the background, the later ones while the first banks are updated.
-        due = [bank for bank in self.banks if count % bank.update_every == 0]
+        due = [bank for bank in self.banks if count % bank.group.config.period(count) == 0]
         for bank in due:
             self._launch(bank)
         hypers = {bank.group.role: Hyper.at(bank.group.config, values, count, self.shared[bank.group.role]) for bank in due}
@@ -117,7 +117,7 @@ class ShardedOptimizer:
             if self.comm.device.type not in CHECKED_AT_ONCE or not finite:
                 self._note_non_finite(bank, finite, count)
         if bank.update_every > 1:
-            bank.reduced_grad.div_(bank.update_every)
+            bank.reduced_grad.div_(bank.group.config.period(count))
 
     def _note_non_finite(self, bank: Bank, finite: Tensor, count: int) -> None:
         """Note the step and entry of a bank's first gradient that is not finite, and zero the gradient.
