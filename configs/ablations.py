@@ -171,7 +171,9 @@ def leave_one_out_rows(run: Run) -> list[Row]:
     if run.optim.matrix.rule == "normuon":
         rows.append(Row("no_row_moments", run.preset, "--optim.matrix.rule muon"))
     if run.optim.embed.update_every > 1:
-        every_step = {f"optim.{role.name}.update_every": 1 for role in fields(Optim)}
+        every_step: dict[str, object] = {f"optim.{role.name}.update_every": 1 for role in fields(Optim)}
+        every_step |= {f"optim.{role.name}.extra.update_every_from": () for role in fields(Optim)
+                       if getattr(run.optim, role.name).extra.update_every_from}
         rows.append(Row("no_slow_adam", run.preset, as_flags(every_step)))
     twin = PRESETS.get(ADAMW_TWINS.get(run.preset, f"{run.preset}_adamw"))
     if type(run.optim.matrix) is Muon and twin:

@@ -8,6 +8,7 @@ In the docstrings: W the weights, m the momentum buffer, mu its coefficient, g t
 """
 
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 from configs.notation import check_ranges, check_table, nearest, parse_by_name, parse_kernel, raise_if, technique
@@ -23,7 +24,7 @@ RANGES = {
     "[0, inf)": ("lr", "weight_decay", "eps", "clip", "row_floor", "kernel_from"),
     "[1, inf)": ("ns_steps", "averages", "whiten_steps", "every_steps", "update_every", "dual_steps", "schatten_p"),
     "[0, 1)": ("momentum", "momentum_fast", "beta1", "beta2"),
-    "[0, 1]": ("gram_beta", "radial_brake"),
+    "[0, 1]": ("gram_beta", "radial_brake", "average_blend"),
     "(0, 1]": ("rank_frac", "factor_lr"),
     "(0, inf)": ("distance_start", "step_rms"),
     "[-1, 0)": ("exponent",),
@@ -57,6 +58,13 @@ class Extra:
     tangent: Literal["none", "gradient", "momentum", "dual"] = "none"
     """Projection onto the tangent space under constraint sphere. gradient: of the gradient; momentum: also of its average;
     dual: also of the direction, which is steepest descent on the sphere."""
+    update_every_from: tuple[str, ...] = ()
+    """Later values of update_every, as STEP=VALUE: 336=4, every fourth step after the first 336 (ANVIL, speedrun, pull
+    request 349, for tables). Each value must be a multiple of the one before, and STEP of both, so that no gradient waits at
+    the change."""
+    average_blend: float | None = None
+    """Share of the average of train.weight_average in this role's validated weights (speedrun, pull requests 347 and 349:
+    0.65 for embedding and head, 0.5 for matrices). None: train.weight_average_blend. 0: the role has no average."""
     sparse_rows: bool = False
     """Exchange only the rows of the gradient that a batch has used, for large lookup tables. A row costs 8 bytes on top of
     its entries, so that a full exchange is cheaper where most rows are used."""
@@ -66,6 +74,9 @@ class Extra:
         parse_by_name(self.lr_factors)
         for name, count in parse_by_name(self.blocks).items():
             raise_if(count != int(count), f"extra.blocks are whole numbers, got {name}={count:g}")
+        for step, every in parse_by_name(self.update_every_from).items():
+            raise_if(not step.isdigit() or every != int(every),
+                     f"extra.update_every_from are whole numbers STEP=VALUE, got '{step}={every:g}'")
         raise_if(self.clip_norm != "frobenius" and not self.clip, f"clip_norm {self.clip_norm} has no effect without clip")
 
 
@@ -119,6 +130,7 @@ class RuleConfig(Graft):
         check_ranges(self, RANGES)
         if hasattr(self, "ns"):
             check_table(self.ns)
+        self._check_periods()
         self._check_graft()
         on_sphere = self.constraint == "sphere"
         raise_if(bool(self.extra.blocks) and on_sphere, "extra.blocks would cut the vectors of constraint sphere")
@@ -128,6 +140,34 @@ class RuleConfig(Graft):
                  f"extra.radial_brake has no effect under constraint {self.constraint}, which fixes lengths; set it to 0, "
                  "or the constraint to none or radial")
         self.check()
+
+    def _check_periods(self) -> None:
+        """Raise ValueError for periods that would change while gradients wait."""
+        for (_, before), (start, every) in pairwise(self._periods):
+            raise_if(every % before != 0 or start % every != 0,
+                     f"extra.update_every_from {start}={every}: {every} must be a multiple of the value before, {before}, "
+                     f"and step {start} one of {every}")
+
+    @property
+    def _periods(self) -> list[tuple[int, int]]:
+        """Steps after which a value of update_every begins to act, with that value."""
+        later = parse_by_name(self.extra.update_every_from)
+        return [(0, self.update_every), *sorted((int(start), int(every)) for start, every in later.items())]
+
+    @property
+    def longest_period(self) -> int:
+        """Largest number of steps between updates."""
+        return self._periods[-1][1]
+
+    def period(self, count: int) -> int:
+        """Return the number of steps between updates at step `count` = 1, 2, ...: it updates if that divides `count`."""
+        return next(every for start, every in reversed(self._periods) if start < max(count, 1))
+
+    def updates(self, count: int) -> int:
+        """Return the number of updates in the first `count` steps."""
+        ends = [*(start for start, _ in self._periods[1:]), count]
+        return sum(max(0, min(end, count) - start) // every
+                   for (start, every), end in zip(self._periods, ends, strict=True))
 
     def _check_graft(self) -> None:
         """Raise ValueError for rules that cannot be grafted, and for settings of a graft that have no effect."""

@@ -180,7 +180,7 @@ class Train:
     weight_average_start: float = 0.0
     """Share of the steps after which the average starts, from the weights of that step."""
     weight_average_blend: float = 1.0
-    """Share of the average in the validated weights, blend avg + (1 - blend) W."""
+    """Share of the average in the validated weights, blend avg + (1 - blend) W, of roles without average_blend."""
     lookahead: float = 0.0
     """Factor b of EMA-Nesterov, times the lr curve: gradients are taken at the weights plus b times their mean movement, and
     the step starts there (arXiv 2605.25395; speedrun track 3: 0.6 for Muon, 0.3 for SOAP-Muon). 0: off."""
@@ -260,7 +260,10 @@ class Run:
                  f"({self.model.embed_dtype}) and model.head_dtype ({self.model.head_dtype}) to be equal")
         raise_if(tied and (self.model.tied_head or self.model.geometry == "sphere"),
                  "train.tied_until_frac unties the head in the run: it needs --model.no_tied_head and geometry euclidean")
-        slow_roles = [role.name for role in fields(Optim) if getattr(self.optim, role.name).update_every > 1]
+        blended = [role.name for role in fields(Optim) if getattr(self.optim, role.name).extra.average_blend is not None]
+        raise_if(bool(blended) and not train.weight_average,
+                 f"optim.{', '.join(blended)}.extra.average_blend has no effect without --train.weight_average")
+        slow_roles = [role.name for role in fields(Optim) if getattr(self.optim, role.name).longest_period > 1]
         raise_if(train.lookahead > 0 and bool(slow_roles),
                  f"train.lookahead needs update_every 1 in every group; it is larger for {', '.join(slow_roles)}")
 

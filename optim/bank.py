@@ -48,7 +48,7 @@ class Bank:
     spec: TensorSpec
     """Spec of the parameters: they share blocks and lr_factor."""
     update_every: int
-    """Steps over which gradients add up before one update."""
+    """Most steps over which gradients add up before one update."""
     matrices: Tensor
     """This rank's shard of the weights as stacked matrices (k, m, n), a view: what a rule updates."""
     state: dict[str, Tensor] = field(default_factory=dict)
@@ -97,7 +97,7 @@ class UsedRows:
     def __init__(self, bank: Bank) -> None:
         self.mask = torch.zeros(len(bank.weights), dtype=torch.bool)
         self._starts = {name: part.start for name, part in zip(bank.names, bank.parts, strict=True)}
-        self._update_every, self._steps = bank.update_every, 0
+        self._steps = 0
         self.announced: SparseRows | None = None
 
     def add(self, rows: Mapping[str, Tensor]) -> None:
@@ -107,10 +107,9 @@ class UsedRows:
                 self.mask[rows[name].flatten() + start] = True
             self._steps += 1
 
-    @property
-    def complete(self) -> bool:
-        """True if the rows of all steps since the last update were added."""
-        return self._steps == self._update_every
+    def complete(self, period: int) -> bool:
+        """True if the rows of all `period` steps since the last update were added."""
+        return self._steps == period
 
     def clear(self) -> None:
         """Forget the rows, after an update or where other gradients have been loaded."""
@@ -149,7 +148,7 @@ def empty_bank(group: ParamGroup, names: list[str], *, world_size: int = 1, rank
     shard = slice(rank * share, (rank + 1) * share) if sharded else slice(0, length)
     weights = params[0].detach().new_zeros(length, *entry_shape)
     return Bank(group, names, [param.shape for param in params], parts, weights, torch.zeros_like(weights), shard, sharded,
-                group.step_for(spec), spec, group.config.update_every, as_matrices(weights[shard]))
+                group.step_for(spec), spec, group.config.longest_period, as_matrices(weights[shard]))
 
 
 def lay_out(lengths: Sequence[int], alignment: int) -> list[slice]:
@@ -167,12 +166,13 @@ def init_state(bank: Bank) -> None:
     bank.state |= bank.group.rule.init_state(bank.matrices.float() if is_float32 else bank.matrices)
 
 
-def rule_gradient(group: ParamGroup, step: Step, grad: Tensor, matrices: Tensor, state: dict[str, Tensor]) -> Tensor:
-    """Return a shard's gradient, of the shape of a bank, in the form that a rule takes: the mean over `update_every` steps
-    as matrices (k, m, n), clipped, in the state's dtype, projected onto the tangent space if the constraint asks for it."""
+def rule_gradient(group: ParamGroup, step: Step, grad: Tensor, matrices: Tensor, state: dict[str, Tensor], *,
+                  period: Tensor | None) -> Tensor:
+    """Return a shard's gradient, of the shape of a bank, in the form that a rule takes: the mean over `period` steps as
+    matrices (k, m, n), clipped, in the state's dtype, projected onto the tangent space if the constraint asks for it."""
     grad = as_matrices(grad)
-    if group.config.update_every > 1:
-        grad = grad / group.config.update_every
+    if period is not None:
+        grad = grad / period
     if group.clip is not None:
         grad = group.clip(grad)
     if group.config.state_dtype == "float32":

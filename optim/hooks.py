@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from configs.optim import RuleConfig
 from configs.schema import Run, Train
 from optim.bank import Bank, rule_gradient
 from optim.comm import Comm
@@ -46,24 +47,31 @@ class WeightAverage(Hook):
     start: int
     """Update until which the average equals the weights."""
     blend: float = 1.0
-    """Evaluated are blend avg + (1 - blend) W."""
+    """Evaluated are blend avg + (1 - blend) W, unless a role has its own blend; with 0 it has no average."""
 
     @classmethod
     def build(cls, train: Train) -> "WeightAverage":
         """Return the hook that a run's config describes."""
         return cls(train.weight_average, round(train.weight_average_start * train.steps), train.weight_average_blend)
 
+    def blend_of(self, config: RuleConfig) -> float:
+        """Return the blend of a role with this config."""
+        return self.blend if config.extra.average_blend is None else config.extra.average_blend
+
     def init(self, bank: Bank) -> None:
         """Start the average at the initial weights."""
-        bank.state[AVERAGE] = bank.matrices.float().clone()
+        if self.blend_of(bank.group.config):
+            bank.state[AVERAGE] = bank.matrices.float().clone()
 
     def after_update(self, bank: Bank, count: int) -> None:
         """Update the average with the weights after update `count`."""
-        bank.state[AVERAGE].lerp_(bank.matrices.float(), 1.0 if count <= self.start else 1 - self.beta)
+        if AVERAGE in bank.state:
+            bank.state[AVERAGE].lerp_(bank.matrices.float(), 1.0 if count <= self.start else 1 - self.beta)
 
     def evaluation_weights(self, banks: Sequence[Bank], comm: Comm) -> AbstractContextManager[None]:
         """Return a context in which the parameters are blend avg + (1 - blend) W."""
-        return swap_weights(banks, comm, lambda bank: bank.matrices.float().lerp(bank.state[AVERAGE], self.blend))
+        return swap_weights([bank for bank in banks if AVERAGE in bank.state], comm, lambda bank:
+                            bank.matrices.float().lerp(bank.state[AVERAGE], self.blend_of(bank.group.config)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +139,7 @@ class RoleSums(Hook):
     def _local_sums(self, bank: Bank, hyper: Hyper) -> Tensor:
         """Return one bank's sums on this rank."""
         hyper = hyper._replace(lr=hyper.lr * bank.spec.lr_factor) if bank.spec.lr_factor != 1 else hyper
-        grad = rule_gradient(bank.group, bank.step, bank.reduced_grad, bank.matrices, bank.state)
+        grad = rule_gradient(bank.group, bank.step, bank.reduced_grad, bank.matrices, bank.state, period=hyper.period)
         sums = bank.group.rule.sums(bank.matrices, grad, bank.state, hyper)
         # Every rank has the whole of a bank that is not sharded; only rank 0's copy counts.
         return sums if bank.sharded or self._comm.rank == 0 else torch.zeros_like(sums)

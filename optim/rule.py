@@ -51,14 +51,20 @@ class Hyper(NamedTuple):
     """Number of this update: 1, 2, ..."""
     shared: dict[str, Tensor] = {}  # noqa: RUF012
     """Numbers that the whole role shares, 0-D float32: created by the rule's `init_shared`, updated by `update_shared`."""
+    step: Tensor | None = None
+    """Number of this step, of which an update may add up several."""
+    period: Tensor | None = None
+    """Number of steps whose gradients this update adds up; None: 1."""
 
     @classmethod
     def at(cls, config: RuleConfig, values: Values, count: int, shared: dict[str, Tensor] | None = None) -> "Hyper":
         """Return a rule's hyperparameters at step `count` (1 is the first), with the schedule's `values` applied."""
         configured = getattr(config, "momentum", getattr(config.graft, "momentum", 0.0))  # one for both rules of a graft
         momentum = configured if values.momentum is None else values.momentum
-        numbers = (config.lr * values.lr, config.weight_decay * values.weight_decay, momentum, count // config.update_every)
-        return cls(*(torch.tensor(x, dtype=torch.float32) for x in numbers), shared or {})
+        numbers = (config.lr * values.lr, config.weight_decay * values.weight_decay, momentum, config.updates(count))
+        lr, weight_decay, momentum, updates, step, period = (
+            torch.tensor(x, dtype=torch.float32) for x in (*numbers, count, config.period(count)))
+        return cls(lr, weight_decay, momentum, updates, shared or {}, step, period if config.longest_period > 1 else None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,7 +68,8 @@ class ShardedOptimizer:
         for bank in self.banks:
             if bank.used is not None:
                 bank.used.add(rows)
-                if count % bank.update_every == 0 and bank.used.complete:
+                period = bank.group.config.period(count)
+                if count % period == 0 and bank.used.complete(period):
                     bank.used.announced = self.comm.announce_rows(bank.used.mask)
 
     @torch.no_grad()
@@ -83,7 +84,7 @@ class ShardedOptimizer:
         (momentum and decay still act), and the next `check_finite` raises.
         """
         # Launch all reductions first: they run in the background, the later ones while the first banks are updated.
-        due = [bank for bank in self.banks if count % bank.update_every == 0]
+        due = [bank for bank in self.banks if count % bank.group.config.period(count) == 0]
         self._tie(tied, due)
         for bank in due:
             self._launch(bank)
@@ -225,8 +226,8 @@ def _update(group: ParamGroup, step: Step, grad: Tensor, matrices: Tensor, state
     `grad` is the sum over ranks, of the shape of the bank. `bad`, see `mask_non_finite`; None: `grad` was checked before.
     """
     if bad is not None:
-        grad = mask_non_finite(grad, bad, hyper.count * group.config.update_every)
-    group.rule.update(matrices, rule_gradient(group, step, grad, matrices, state), state, hyper, step=step)
+        grad = mask_non_finite(grad, bad, hyper.step)
+    group.rule.update(matrices, rule_gradient(group, step, grad, matrices, state, period=hyper.period), state, hyper, step=step)
 
 
 def mask_non_finite(grad: Tensor, bad: Tensor, step: Tensor) -> Tensor:

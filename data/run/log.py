@@ -276,6 +276,6 @@ def lr_fractions(optim: Optim, record: Mapping[str, object], step: int) -> dict[
     for role in (f.name for f in fields(optim)):
         group, lr = getattr(optim, role), record.get(f"optim/{role}/lr")
         if lr is not None:
-            is_idle = step % group.update_every > 0 or not group.lr
+            is_idle = step % group.period(step) > 0 or not group.lr
             fractions[role] = 0.0 if is_idle else min(1.0, lr / group.lr)
     return fractions

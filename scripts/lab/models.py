@@ -55,15 +55,23 @@ def load_trained(folder: Path, *, max_tokens: int = 0) -> Trained:
 
     run = read_config(folder)
     tensors, _ = load_checkpoint(folder / "checkpoint.safetensors")
-    weights = evaluation_weights(tensors, blend=run.train.weight_average_blend)
+    weights = evaluation_weights(tensors, average_blends(run) if run.train.weight_average else {})
     return build_trained(run, weights, max_tokens=max_tokens, origin=folder)
 
 
-def evaluation_weights(tensors: Mapping[str, "Tensor"], *, blend: float) -> dict[str, "Tensor"]:
+def average_blends(run: Run) -> dict[str, float]:
+    """Return each parameter's share of the average in its validated weights."""
+    from optim.hooks import WeightAverage
+
+    hook, roles = WeightAverage.build(run.train), meta_model(run, max_tokens=run.data.sequence_tokens).roles()
+    return {name: hook.blend_of(getattr(run.optim, role)) for name, role in roles.items()}
+
+
+def evaluation_weights(tensors: Mapping[str, "Tensor"], blends: Mapping[str, float]) -> dict[str, "Tensor"]:
     """Return the weights that validation uses, by parameter name, from the tensors of a checkpoint.
 
     With look-ahead they are the weights before the extrapolation. With weight averaging they are
-    blend average + (1 - blend) weight, computed in float32.
+    blend average + (1 - blend) weight, computed in float32, with the blend of `blends`.
     """
     from optim.hooks import AVERAGE, BASE
 
@@ -72,7 +80,7 @@ def evaluation_weights(tensors: Mapping[str, "Tensor"], *, blend: float) -> dict
         weight = tensors[f"weights/{name}"]
         weight = tensors.get(f"{BASE}/{name}", weight).to(weight.dtype)
         average = tensors.get(f"{AVERAGE}/{name}")
-        weights[name] = weight if average is None else weight.float().lerp(average, blend).to(weight.dtype)
+        weights[name] = weight if average is None else weight.float().lerp(average, blends.get(name, 1.0)).to(weight.dtype)
     return weights
 
 

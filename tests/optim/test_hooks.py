@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from configs.optim import Adam, RuleConfig, Steepest
+from configs.optim import Adam, Extra, Optim, RuleConfig, Steepest
 from configs.schema import Run, Schedule, Train
 from optim.hooks import Hook, Lookahead, WeightAverage, build_hooks
 from optim.sharded import ShardedOptimizer
@@ -138,6 +138,25 @@ def test_the_average_is_its_formula(start, blend):
         average = 0.7 * average + 0.3 * weights.double()
     expected = blend * average + (1 - blend) * trained[-1].double()
     torch.testing.assert_close(path[-1][1].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("own", [0.0, 0.4, 1.0])
+def test_a_role_may_have_its_own_blend(own):
+    config = replace(AVERAGED, extra=Extra(average_blend=own))
+    param, optimizer = make(WeightAverage(0.7, 0, 0.9), config=config)
+    path = run(param, optimizer, range(6))
+    weights = [weights for weights, _ in path]
+    average = gaussian(5, 8).double()
+    for trained in weights:
+        average = 0.7 * average + 0.3 * trained.double()
+    torch.testing.assert_close(path[-1][1].double(), own * average + (1 - own) * weights[-1].double(), rtol=1e-5, atol=1e-6)
+    assert ("average/w" in optimizer.state.shapes()) == (own > 0)  # without a share it costs nothing
+    assert torch.equal(weights[-1], run(*make(config=AVERAGED), range(6))[-1][0])
+
+
+def test_a_blend_without_an_average_is_refused():
+    with pytest.raises(ValueError, match="embed, head.extra.average_blend has no effect without --train.weight_average"):
+        Run(optim=Optim(embed=Adam(extra=Extra(average_blend=0.6)), head=Adam(extra=Extra(average_blend=0.6))))
 
 
 def test_training_never_sees_the_average_even_if_the_evaluation_fails():

@@ -1,10 +1,12 @@
 """Groups with update_every k: updated at every k-th step by the mean of k gradients, and resumed in between."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
 
-from configs.optim import Adam, Muon, NorMuon, Optim, Prodigy, RuleConfig
+from configs.optim import Adam, Extra, Muon, NorMuon, Optim, Prodigy, RuleConfig
 from optim.comm import Comm
 from optim.groups import build_groups
 from optim.metrics import StepMetrics
@@ -15,9 +17,11 @@ SHAPES = {"slow": (6, 10), "fast": (4, 9)}
 ROLES = {"slow": "embed", "fast": "matrix"}
 
 
-def make(every: int, rule: type[RuleConfig] = Adam, **changes: object) -> tuple[dict[str, nn.Parameter], ShardedOptimizer]:
+def make(every: int, rule: type[RuleConfig] = Adam, *, later: tuple[str, ...] = (),
+         **changes: object) -> tuple[dict[str, nn.Parameter], ShardedOptimizer]:
     params = {name: nn.Parameter(gaussian(*shape)) for name, shape in SHAPES.items()}
-    optim = Optim(embed=rule(lr=0.1, update_every=every, **changes), matrix=Muon())
+    slow = rule(lr=0.1, update_every=every, extra=Extra(update_every_from=later), **changes)
+    optim = Optim(embed=slow, matrix=Muon())
     return params, ShardedOptimizer(build_groups(params, ROLES, optim), Comm())
 
 
@@ -47,6 +51,34 @@ def test_it_is_a_slower_run_on_means(changes):
         params["slow"].grad.copy_(sum(grad("slow", 3 * update + i) for i in range(3)) / 3)
         optimizer.step(FULL, update + 1)
         torch.testing.assert_close(path[3 * update + 2]["slow"], params["slow"].detach(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("every", "later", "updates"), [
+    (1, ("4=2",), [1, 2, 3, 4, 6, 8, 10, 12, 14, 16]), (2, ("8=4",), [2, 4, 6, 8, 12, 16]),
+    (1, ("2=2", "8=4"), [1, 2, 4, 6, 8, 12, 16])])
+def test_its_period_may_grow(every, later, updates):
+    """Each update is by the mean of the gradients since the one before; bias correction counts updates."""
+    slow = make(every, later=later, eps=0.3)
+    path = [{"slow": gaussian(*SHAPES["slow"])}, *run(*slow, range(17))]
+    assert [step for step in range(1, 18) if not torch.equal(path[step - 1]["slow"], path[step]["slow"])] == updates
+    assert slow[1].period == int(later[-1].split("=")[1])
+    params, optimizer = make(1, eps=0.3)
+    for update, (before, after) in enumerate(pairwise([0, *updates]), 1):
+        params["slow"].grad.copy_(sum(grad("slow", step) for step in range(before, after)) / (after - before))
+        optimizer.step(FULL, update)
+        torch.testing.assert_close(path[after]["slow"], params["slow"].detach(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("saved_at", [3, 4, 5, 7, 8, 10])
+def test_resuming_around_the_change_is_exact(saved_at):
+    straight = run(*make(2, later=("4=4",)), range(13))
+    params, optimizer = make(2, later=("4=4",))
+    run(params, optimizer, range(saved_at))
+    saved = optimizer.state.tensors()
+    assert saved["pending/slow"].any() == (saved_at not in (4, 8))
+    params, resumed = make(2, later=("4=4",))
+    resumed.state.load(saved)
+    assert torch.equal(run(params, resumed, range(saved_at, 13))[-1]["slow"], straight[-1]["slow"])
 
 
 def test_between_its_updates_it_rests_and_others_go_on():

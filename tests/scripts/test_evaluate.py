@@ -119,10 +119,11 @@ def test_the_windows_are_those_of_the_last_step(run):
     assert not torch.equal(trained.model(tokens), trained.model(tokens, window=8))
 
 
-@pytest.mark.parametrize("blend", [1.0, 0.5])
-def test_the_weights_are_those_that_the_summary_judged(tmp_path, capsys, blend):
+@pytest.mark.parametrize("flags", ["", "--train.weight_average_blend 0.5", "--train.weight_average_blend 0 "
+                                   "--optim.embed.extra.average_blend 0.65 --optim.matrix.extra.average_blend 0.5"])
+def test_the_weights_are_those_that_the_summary_judged(tmp_path, capsys, flags):
     """Averaged, which the checkpoint's own are not."""
-    run = short_run(tmp_path, "--train.weight_average", "0.9", "--train.weight_average_blend", str(blend))
+    run = short_run(tmp_path, "--train.weight_average", "0.9", *flags.split())
     capsys.readouterr()
     judged = json.loads((run / "summary.json").read_text())["val_loss_nats"]
     assert evaluate(run, capsys)["contexts"][0]["val_loss_nats"] == pytest.approx(judged, abs=1e-6)
@@ -133,7 +134,7 @@ def test_the_weights_are_those_that_the_summary_judged(tmp_path, capsys, blend):
 def test_weights_that_looked_ahead_are_taken_where_they_are():
     tensors = {"weights/a": torch.full((2,), 5.0), "ahead_base/a": torch.full((2,), 3.0), "average/a": torch.ones(2),
                "weights/b": torch.full((1,), 7.0)}
-    weights = evaluation_weights(tensors, blend=0.25)
+    weights = evaluation_weights(tensors, {"a": 0.25, "b": 0.5})
     assert weights["a"].tolist() == [2.5, 2.5] and weights["b"].tolist() == [7.0]
 
 
