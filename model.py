@@ -161,8 +161,6 @@ class LayerInputs(NamedTuple):
     """Attention mask in the form that the kernel needs; None: causal."""
     yarn_window: int | None = None
     """Sliding window in tokens, for YaRN."""
-    rotation: tuple[Tensor, Tensor] | None = None
-    """Cosines and sines of the rotary embedding, which layers share; None: the layer's own."""
     starts: Tensor | None = None
     """(B, T) bool: true where a document begins, if attention stays within documents."""
     first: Tensor | None = None
@@ -199,17 +197,14 @@ class Rotary(nn.Module):
                              "cos_TD": cos_TD, "sin_TD": sin_TD}.items():
             self.register_buffer(name, tensor, persistent=False)
 
-    def rotation(self, tokens: int, window: int | None = None) -> tuple[Tensor, Tensor]:
-        """Return cosines and signed sines of the first positions, (tokens, D) each, float32: bfloat16 has no 257 between 256
-        and 258."""
-        if not self.yarn_windows:
-            return self.cos_TD[:tokens], self.sin_TD[:tokens]
-        frequency = yarn_frequencies(self.frequency, windows_until(window, self.yarn_windows))
-        return rotation(self.positions_T[:tokens], frequency)
-
-    def forward(self, x_BTHD: Tensor, tables: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Rotate queries or keys, (B, T, H, D) -> the same; `tables` are those of `rotation`."""
-        x, (cos_TD, sin_TD) = x_BTHD.float(), tables or self.rotation(x_BTHD.size(1))
+    def forward(self, x_BTHD: Tensor, window: int | None = None) -> Tensor:
+        """Rotate queries or keys, (B, T, H, D) -> the same. Angles are float32: bfloat16 has no 257 between 256 and 258."""
+        x, tokens = x_BTHD.float(), x_BTHD.size(1)
+        if self.yarn_windows:  # angles depend on the current window, so they cannot be a table
+            frequency = yarn_frequencies(self.frequency, windows_until(window, self.yarn_windows))
+            cos_TD, sin_TD = rotation(self.positions_T[:tokens], frequency)
+        else:
+            cos_TD, sin_TD = self.cos_TD[:tokens], self.sin_TD[:tokens]
         partner = x.roll(x.size(-1) // 2, dims=-1)  # x_{i + D/2} beside x_i; sin carries the sign of each half
         return torch.addcmul(x * cos_TD[:, None], partner, sin_TD[:, None]).type_as(x_BTHD)
 
@@ -290,7 +285,7 @@ class Attention(nn.Module):
             q, k, v = pair_heads(q), pair_heads(k), pair_heads(v)
         scale = self.scale
         if self.rotary is not None:
-            q, k = self.rotary(q, inputs.rotation), self.rotary(k, inputs.rotation)
+            q, k = self.rotary(q, inputs.yarn_window), self.rotary(k, inputs.yarn_window)
             if self.rotary.yarn_windows:  # more keys need a sharper softmax
                 scale = scale * yarn_softmax_factor(windows_until(inputs.yarn_window, self.rotary.yarn_windows))
         if self.offsets_keys:
@@ -513,9 +508,9 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, max_tokens, mixes_value_embed=i in self.value_layers,
                                           attend=KERNELS[self.kernel].attend, layer=i) for i in range(config.layers))
         # Layers of one kind share their rotary embedding, so that a compiled graph computes its sines and cosines once.
-        rotaries: dict[tuple[bool, int | None], Rotary] = {}
+        rotaries: dict[bool, Rotary] = {}
         for attention in (block.attention for block in self.blocks if block.attention and block.attention.rotary):
-            attention.rotary = rotaries.setdefault((attention.paired, attention.rotary.first_window), attention.rotary)
+            attention.rotary = rotaries.setdefault(attention.paired, attention.rotary)
         connected = config.skips or config.dense != "none" or config.backout is not None
         self.streams = Streams(config) if connected or config.shared_attention_input is not None else None
 
@@ -564,7 +559,6 @@ class GPT(nn.Module):
         x_BTC, x0_BTC, ngrams_BTC, gates = self.embed_tokens(tokens_BT, starts_BT)
         value_embeds = [rows(table, tokens_BT).to(self.dtype) for table in self.value_embeds]
         yarn_window = long_window or self.config.long_window_tokens or windows[0]
-        rotations = self.rotations(tokens_BT.size(1), yarn_window) if self.config.yarn else [None] * len(self.blocks)
         base = LayerInputs(starts=starts_BT, first=first_BT, x0=x0_BTC, ngrams=ngrams_BTC, yarn_window=yarn_window)
 
         # Blocks. `history` holds the stream before the first block and after each; only `streams` reads it.
@@ -573,7 +567,7 @@ class GPT(nn.Module):
             if i > 0 and str(i) in self.token_gates:
                 gates |= self.token_gates[str(i)](x_BTC)
             embed_BTC = value_embeds[self.value_layers.index(i)] if i in self.value_layers else None
-            inputs = base._replace(mask=masks[i], rotation=rotations[i], value_embed=embed_BTC, gates=gates.get(i))
+            inputs = base._replace(mask=masks[i], value_embed=embed_BTC, gates=gates.get(i))
             if i == 0:  # the first layer's weight of the n-grams has acted before the first block
                 inputs = inputs._replace(ngrams=None)
             if self.streams is None:
@@ -609,14 +603,6 @@ class GPT(nn.Module):
             else:
                 masks[window, paired] = make(tokens, window, first_BT, tokens_BT.device, longest)
         return [masks[kind] for kind in kinds]
-
-    def rotations(self, tokens: int, window: int | None) -> list[tuple[Tensor, Tensor] | None]:
-        """Return each layer's tables of the rotary embedding with YaRN, which change with the window; layers share them."""
-        rotaries = [None if block.attention is None else (block.attention.paired, block.attention.rotary)
-                    for block in self.blocks]
-        shared = {paired: rotary.rotation(2 * tokens if paired else tokens, window)
-                  for paired, rotary in dict(filter(None, rotaries)).items()}
-        return [None if rotary is None else shared[rotary[0]] for rotary in rotaries]
 
     def embed_tokens(self, tokens_BT: Tensor, starts_BT: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, dict]:
         """Token ids (B, T) -> the stream before the first block, x0, the sum of n-gram embeddings or None, (B, T, C) each,

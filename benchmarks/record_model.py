@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import model as ours_module
 from configs.speedrun import speedrun
 from kernels.cross_entropy import AuxLossWeights
-from model import GPT, HASH, Smear, offset_keys
+from model import GPT, HASH, Rotary, Smear, offset_keys
 
 TOKENS, START = 128, 255
 DOCUMENTS = (0, 37, 50, 104)
@@ -125,8 +125,8 @@ def our_model(record: SimpleNamespace) -> GPT:
     """Return our model of `speedrun` at the record's reduced width, with what the page names switched to the record's."""
     dim, heads = record.dim, 6
     config = replace(speedrun().model, dim=dim, head_dim=dim // heads, bigram_buckets=record.bigram_buckets,
-                     matrix_dtype="float32", table_dtype="float32", embed_dtype="float32", yarn_windows=(24, 56, 88, 104),
-                     vocab_multiple=1, fp8="none")
+                     matrix_dtype="float32", table_dtype="float32", embed_dtype="float32", head_dtype="float32",
+                     yarn_windows=(24, 56, 88, 104), vocab_multiple=1, fp8="none", fp8_scales="dynamic", fp8_grad_max=0.0)
     model = GPT(config, vocab_size=record.vocab_tokens, max_tokens=TOKENS, document_start=START,
                 prefix_of=[-1] * record.vocab_tokens)
     # The record's smear, hashes and key offset cross document starts; ours stay within a document.
@@ -135,18 +135,23 @@ def our_model(record: SimpleNamespace) -> GPT:
         ngrams.forward = lambda tokens, starts, ngrams=ngrams: type(ngrams).forward(ngrams, tokens, None)
     for block in model.blocks:
         if block.attention is not None and block.attention.paired:
-            block.attention.rotary.forward = lambda x, tables: rotate_pairs(x, tables)
+            rotary = block.attention.rotary
+            rotary.forward = lambda x, window, rotary=rotary: rotate_pairs(rotary, x, window)
     return model
 
 
-def rotate_pairs(x_BTHD: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+def rotate_pairs(rotary: Rotary, x_BTHD: Tensor, window: int | None) -> Tensor:
     """Rotate paired heads (B, 2T, H/2, D) by the record's positions: head h of token t stands at 2 t + h mod 2, although the
     heads h < H/2 come before the others in the doubled sequence."""
-    _, length, half, _ = x_BTHD.shape
+    _, length, half, dim = x_BTHD.shape
     place, pair = torch.arange(length), torch.arange(half)
     position = 2 * (place // 2)[:, None] + (pair + half * (place % 2)[:, None]) % 2
-    cos, sin = (table[position] for table in tables)
-    return x_BTHD * cos + x_BTHD.roll(x_BTHD.size(-1) // 2, dims=-1) * sin
+    # Rotate a copy of each head at each of its two possible positions, and take the right one.
+    heads = x_BTHD.new_zeros(1, length, half, dim)
+    for shift in (-1, 0, 1):
+        moved = Rotary.forward(rotary, x_BTHD.roll(shift, dims=1), window).roll(-shift, dims=1)
+        heads = torch.where((position == (place + shift)[:, None])[..., None], moved, heads)
+    return heads
 
 
 def run_ours(model: GPT, case: Case, tokens: Tensor, targets: Tensor) -> tuple:
