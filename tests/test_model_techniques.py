@@ -71,6 +71,7 @@ FLAGS: dict[str, tuple[dict, set[str], set[str]]] = {
     "window": (on("window_tokens"), set(), set()),
     "document_mask": (on("document_mask"), set(), set()),
     "bfloat16_embedding": ({"embed_dtype": "bfloat16"}, set(), set()),
+    "bfloat16_head": ({"head_dtype": "bfloat16"}, set(), set()),
     "bfloat16_tables": ({"table_dtype": "bfloat16", "value_embeds": 1, "bigram_buckets": 37, "bigram_signs": 11},
                         {"value_embeds.0", "ngrams.0.table", "blocks.1.attention.mix_value.weight"}, set()),
     "bfloat16_matrices": ({"matrix_dtype": "bfloat16"}, set(), set()),
@@ -212,7 +213,7 @@ def test_flag_adds_only_its_own_parameters(changes, added, removed):
     assert plain - model == removed
 
 
-OTHER_START = {"zero_init", "zero_mlp", "init_gain", "embed_std", "bfloat16_embedding", "bfloat16_matrices"}
+OTHER_START = {"zero_init", "zero_mlp", "init_gain", "embed_std", "bfloat16_embedding", "bfloat16_head", "bfloat16_matrices"}
 DRAWS = {"no_positions", "rotary", "half_rotary", "swiglu", "value_embed", "value_embeds", "bfloat16_tables",
          "yarn", "yarn_windows", "key_offset", "attention_free", "value_gates", "value_embed_std", "mudd", "dense_skips",
          "dense_gates", "head_gates", "head_gate_layers", "gate_layers", "xsa", "xsa_layers", "dynamic_heads", "inject",

@@ -1,5 +1,7 @@
 """Gradients that are not finite raise an error that names the parameter: at once, or on CUDA later."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -38,6 +40,22 @@ def test_refused_later_no_weight_sees_it(config, monkeypatch):
     with pytest.raises(NonFiniteError, match="gradient of tall is not finite at step 3"):
         optimizer.check_finite()
     assert not any(tensor.isnan().any() for tensor in optimizer.state.tensors().values())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch's compiler needs a C++ compiler")
+@pytest.mark.parametrize("config", [Adam(decay="cautious", weight_decay=0.1), Muon()], ids=lambda config: config.rule)
+def test_the_compiled_update_notes_it_too(config, monkeypatch):
+    monkeypatch.setattr(sharded, "CHECKED_AT_ONCE", ())
+    ends = []
+    for compiled in (False, True):
+        params = parameters(SHAPES)
+        optimizer = one_role(config, params, compile_updates=compiled)
+        step_all(params, optimizer, {"tall": 2, "vector": 3})
+        with pytest.raises(NonFiniteError, match="gradient of tall is not finite at step 3"):
+            optimizer.check_finite()
+        ends.append({name: param.detach().clone() for name, param in params.items()})
+    for name in SHAPES:
+        torch.testing.assert_close(ends[1][name], ends[0][name], rtol=1e-5, atol=1e-6)
 
 
 def test_the_first_of_several_is_named_and_forgotten_on_restore(monkeypatch):

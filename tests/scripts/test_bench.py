@@ -38,7 +38,8 @@ def test_several_ranks_time_their_communication():
     parts = {part["name"]: part for part in result["parts"]}
     parameters = sum(p.numel() for p in GPT(PRESETS["bytes"]().model, vocab_size=257, max_tokens=64).parameters())
     assert result["ranks"] == 2 and parts["communication"]["ms"] > 0
-    assert parts["communication"]["traffic"] == 4 * parameters  # half of the gradients and of the weights, no padding
+    # Half of the gradients and of the weights, and a little padding.
+    assert 4 * parameters <= parts["communication"]["traffic"] < 4.001 * parameters
 
 
 def test_flops_of_the_parts():
