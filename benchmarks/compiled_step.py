@@ -33,9 +33,9 @@ takes at most beside what was there before. `eager` is what torch does outside c
      "launches": ...,         of everything: triton, own, other, products
      "kernel_launches": ...,  of triton and own
      "product_flops": ..., "product_bytes": ..., "other_bytes": ...,
-     "triton":   [{"name", "count", "bytes", "shared_bytes"}],     Inductor's kernels, the largest first, in this file 12
-     "own":      [{"name", "count", "bytes", "shared_bytes"}],     our operators (steepest::name) and Triton kernels
-     "other":    [{"name", "count", "bytes", "shared_bytes"}],     other operators: sorts; in `eager` everything
+     "triton":   [{"name", "count", "bytes", "shared_bytes", ...}],  Inductor's kernels, the largest first, in this file 12
+     "own":      [{"name", "count", "bytes", "shared_bytes", ...}],  our operators (steepest::name) and Triton kernels
+     "other":    [{"name", "count", "bytes", "shared_bytes", ...}],  other operators: sorts; in `eager` everything
      "products": [{"op", "dtype", "batch", "m", "n", "k", "count", "flops", "bytes"}],
                  (batch, m, k) x (batch, k, n); flops = count 2 batch m n k; dtype bfloat16, float32, float8_e4m3fn, ...
      "attention": [{"kernel", "backward", "batch", "heads", "tokens", "head_dim", "count", "bytes"}]}

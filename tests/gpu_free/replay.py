@@ -55,6 +55,8 @@ class Launches(Counted):
     """Bytes read and written by all of them."""
     shared_bytes: int | None = None
     """Most shared memory of a thread block; None if it was not compiled by Triton."""
+    float64_arguments: list[str] = field(default_factory=list)
+    """Numbers that a kernel of ours takes in float64, in which all arithmetic with them then is."""
 
 
 @dataclass
@@ -306,6 +308,8 @@ class Kernel:
         self.bytes = float(gigabytes[1]) * 1e9 if gigabytes else None
         # A kernel of ours, launched through wrap_triton, keeps its function's name in the source.
         self.function = re.search(r"^def (\w+)\(", source, re.MULTILINE)[1]
+        # Inductor hands Python numbers over in float64 where the device has it.
+        self.float64_arguments = re.findall(r"'(\w+)': 'fp64'", source)
 
     def run(self, *args: Any, stream: int, **options: Any) -> None:
         """Note one launch."""
@@ -313,6 +317,7 @@ class Kernel:
         tally = self.recorder.current
         if self.bytes is None:
             add(tally.own, self.function, bytes_moved(self.function, tensors), shared=self.shared)
+            tally.own[self.function].float64_arguments = self.float64_arguments
             return
         add(tally.triton, self.name, self.bytes, shared=self.shared)
         if "flex_attention" in self.name and self.name.startswith("triton_tem"):

@@ -20,7 +20,7 @@ CASES = [*(pytest.param(name, case, marks=pytest.mark.gpu_free, id=name) for nam
 def test_a_preset_compiles_into_one_graph_a_pass_within_its_budget(name: str, case: Case):
     record = case.measure()
     assert graph_errors(record) == []
-    assert shared_memory_errors(record, DEVICE_LIMITS[case.capability][0]) == []
+    assert kernel_errors(record, DEVICE_LIMITS[case.capability][0]) == []
     for title, part in passes(name, record).items():
         assert title in BUDGETS, f"no budget for {title}: record it by python -m tests.gpu_free.budgets {name!r}"
         assert overruns(title, part, BUDGETS[title]) + overruns(title, part, LIMITS.get(title, {})) == []
@@ -45,19 +45,22 @@ def graph_errors(record: dict) -> list[str]:
     return errors
 
 
-def shared_memory_errors(record: dict, limit: int) -> list[str]:
-    """Return a line for each kernel that needs more shared memory than a thread block may have."""
+def kernel_errors(record: dict, limit: int) -> list[str]:
+    """Return a line for each kernel that needs more shared memory than a thread block may have, or of ours in float64."""
     entries = [entry for part in passes("", record).values() for kind in ("forward", "backward", "inference") if kind in part
                for group in ("triton", "own") for entry in part[kind][group]]
     return [f"{entry['name']}: {entry['shared_bytes']} bytes of shared memory, the device has {limit}"
-            for entry in entries if (entry["shared_bytes"] or 0) > limit]
+            for entry in entries if (entry["shared_bytes"] or 0) > limit] + [
+            f"{entry['name']} takes {', '.join(entry['float64_arguments'])} in float64 and computes in it"
+            for entry in entries if entry["float64_arguments"]]
 
 
 # ---- The checks themselves, without compiling ----------------------------------------------------------------------------
 
 
 def tally(*kernels: tuple[str, float]) -> dict:
-    entries = [{"name": name, "count": 1, "bytes": gb * 1e9, "shared_bytes": 9} for name, gb in kernels]
+    entries = [{"name": name, "count": 1, "bytes": gb * 1e9, "shared_bytes": 9, "float64_arguments": []}
+               for name, gb in kernels]
     return {"bytes": sum(gb for _, gb in kernels) * 1e9, "kernel_launches": len(kernels), "triton": entries, "own": []}
 
 
@@ -79,7 +82,11 @@ def test_more_graphs_than_one_a_pass_are_errors():
         "step 5: 1 graphs more at the stage's last step", "update on 8 ranks: 2 graphs for 1 banks"]
 
 
-def test_a_kernel_with_too_much_shared_memory_is_an_error():
-    record = {"stages": [{"first_step": 0, "training": {"forward": tally(("loss", 1))}}], "update": {}}
-    assert shared_memory_errors(record, 9) == []
-    assert shared_memory_errors(record, 8) == ["loss: 9 bytes of shared memory, the device has 8"]
+def test_a_kernel_with_too_much_shared_memory_or_in_float64_is_an_error():
+    graph = tally(("loss", 1), ("norm", 1))
+    record = {"stages": [{"first_step": 0, "training": {"forward": graph}}], "update": {}}
+    assert kernel_errors(record, 9) == []
+    graph["triton"][1]["float64_arguments"] = ["scale"]
+    assert kernel_errors(record, 8) == ["loss: 9 bytes of shared memory, the device has 8",
+                                        "norm: 9 bytes of shared memory, the device has 8",
+                                        "norm takes scale in float64 and computes in it"]

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -87,6 +88,16 @@ def move(module: torch.nn.Module, device: torch.device) -> None:
             part._buffers[name] = None if old is None else torch.empty(old.shape, dtype=old.dtype, device=device)
 
 
+class ShapesOnly(FakeTensorMode):
+    """FakeTensorMode that does not carry the values of small CPU tensors along to the device, where it would compute."""
+
+    def dispatch(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Forget the values of a tensor that is copied to the device."""
+        if func is torch.ops.aten._to_copy.default and torch.device((kwargs or {}).get("device") or "cpu").type == "cuda":
+            args[0].constant = None
+        return super().dispatch(func, types, args, kwargs)
+
+
 @contextmanager
 def pretended_trainer(run: Run, *, world_size: int = 1) -> Iterator[Trainer]:
     """Build the Trainer of a run; within the context all tensors are FakeTensors, and gradients are computed on this thread,
@@ -98,7 +109,7 @@ def pretended_trainer(run: Run, *, world_size: int = 1) -> Iterator[Trainer]:
                                     (train_gpt.GPT, "to", move), (optim.comm, "dist", group),
                                     (Step, "project_start", lambda *args: None)):  # it looks at the weights
             stack.enter_context(mock.patch.object(target, name, value))
-        with FakeTensorMode(allow_non_fake_inputs=True), threads:
+        with ShapesOnly(allow_non_fake_inputs=True), threads:
             trainer = Trainer(run)
             trainer.group = group
             yield trainer
