@@ -39,6 +39,7 @@ from data.run.memory import fit_passes, free_bytes
 from data.run.metrics import EQUILIBRIUM, metric_name
 from data.run.plan import format_groups, format_plan, format_schedule
 from data.sources import open_source
+from kernels.operators import compile_options
 from model import GPT, AuxLossWeights
 from optim.comm import Comm, local_rank
 from optim.groups import build_groups
@@ -198,7 +199,8 @@ class Trainer:
                                         world_size=self.comm.world_size, activation_bytes=self.model.activation_bytes)
             self.notes.append(note)
         if self.compiled:
-            self.model.compile(dynamic=False)  # one graph per shape: dynamic shapes cost speed, and warm_up sees all shapes
+            # One graph per shape: dynamic shapes cost speed, and warm_up sees all shapes.
+            self.model.compile(dynamic=False, options=compile_options(on_cuda and run.run.combo_kernels))
 
     def start_batches(self) -> Batches:
         """Return the stream of training batches, started at the current step."""

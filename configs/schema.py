@@ -40,6 +40,8 @@ class Identity:
     """Device to train on. auto: CUDA if there is a GPU, else MPS (Apple), else the CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Use torch.compile for the model and the optimizer's updates. auto: on for CUDA, off elsewhere."""
+    combo_kernels: bool = True
+    """On CUDA, let torch.compile join small independent kernels into one launch, which is experimental in PyTorch."""
     resume: bool = False
     """Continue the run `name` from its checkpoint. Settings must be those of the checkpoint, except log, train.micro_tokens
     and all of run but the seed."""

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.operators import triton_operator, wrap_triton
 from kernels.symmetric import device_has_kernel
+from kernels.traffic import declare_bytes, tensor_bytes
 
 TILE = {"ROWS": 16, "COLUMNS": 256}  # rows of one id that a program sums at a time
 
@@ -93,6 +94,10 @@ def run_kernel() -> Callable:
     global tl  # Triton looks up the names in a kernel among the globals of its module
     import triton
     import triton.language as tl
+
+    # Of the table's gradient each row that is met is read and written once; at most as many rows as there are ids.
+    declare_bytes("add_run", lambda tensors: sum(map(tensor_bytes, tensors[1:]))
+                  + 2 * tensors[3].numel() * tensors[0].element_size())
 
     @triton.jit
     def add_run(grad_ptr, ids_ptr, order_ptr, upstream_ptr, count, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):

@@ -4,14 +4,11 @@ Shapes: C is the last dimension, that of the model or of a head.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
 def rms_norm(x: Tensor) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) over the last dimension (Zhang & Sennrich 2019, arXiv 1910.07467)."""
-    if x.device.type != "cpu":  # the closed form below is for CPUs, where it is faster
-        return F.rms_norm(x, (x.size(-1),))
     return Normalise.apply(x, 1 / x.size(-1), torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps)
 
 

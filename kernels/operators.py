@@ -34,3 +34,12 @@ def triton_operator(name: str, launch: Callable, *, shapes: Callable, mutates: t
         torch.library.custom_op(name, launch, mutates_args=mutates).register_fake(shapes)
     else:
         torch.library.triton_op(name, launch, mutates_args=mutates)
+
+
+def compile_options(joined: bool) -> dict[str, object]:
+    """Return options of torch.compile; if `joined`, kernels that do not depend on each other share launches, as many as this
+    PyTorch allows to choose."""
+    from torch._inductor import config  # slow, and only compiled runs need it
+
+    options = {"combo_kernels": True, "combo_kernel_max_num_nodes": 64} if joined else {}
+    return {name: value for name, value in options.items() if hasattr(config, name)}
