@@ -150,6 +150,9 @@ def settings_off(run: Run, name: str) -> dict[str, object]:
                if name in technique.needs and not name.startswith("optim.")]
     for other in needing:
         off |= settings_off(run, other)
+    from_embeds = [skip for skip in run.model.dense_skips if skip.startswith("ve")]
+    if name == "model.value_embeds" and from_embeds:  # connections that begin at a value embedding end with it
+        off["model.dense_skips"] = tuple(skip for skip in run.model.dense_skips if skip not in from_embeds)
     return off
 
 

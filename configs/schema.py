@@ -171,7 +171,7 @@ class Train:
     """Number of steps between validations. 0: only at the end."""
     final_val_every_steps: int = 0
     """Number of steps between validations in the last 10 % of the run. 0: val_every_steps."""
-    val_long_window_tokens: int | None = None
+    val_long_window_tokens: int | None = technique(None, name="", off=None, needs={"model.long_window_tokens": 4})
     """Long attention window of the validation after the last step; YaRN stays at the last of its windows (speedrun: 2560
     after 1664 in training). None: the long window of that step."""
     warmup_steps: int = 2

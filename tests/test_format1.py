@@ -1,4 +1,7 @@
-"""Run folders of format 1, stopped after four of eight steps, continue to the bit as under the code that wrote them."""
+"""Run folders of format 1, stopped after four of eight steps: `tiny` continues to the bit as under the code that wrote it.
+
+The recipe of `speedrun_cpu` is another one today: the settings of its old folder can be read, its weights not continued.
+"""
 
 import json
 import shutil
@@ -8,6 +11,7 @@ import torch
 
 import train_gpt
 from configs.cli import parse
+from configs.serialize import config_from_dict
 from tests.golden.runs import HERE, SAME_ANYWHERE, losses, machine, write_text
 
 FORMAT1 = HERE / "format1"
@@ -20,23 +24,23 @@ FLAGS = {
     "tiny": "--train.lookahead 0.6 --train.weight_average 0.5".split(),
     "speedrun_cpu": "--model.bigram_signs 16".split(),
 }
+CHANGED = "speedrun_cpu"  # the preset whose recipe is another one today
 WRITTEN = 5  # losses that a folder already contains: of four steps, and of the validation after the third
 
 
-@pytest.fixture(params=FLAGS)
-def resumed(request, tmp_path, monkeypatch):
-    """Resume a copy of the preset's folder; return the preset and all losses in its metrics."""
-    monkeypatch.chdir(tmp_path)
+def resume(preset, folder, monkeypatch):
+    """Resume a copy of the preset's folder; return all losses in its metrics."""
+    monkeypatch.chdir(folder)
     torch.set_num_threads(1)
-    write_text(tmp_path)
-    preset = request.param
-    shutil.copytree(FORMAT1 / preset, tmp_path / "runs" / preset)
+    write_text(folder)
+    shutil.copytree(FORMAT1 / preset, folder / "runs" / preset)
     train_gpt.main(parse([preset, *COMMON, *FLAGS[preset], "--run.name", preset, "--run.resume"]))
-    return preset, losses(tmp_path / "runs" / preset)
+    return losses(folder / "runs" / preset)
 
 
-def test_an_old_folder_continues_with_the_same_losses(resumed):
-    preset, losses_nats = resumed
+@pytest.mark.parametrize("preset", [preset for preset in FLAGS if preset != CHANGED])
+def test_an_old_folder_continues_with_the_same_losses(preset, tmp_path, monkeypatch):
+    losses_nats = resume(preset, tmp_path, monkeypatch)
     golden = RESUMED["losses_nats"][preset]
     assert losses_nats[:WRITTEN] == golden[:WRITTEN] == losses(FORMAT1 / preset)
     assert losses_nats[:WRITTEN + SAME_ANYWHERE] == pytest.approx(golden[:WRITTEN + SAME_ANYWHERE], rel=1e-6)
@@ -44,3 +48,12 @@ def test_an_old_folder_continues_with_the_same_losses(resumed):
     if machine() != RESUMED["machine"]:
         pytest.skip(f"close, but not compared to the bit: recorded on another machine, {RESUMED['machine']}")
     assert losses_nats == golden
+
+
+def test_the_settings_of_an_old_folder_of_another_recipe_are_read_and_its_weights_refused(tmp_path, monkeypatch):
+    saved = json.loads((FORMAT1 / CHANGED / "config.json").read_text())
+    run = config_from_dict(saved)
+    assert run.preset == CHANGED and run.model.skips == tuple(saved["model"]["skips"])
+    with pytest.raises(ValueError, match=r"^\S*checkpoint\.safetensors ") as error:
+        resume(CHANGED, tmp_path, monkeypatch)
+    assert "another --run.name" in str(error.value) and "\n" not in str(error.value)

@@ -50,10 +50,11 @@ CHANGES = {f"no_{name}": {f"model.{name}"} for name in MODEL_SWITCHES} | {
     "no_lr_cooldown": {"schedule.lr"}}
 # Settings that a row also switches off if they are on: without the technique they would have no effect or be refused.
 COMPANIONS = {
-    "no_window": {"model.full_attention_layers", "model.long_window_tokens", "model.yarn",
-                  "schedule.window_tokens", "schedule.long_window_tokens"},
-    "no_window_growth": {"schedule.long_window_tokens"}, "no_rotary": {"model.key_offset", "model.yarn"},
-    "no_value_embeds": {"model.value_gates", "model.value_embed_layers", "model.dense_gates"},
+    "no_window": {"model.full_attention_layers", "model.long_window_tokens", "model.yarn", "model.yarn_windows",
+                  "schedule.window_tokens", "schedule.long_window_tokens", "train.val_long_window_tokens"},
+    "no_window_growth": {"schedule.long_window_tokens"},
+    "no_rotary": {"model.key_offset", "model.yarn", "model.yarn_windows"},
+    "no_value_embeds": {"model.value_gates", "model.value_embed_layers", "model.dense_gates", "model.dense_skips"},
     "no_yarn": {"model.yarn_windows"}, "no_xsa": {"model.xsa_layers"}, "no_head_gates": {"model.head_gate_layers"},
     "no_smear": {"model.smear_first"}, "no_dense": {"model.dense_skips", "model.dense_gates"},
     "no_inject": {"model.dense_gates"}, "no_residual_growth": {"model.dense_gates"}, "no_value_gates": {"model.dense_gates"},
@@ -86,7 +87,7 @@ def changed(run, other):
 
 
 # Together they use every technique that some preset uses.
-KINDS = ("tiny", "track3", "ngpt_bytes", "speedrun_cpu")
+KINDS = ("tiny", "track3", "ngpt_bytes", "speedrun_cpu", "speedrun")
 
 
 @pytest.mark.parametrize("preset", [*KINDS, "everything"])
