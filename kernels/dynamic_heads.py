@@ -172,7 +172,7 @@ def triton_kernels() -> tuple[Callable, Callable, Callable]:
         return tl.exp(tl.where(visible, scores - logsum, float("-inf")))
 
     @triton.jit
-    def dynamic_forward(q_ptr, k_ptr, v_ptr, a_ptr, first_ptr, u_ptr, logsum_ptr, T, window, scale,
+    def dynamic_forward(q_ptr, k_ptr, v_ptr, a_ptr, first_ptr, u_ptr, logsum_ptr, T, window, scale: tl.constexpr,
                         H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
         """u and the logsumexp of ROWS queries; the SPAN keys end with the last query."""
         base = tl.program_id(1).to(tl.int64) * T
@@ -194,7 +194,7 @@ def triton_kernels() -> tuple[Callable, Callable, Callable]:
             store_rows(u_ptr, base, i, h, T, u, H, D)
 
     @triton.jit
-    def dynamic_by_queries(du_ptr, q_ptr, k_ptr, v_ptr, a_ptr, first_ptr, logsum_ptr, dq_ptr, da_ptr, T, window, scale,
+    def dynamic_by_queries(du_ptr, q_ptr, k_ptr, v_ptr, a_ptr, first_ptr, logsum_ptr, dq_ptr, da_ptr, T, window, scale: tl.constexpr,
                            H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
         """Gradients by q and a of ROWS queries; keys as in `dynamic_forward`."""
         base = tl.program_id(1).to(tl.int64) * T
@@ -214,7 +214,7 @@ def triton_kernels() -> tuple[Callable, Callable, Callable]:
             store_rows(dq_ptr, base, i, h, T, tl.dot(dscores.to(k.dtype), k, input_precision="ieee"), H, D)
 
     @triton.jit
-    def dynamic_by_keys(du_ptr, q_ptr, k_ptr, v_ptr, a_ptr, first_ptr, logsum_ptr, da_ptr, dk_ptr, dv_ptr, T, window, scale,
+    def dynamic_by_keys(du_ptr, q_ptr, k_ptr, v_ptr, a_ptr, first_ptr, logsum_ptr, da_ptr, dk_ptr, dv_ptr, T, window, scale: tl.constexpr,
                         H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
         """Gradients by k and v of ROWS keys; the SPAN queries begin with the first key. Tiles are keys x queries."""
         base = tl.program_id(1).to(tl.int64) * T
