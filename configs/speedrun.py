@@ -137,7 +137,7 @@ def speedrun_cpu() -> Run:
         "preset": "speedrun_cpu", "run": Identity(), "data": Data(sequence_tokens=128, val_bytes=65_536),
         "model.layers": 5, "model.dim": 64, "model.head_dim": 16, "model.embed_std": 0.05,
         **IN_FLOAT32,
-        "model.value_embeds": 2, "model.value_embed_layers": (1, 4),
+        "model.value_embeds": 2, "model.value_embed_layers": (1, 4), "model.value_embed_std": None,
         "model.bigram_buckets": 16_384, "model.bigram_signs": 256, "model.ngram_orders": (3,),
         "model.window_tokens": 32, "model.long_window_tokens": 64, "model.full_attention_layers": (1, 4),
         "model.attention_scale": 0.5, "model.paired_heads": (0, 2), "model.attention_free": (3,),
@@ -146,6 +146,7 @@ def speedrun_cpu() -> Run:
         "model.dense_skips": ("in>4", "3>4", "in>5", "3>5=-0.5", "2>5", "ve0>5", "1>5"), "model.dense_gates": (4,),
         "model.dynamic_heads": (4,), "model.dynamic_window": 16, **NO_FP8,
         "optim.matrix.extra.blocks": ("attention.q=2", "attention.k=2"), "optim.bigram_embed.extra.sparse_rows": False,
+        "optim.gate.extra.lr_factors": ("network=0.25",),
         **{f"optim.{role}.{name}": value for role in ("embed", "head") for name, value in token_optim.items()},
         "schedule": Schedule(
             lr=lr, weight_decay=lr, momentum="0=0.85 25%=0.95 95%=0.95 100%=0.85",
