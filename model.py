@@ -317,7 +317,7 @@ class Attention(nn.Module):
             bias = None if self.q.bias is None else torch.cat([linear.bias for linear in maps]).to(x_BTC.dtype)
             weight = torch.cat([linear.weight for linear in maps]).to(x_BTC.dtype)
             weight = weight if isinstance(gain, int) else gain * weight
-            outputs = F.linear(x_BTC, weight, bias).split([linear.weight.size(0) for linear in maps], dim=-1)
+            outputs = F.linear(x_BTC, weight, bias).split([len(linear.weight) for linear in maps], dim=-1)
         return tuple(x.unflatten(-1, (self.heads, -1)) for x in outputs)
 
 

@@ -18,8 +18,8 @@ SPHERE_NEEDS = {"zero_init_projections": False, "norm_gains": False, "biases": F
 
 # The interval of each numeric field, for `check_ranges`.
 RANGES = {
-    "[1, inf)": ("layers", "dim", "head_dim", "qk_head_dim", "mlp_dim", "vocab_multiple", "window_tokens", "long_window_tokens",
-                 "dynamic_window", "fp8_x_headroom", "fp8_weight_headroom"),
+    "[1, inf)": ("layers", "dim", "head_dim", "qk_head_dim", "mlp_dim", "vocab_multiple", "window_tokens",
+                 "long_window_tokens", "dynamic_window", "fp8_x_headroom", "fp8_weight_headroom"),
     "[0, inf)": ("value_embeds", "bigram_buckets", "bigram_signs", "residual_growth", "prefix_loss", "sampled_softmax",
                  "fp8_grad_max"),
     "(0, inf)": ("softcap_value", "logit_scale", "fp8_x_max", "fp8_weight_max"),

@@ -144,7 +144,8 @@ TOGETHER["record+qk_head_dim"] = replace(TOGETHER["record"], qk_head_dim=12)
 
 
 def shrunk(config: Model) -> Model:
-    small = {"dim": 32, "head_dim": 16, "qk_head_dim": config.qk_head_dim and 12, "bigram_buckets": min(config.bigram_buckets, 37)}
+    small = {"dim": 32, "head_dim": 16, "qk_head_dim": config.qk_head_dim and 12,
+             "bigram_buckets": min(config.bigram_buckets, 37)}
     try:
         return replace(config, layers=3, **small)
     except ValueError:  # the config names layers beyond the third
