@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.attention import of_one_width
+
 ROWS = 16  # queries, or keys, of a program: with w = 112 they meet 127 of the other kind, which just fit 128
 LONGEST_WINDOW = 241  # SPAN is 256 then; more would spill registers
 
@@ -76,8 +78,8 @@ def local_mask(tokens: int, window: int, first_BT: Tensor | None, device: torch.
 def fused_dynamic_heads(qkv_BTHD: tuple[Tensor, Tensor, Tensor], ab_BTH: tuple[Tensor, Tensor], *, first_BT: Tensor | None,
                         window: int, scale: float) -> Tensor:
     """Compute `dynamic_heads` by the kernels: on CUDA, or in Triton's interpreter. Products are in the dtype of q, k, v with
-    sums in float32; D is a power of 2, at least 16, and the window at most LONGEST_WINDOW."""
-    q, k, v = (x.contiguous() for x in qkv_BTHD)
+    sums in float32; D of the values is a power of 2, at least 16, and the window at most LONGEST_WINDOW."""
+    q, k, v = (x.contiguous() for x in of_one_width(*qkv_BTHD))
     a_BTH, b_BTH = ab_BTH
     first_BT = torch.zeros_like(a_BTH, dtype=torch.int32)[..., 0] if first_BT is None else first_BT.int()
     u_BTHD, _ = mixed_heads(q, k, v, a_BTH.float().contiguous(), first_BT.contiguous(), window, scale)
