@@ -690,8 +690,9 @@ class GPT(nn.Module):
         return {name: module() for name, module in self.named_modules() if isinstance(module, Scale)}
 
     def flops_per_token(self, sequence_tokens: int, window: int | None = None, long_window: int | None = None) -> float:
-        """Return the floating-point operations of one token's forward and backward: 6 per matrix weight and 6 per
-        entry of query and value at each position within the causal mask and window. Document mask, paired and dynamic heads, sampled softmax do not count."""
+        """Return the floating-point operations of one token's forward and backward: 6 per matrix weight, and 6 per entry of
+        query and value at each position within the causal mask and window. Document mask, paired and dynamic heads, sampled
+        softmax do not count."""
         matrices = sum(p.numel() for name, p in self.named_parameters() if self._roles[name] in ("matrix", "head", "gate"))
         matrices += self.embed.numel() if self.head is None else 0
         windows = self.windows(window, long_window)
