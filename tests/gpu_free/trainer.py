@@ -107,7 +107,8 @@ def pretended_trainer(run: Run, *, world_size: int = 1) -> Iterator[Trainer]:
         for target, name, value in ((train_gpt, "open_source", lambda *args, **options: pretended_source()),
                                     (train_gpt, "Comm", lambda device: PretendedComm(world_size)),
                                     (train_gpt.GPT, "to", move), (optim.comm, "dist", group),
-                                    (Step, "project_start", lambda *args: None)):  # it looks at the weights
+                                    (Step, "project_start", lambda *args: None),  # it looks at the weights
+                                    (torch.Tensor, "pin_memory", lambda tensor: tensor)):  # no GPU to pin for
             stack.enter_context(mock.patch.object(target, name, value))
         with ShapesOnly(allow_non_fake_inputs=True), threads:
             trainer = Trainer(run)
