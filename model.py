@@ -547,8 +547,8 @@ class GPT(nn.Module):
         """Token ids (B, T) -> logits (B, T, V), float32; with targets (B, T), the summed cross-entropy in nats, 0-D float32.
 
         `window` and `long_window`, in tokens, replace the configured sliding windows; no document has more tokens than
-        `longest_document`. With `aux_weights` the loss is the one that training minimises: plus the auxiliary losses that act
-        in this step, or over sampled classes only.
+        `longest_document`. With `aux_weights` the loss is the one that training minimises: plus the auxiliary losses that
+        act in this step, or over sampled classes only.
         """
         if tokens_BT.size(1) > self.max_tokens:
             raise ValueError(f"a context of {tokens_BT.size(1)} tokens; this model was built for {self.max_tokens}")
@@ -809,8 +809,8 @@ def random_signs(rows: int, dim: int, *, seed: int) -> Tensor:
 
 
 def inject(x_BTC: Tensor, inputs: LayerInputs) -> Tensor:
-    """Add the token's identity again after attention: x + a x0 + b e with the n-gram embeddings e, (B, T, C); a starts at 0, b
-    at .05 (speedrun, 2026)."""
+    """Add the token's identity again after attention: x + a x0 + b e with the n-gram embeddings e, (B, T, C); a starts at 0,
+    b at .05 (speedrun, 2026)."""
     x0_weight, *ngram_weight = inputs.gates.inject.split(1, dim=-1)
     x_BTC = x_BTC + x0_weight * inputs.x0
     return x_BTC if inputs.ngrams is None else x_BTC + ngram_weight[0] * inputs.ngrams

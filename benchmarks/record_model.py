@@ -46,7 +46,8 @@ def model_section(record: SimpleNamespace) -> list[dict]:
         # The record has one scale for both networks of gates.
         our_grads["token_gates.0.network.scale"] += our_grads.pop("token_gates.4.network.scale")
         apart = {name: distance(our_grads[name], gradients[name]) for name in our_grads}
-        tensors, scalars = ([name for name in apart if (our_grads[name].numel() > 2) == several] for several in (True, False))
+        tensors, scalars = ([name for name in apart if (our_grads[name].numel() > 2) == several]
+                            for several in (True, False))
         worst = max(tensors, key=apart.get)
         together = distance(*(torch.cat([grads[name].flatten() for name in apart]) for grads in (our_grads, gradients)))
         rows.append({"case": label, "logits": distance(our_logits, their_logits),
@@ -111,8 +112,8 @@ def run_record(record: SimpleNamespace, model: nn.Module, case: Case, tokens: Te
 
 
 def bigram_rows(record: SimpleNamespace, tokens: Tensor) -> Tensor:
-    """Return the record's rows of the bigram table, but that of the second token as ours: the record hashes the number of the
-    reserved row there in place of the first token."""
+    """Return the record's rows of the bigram table, but that of the second token as ours: the record hashes the number of
+    the reserved row there in place of the first token."""
     rows = record.get_bigram_hash(tokens)
     rows[1] = (HASH[0] * tokens[1] ^ HASH[1] * tokens[0]) % (record.bigram_buckets - 1)
     return rows
@@ -197,7 +198,8 @@ def renamed(theirs: dict[str, Tensor], ours: GPT, *, skip: Tensor) -> dict[str, 
     for layer in range(11):
         block = f"blocks.{layer}."
         values |= {f"{block}mlp.up.weight": theirs["mlp_bank"][layer, 0],
-                   f"{block}mlp.down.weight": theirs["mlp_bank"][layer, 1].T, f"{block}add2.weight": torch.stack((resid[layer, 1], post[layer, 1]))}
+                   f"{block}mlp.down.weight": theirs["mlp_bank"][layer, 1].T,
+                   f"{block}add2.weight": torch.stack((resid[layer, 1], post[layer, 1]))}
         if layer == 6:
             continue
         index = layer - (layer > 6)

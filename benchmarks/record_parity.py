@@ -184,10 +184,10 @@ def kind_of(name: str) -> str:
 # Name of a section > function that returns its rows. The page lists their columns as they come.
 SECTIONS: dict[str, Callable[[SimpleNamespace], Rows]] = {"model": model_section, "optimizer": optimizer_section}
 INTRODUCTIONS = {
-    "model": """The largest difference |ours - theirs| / |theirs| (Euclidean norms): of the logits, of the summed loss with further
-tokens and prefixes, of the gradients of all tensors together, of the tensor with the largest difference, and of tensors of one
-or two numbers, whose gradients are sums over all tokens that cancel. Four documents in a row of 128 tokens; windows, YaRN and
-loss weights as in the stages of the run, the last case with the final validation's longer window.""",
+    "model": """The largest difference |ours - theirs| / |theirs| (Euclidean norms): of the logits, of the summed loss with
+further tokens and prefixes, of the gradients of all tensors together, of the tensor with the largest difference, and of
+tensors of one or two numbers, whose gradients are sums over all tokens that cancel. Four documents in a row of 128 tokens;
+windows, YaRN and loss weights as in the stages of the run, the last case with the final validation's longer window.""",
     "optimizer": f"""The largest difference |ours - theirs| / |theirs| (Frobenius norms) over {STEPS} steps from step 0 and
 from step 842: of one step's update, and of the weights afterwards. Cautious decay acts where update and weight agree in
 sign. Where an update is 0 up to rounding, one of the two may decay an entry and the other not: entries that differ by more

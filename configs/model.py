@@ -184,8 +184,8 @@ class Model:
     the plain sum."""
     skips: tuple[str, ...] = technique((), off=(), on=("0>1",))
     """Skip connections: `3>6` adds the output of layer 3 to the input of layer 6, with a weight of each token."""
-    skip_weight: float = 0.09
-    """Initial weight of each skip connection (speedrun, 2026: half of sigmoid(-1.5))."""
+    skip_weight: float = 0.18
+    """Initial weight of each skip connection (speedrun, 2025: 0.18; 2026: 0.09, half of sigmoid(-1.5))."""
     backout: int | None = technique(None, off=None, on=0)
     """Layer whose output, times a learned factor that starts at 1/2, is subtracted before the head (speedrun, Oct 2025).
     None: off."""

@@ -1,7 +1,7 @@
 """Presets of the speedrun's record recipe, for eight H100s down to a laptop.
 
-The record is KellerJordan/modded-nanogpt's number 89 of 17 July 2026: loss 3.28 in 73.8 s on 8 H100s. The model, its losses and
-the optimizer are the record's by value (benchmarks/record_parity.md names what differs).
+The record is KellerJordan/modded-nanogpt's number 89 of 17 July 2026: loss 3.28 in 73.8 s on 8 H100s. The model, its losses
+and the optimizer are the record's by value (benchmarks/record_parity.md names what differs).
 """
 
 from collections.abc import Sequence
@@ -75,7 +75,8 @@ def speedrun() -> Run:
                     long_window_tokens=384, full_attention_layers=(3, 10), yarn=True, yarn_windows=(384, 896, 1408, 1664),
                     paired_heads=(0, 2, 5, 9), key_offset=True, gate_layers=(0, 4), xsa=True, xsa_layers=(1, 3, 4, 7),
                     head_gates=True, head_gate_layers=(3, 10), attention_free=(6,), shared_attention_input=7,
-                    projection_gains=True, residual_growth=1.1, skips=("3>6",), dynamic_heads=(10,), dense="mudd",
+                    projection_gains=True, residual_growth=1.1, skips=("3>6",), skip_weight=0.09, dynamic_heads=(10,),
+                    dense="mudd",
                     dense_skips=("in>10", "7>10", "in>11", "7>11=-0.5", "9>11", "ve0>11", "3>11"), dense_gates=(10,),
                     mtp_weights=(0.5, 0.25), prefix_loss=0.25, matrix_dtype="bfloat16", embed_dtype="bfloat16",
                     head_dtype="bfloat16", table_dtype="bfloat16", fp8="auto", fp8_scales="static", fp8_grad_max=96.0),
@@ -173,7 +174,8 @@ def medium() -> Run:
         "model.bigram_buckets": 0, "model.bigram_signs": 0,
         "model.window_tokens": 384, "model.long_window_tokens": 384, "model.full_attention_layers": (3, 7, 11, 15),
         "model.paired_heads": (), "model.attention_free": (), "model.dynamic_heads": (),
-        "model.shared_attention_input": None, "model.skips": (), "model.backout": 11, "model.dense": "denseformer",
+        "model.shared_attention_input": None, "model.skips": (), "model.skip_weight": 0.18, "model.backout": 11,
+        "model.dense": "denseformer",
         "model.dense_skips": ("3>8=0.18",), "model.dense_gates": (), "model.gate_layers": (0,), "model.xsa_layers": (),
         "model.head_gate_layers": (), "model.value_embed_std": None, "model.yarn_windows": (),
         "model.mtp_weights": (), "model.prefix_loss": 0.0, **NO_FP8,

@@ -227,7 +227,8 @@ def _update(group: ParamGroup, step: Step, grad: Tensor, matrices: Tensor, state
     """
     if bad is not None:
         grad = mask_non_finite(grad, bad, hyper.step)
-    group.rule.update(matrices, rule_gradient(group, step, grad, matrices, state, period=hyper.period), state, hyper, step=step)
+    grad = rule_gradient(group, step, grad, matrices, state, period=hyper.period)
+    group.rule.update(matrices, grad, state, hyper, step=step)
 
 
 def mask_non_finite(grad: Tensor, bad: Tensor, step: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from configs.presets import PRESETS
 from data.run.memory import fit_passes, free_bytes
 from optim.schedule import training_shapes
-from scripts.lab.workload import measure_sizes
 from scripts.lab.models import meta_model
+from scripts.lab.workload import measure_sizes
 
 CONTEXT_BYTES = 0.6e9  # of CUDA and its libraries
 
