@@ -308,8 +308,8 @@ class Attention(nn.Module):
         return self.out(y_BTHD.reshape_as(x_BTC), gain_out)
 
     def project(self, x_BTC: Tensor, gain: Tensor | int = 1) -> tuple[Tensor, ...]:
-        """(B, T, C) -> queries, keys and values, (B, T, H, D) each, the first two (B, T, H, `qk_head_dim`) if that is set; on
-        GPUs by one product, which reads x once."""
+        """(B, T, C) -> queries, keys and values, (B, T, H, D) each; the first two (B, T, H, `qk_head_dim`) if that is set.
+        On GPUs by one product, which reads x once."""
         maps = (self.q, self.k, self.v)
         if x_BTC.device.type == "cpu":
             outputs = [linear(x_BTC, gain) for linear in maps]

@@ -116,15 +116,16 @@ def speedrun_frontier() -> Run:
     # weight of 2 / (298 / 4 + 1) at every fourth step; this is the same for every step.
     average = {"train.weight_average": (1 - 2 / (298 / 4 + 1)) ** 0.25, "train.weight_average_blend": 0.0,
                "train.weight_average_start": 1 - 298 / FRONTIER_STEPS}
-    blends = {f"optim.{role}.extra.average_blend": blend for role, blend in (("matrix", 0.5), ("embed", 0.65), ("head", 0.65))}
+    blends = {f"optim.{role}.extra.average_blend": blend
+              for role, blend in (("matrix", 0.5), ("embed", 0.65), ("head", 0.65))}
     # Tables: lr 70 x .008, an update at every fourth step from step 336 (349). Its betas are squared and its decay doubled
     # there; here they stay.
     tables = {f"optim.{role}.{name}": value for role in ("value_embed", "bigram_embed")
               for name, value in (("lr", 0.56), ("extra.update_every_from", ("336=4",)))}
     return with_settings(run, {
         "preset": "speedrun_frontier",
-        # Width 96 is that of 344, in all layers (349: 64, in 8 layers of 10). The scale is .085 at width 128 and .12 at 64 in
-        # 349, which is .98 / sqrt(width) at both: .098 at 96.
+        # Width 96 is that of 344, in all layers (349: 64, in 8 layers of 10). The scale is .085 at width 128 and .12 at 64
+        # in 349, which is .98 / sqrt(width) at both: .098 at 96.
         "model.qk_head_dim": 96, "model.attention_scale": 0.098,
         # The number of classes in 360 is unpublished: 8,192 is an assumption, as is that it stays the same in all stages. A
         # sampled softmax has no logits for further losses.

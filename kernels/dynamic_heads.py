@@ -196,8 +196,8 @@ def triton_kernels() -> tuple[Callable, Callable, Callable]:
             store_rows(u_ptr, base, i, h, T, u, H, D)
 
     @triton.jit
-    def dynamic_by_queries(du_ptr, q_ptr, k_ptr, v_ptr, a_ptr, first_ptr, logsum_ptr, dq_ptr, da_ptr, T, window, scale: tl.constexpr,
-                           H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
+    def dynamic_by_queries(du_ptr, q_ptr, k_ptr, v_ptr, a_ptr, first_ptr, logsum_ptr, dq_ptr, da_ptr, T, window,
+                           scale: tl.constexpr, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
         """Gradients by q and a of ROWS queries; keys as in `dynamic_forward`."""
         base = tl.program_id(1).to(tl.int64) * T
         i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -216,8 +216,8 @@ def triton_kernels() -> tuple[Callable, Callable, Callable]:
             store_rows(dq_ptr, base, i, h, T, tl.dot(dscores.to(k.dtype), k, input_precision="ieee"), H, D)
 
     @triton.jit
-    def dynamic_by_keys(du_ptr, q_ptr, k_ptr, v_ptr, a_ptr, first_ptr, logsum_ptr, da_ptr, dk_ptr, dv_ptr, T, window, scale: tl.constexpr,
-                        H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
+    def dynamic_by_keys(du_ptr, q_ptr, k_ptr, v_ptr, a_ptr, first_ptr, logsum_ptr, da_ptr, dk_ptr, dv_ptr, T, window,
+                        scale: tl.constexpr, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
         """Gradients by k and v of ROWS keys; the SPAN queries begin with the first key. Tiles are keys x queries."""
         base = tl.program_id(1).to(tl.int64) * T
         j = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
