@@ -123,9 +123,9 @@ def model_parts(run: Run, model: GPT, tokens: Tensor) -> Iterator[Part]:
     layer = next(i for i, block in enumerate(model.blocks) if block.attention is not None)
     attention, mlp = model.blocks[layer].attention, model.blocks[layer].mlp
     value_embed = torch.zeros_like(x) if attention.mix_value is not None else None
-    starts = tokens == model.document_start if config.document_mask else None
-    first = None if starts is None else document_first(starts)
-    inputs = LayerInputs(mask=model.masks(tokens, first, windows)[layer], yarn_window=windows[layer],
+    starts = tokens == model.document_start if model.config.document_mask else None
+    first, longest = (None, None) if starts is None else (document_first(starts), DOCUMENT_TOKENS)
+    inputs = LayerInputs(mask=model.masks(tokens, first, windows, longest)[layer], yarn_window=windows[layer],
                          value_embed=value_embed, x0=x.detach(), starts=starts, first=first)
     # The losses of training; plain models have none but the cross-entropy.
     aux = AuxLossWeights.of(*loss_weights(values, config), tokens.device) if on_cuda else None
@@ -149,7 +149,7 @@ def model_parts(run: Run, model: GPT, tokens: Tensor) -> Iterator[Part]:
     yield part("head and loss", model.head_weight.numel(), with_backward(model.loss, x, targets, aux))
     flops = model.flops_per_token(tokens.size(1), values.window_tokens, values.long_window_tokens) * tokens.numel()
     parameters = sum(p.numel() for p in model.parameters())
-    whole = partial(model, aux_weights=aux, **values.windows)
+    whole = partial(model, aux_weights=aux, longest_document=longest, **values.windows)
     yield Part("model", with_backward(whole, tokens, targets), flops, 12 * parameters)
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from configs.cli import parse
 from configs.optim import RULES, Extra, Optim
@@ -26,6 +27,7 @@ from train_gpt import Trainer
 
 TOKENS = 64
 CALLS = 6  # eager operations of an optimizer step beside the compiled updates; each costs the host some 5 microseconds
+BANKS = 13  # of the record's recipe; four of them hold gates, whose lr_factors divide them
 VIEWS = ("view", "select", "slice", "reshape", "alias", "detach", "unsqueeze", "transpose", "as_strided",
          "lift_fresh")  # launch nothing
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch reports synchronisations on CUDA only")
@@ -73,16 +75,18 @@ def test_reading_a_value_in_a_step_raises(monkeypatch):
 
 
 class CountCalls(TorchDispatchMode):
-    """Counts operations that would launch a kernel."""
+    """Counts operations that would launch a kernel: those on tensors of the device, not on numbers on the CPU."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func).removeprefix("aten.")
-        self.calls += [name] if not name.startswith(VIEWS) else []
-        return func(*args, **kwargs or {})
+        name, kwargs = str(func).removeprefix("aten."), kwargs or {}
+        launches = not name.startswith(VIEWS) and any(leaf.is_meta for leaf in tree_leaves((args, kwargs))
+                                                      if isinstance(leaf, torch.Tensor))
+        self.calls += [name] if launches else []
+        return func(*args, **kwargs)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -94,7 +98,7 @@ def test_a_step_of_the_record_is_a_few_compiled_updates_and_little_else(count):
         optimizer.step(Schedule(run).values(0), count, tied=("embed", "head.weight"))
         optimizer.zero_grad()
     assert len(counted.calls) <= CALLS, counted.calls
-    assert len(updates) == len([bank for bank in optimizer.banks if count % bank.update_every == 0]) <= 12
+    assert len(updates) == len([bank for bank in optimizer.banks if count % bank.update_every == 0]) <= BANKS
 
 
 @pytest.mark.parametrize("noted", [True, False])

@@ -53,7 +53,10 @@ COMPANIONS = {
     "no_window": {"model.full_attention_layers", "model.long_window_tokens", "model.yarn",
                   "schedule.window_tokens", "schedule.long_window_tokens"},
     "no_window_growth": {"schedule.long_window_tokens"}, "no_rotary": {"model.key_offset", "model.yarn"},
-    "no_value_embeds": {"model.value_gates", "model.value_embed_layers"},
+    "no_value_embeds": {"model.value_gates", "model.value_embed_layers", "model.dense_gates"},
+    "no_yarn": {"model.yarn_windows"}, "no_xsa": {"model.xsa_layers"}, "no_head_gates": {"model.head_gate_layers"},
+    "no_smear": {"model.smear_first"}, "no_dense": {"model.dense_skips", "model.dense_gates"},
+    "no_inject": {"model.dense_gates"}, "no_residual_growth": {"model.dense_gates"}, "no_value_gates": {"model.dense_gates"},
     "no_bigram": {"model.bigram_signs", "model.ngram_orders"},
     "no_slow_adam": {f"optim.{role.name}.update_every" for role in fields(Optim)}}
 EVERYTHING = ("--model.x0_skip --model.softcap tanh --model.norm_gains --model.biases --model.tied_head "

@@ -65,7 +65,7 @@ def test_the_estimate_of_a_run_without_recorded_graphs(monkeypatch, machine, gpu
     """The reference of track 3 on one H200 (log of its author, May 2026) and on 8 H100s."""
     monkeypatch.setattr(workloads, "recorded", lambda file: {})
     load = workload(PRESETS["track3"](), Assumptions())
-    assert load.parameters == 162_354_816 and "bytes are estimated as 2 times the stored activations" in load.source
+    assert load.parameters == 162_354_816 and "bytes are estimated as 3.5 times the stored activations" in load.source
     assert step_ms(load, 0, gpus, machine) == pytest.approx(logged_ms, rel=0.10)
 
 
@@ -127,7 +127,7 @@ def test_recorded_counts_are_used_until_a_flag_changes_the_model(monkeypatch):
     assert load.updates(64)[0].work.memory_bytes == pytest.approx(update.work.memory_bytes / 8)
     # Steps change no graph; the model does, and so does a schedule with a window that is not recorded.
     assert workload(parse_row("speedrun", ["--train.steps", "2000"]), Assumptions()).source == load.source
-    for flags in (["--model.no_xsa"], ["--model.window_tokens", "256"]):
+    for flags in (["--model.no_key_offset"], ["--model.window_tokens", "256"]):
         assert "no compiled graph is recorded" in workload(parse_row("speedrun", flags), Assumptions()).source
     monkeypatch.setattr(workloads, "recorded", lambda file: {"speedrun": recorded_entry() | {"layers": 5}})
     assert "no compiled graph is recorded" in workload(PRESETS["speedrun"](), Assumptions()).source

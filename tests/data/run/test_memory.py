@@ -16,7 +16,7 @@ CONTEXT_BYTES = 0.6e9  # of CUDA and its libraries
 
 @pytest.fixture(scope="module")
 def state_bytes():
-    sizes, _ = measure_sizes(PRESETS["speedrun_1gpu"]())
+    sizes, _, _ = measure_sizes(PRESETS["speedrun_1gpu"]())
     return sum(bank.entries * (2 * bank.weight_bytes + bank.state_bytes) for bank in sizes.banks)
 
 
