@@ -109,7 +109,8 @@ def pretended_trainer(run: Run, *, world_size: int = 1) -> Iterator[Trainer]:
                                     (train_gpt, "Comm", lambda device: PretendedComm(world_size)),
                                     (train_gpt.GPT, "to", move), (optim.comm, "dist", group),
                                     (Step, "project_start", lambda *args: None),  # it looks at the weights
-                                    (FakeTensorMode, "dispatch", dispatch_shapes_only)):
+                                    (FakeTensorMode, "dispatch", dispatch_shapes_only),
+                                    (torch.Tensor, "pin_memory", lambda tensor: tensor)):  # no GPU to pin for
             stack.enter_context(mock.patch.object(target, name, value))
         with FakeTensorMode(allow_non_fake_inputs=True), threads:
             trainer = Trainer(run)
