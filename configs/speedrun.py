@@ -103,8 +103,8 @@ def speedrun_frontier() -> Run:
     Record 89 and, of modded-nanogpt's pull requests: narrow queries and keys (344), a tail average of the weights (347),
     optimizer, stages and schedules of ANVIL (349), and a sampled softmax (360). None of it was run as a whole: which numbers
     are published and which are assumed stands beside each. Aim: 50 s on 8 H100s. Pull request 360 also has larger hashed
-    tables, which make 40 s the aim: `--model.bigram_buckets 2000000 --model.ngram_orders 3` take 26 of 80 GB by scripts.plan,
-    and 30 s more, as all rows are gathered after an update.
+    tables, which make 40 s the aim: `--model.bigram_buckets 2000000 --model.ngram_orders 3` take 26 of 80 GB by
+    scripts.plan, and 30 s more, as all rows are gathered after an update.
     """
     run, at = speedrun(), FRONTIER_STAGES
     # Cooldown over the last 80 % of the scheduled steps, to a lr of .20 (ANVIL). Its stages have 336, 378, 433 and 71 steps,
