@@ -104,8 +104,8 @@ def speedrun_frontier() -> Run:
     Record 89 and, of modded-nanogpt's pull requests: narrow queries and keys (344), a tail average of the weights (347),
     optimizer, stages and schedules of ANVIL (349), and a sampled softmax (360). None of it was run as a whole: which numbers
     are published and which are assumed stands beside each. Aim: 50 s on 8 H100s. Pull request 360 also has larger hashed
-    tables, which make 40 s the aim; two of two million rows fit into 80 GB:
-    `--model.bigram_buckets 2000000 --model.ngram_orders 3`.
+    tables, which make 40 s the aim: `--model.bigram_buckets 2000000 --model.ngram_orders 3` take 26 of 80 GB by
+    scripts.plan, and 30 s more, as all rows are gathered after an update.
     """
     run, at = speedrun(), FRONTIER_STAGES
     # Cooldown over the last 80 % of the scheduled steps, to a lr of .20 (ANVIL). Its stages have 336, 378, 433 and 71 steps,
@@ -125,7 +125,7 @@ def speedrun_frontier() -> Run:
     return with_settings(run, {
         "preset": "speedrun_frontier",
         # Width 96 is that of 344, in all layers (349: 64, in 8 layers of 10). The scale is .085 at width 128 and .12 at 64
-        # in 349, which is .98 / sqrt(width) at both: .098 at 96.
+        # in 349, about .96 / sqrt(width): .098 at 96.
         "model.qk_head_dim": 96, "model.attention_scale": 0.098,
         # The number of classes in 360 is unpublished: 8,192 is an assumption, as is that it stays the same in all stages. A
         # sampled softmax has no logits for further losses.
