@@ -187,9 +187,9 @@ class Rotary(nn.Module):
 
     def __init__(self, config: Model, max_tokens: int) -> None:
         super().__init__()
-        rotated = config.head_dim // (4 if config.position == "half_rotary" else 2)
+        rotated = config.query_dim // (4 if config.position == "half_rotary" else 2)
         frequency = config.rotary_base ** -torch.linspace(0, 1, rotated)
-        frequency = F.pad(frequency, (0, config.head_dim // 2 - rotated))  # frequency 0: not rotated
+        frequency = F.pad(frequency, (0, config.query_dim // 2 - rotated))  # frequency 0: not rotated
         positions_T = torch.arange(max_tokens, dtype=torch.float32)
         self.yarn_windows = yarn_windows(config)
         cos_TD, sin_TD = (None, None) if self.yarn_windows else rotation(positions_T, frequency)
@@ -249,12 +249,14 @@ class Attention(nn.Module):
 
     def __init__(self, config: Model, max_tokens: int, *, mixes_value_embed: bool, attend: Callable, layer: int = 0) -> None:
         super().__init__()
-        self.q, self.k, self.v = (Linear(config.dim, config.dim, config=config) for _ in range(3))
+        self.heads = config.dim // config.head_dim
+        self.q, self.k, self.v = (Linear(config.dim, self.heads * size, config=config)
+                                  for size in (config.query_dim, config.query_dim, config.head_dim))
         self.out = Linear(config.dim, config.dim, config=config, zero=config.zero_attention_out, axis=-2)
-        self.head_dim, self.attend = config.head_dim, attend
+        self.attend = attend
         on_sphere = config.geometry == "sphere"
         # On the sphere q and k are unit vectors, and q . k has variance 1/D: the scale is sqrt(D) instead of 1 / sqrt(D).
-        self.scale = config.attention_scale or config.head_dim ** (0.5 if on_sphere else -0.5)
+        self.scale = config.attention_scale or config.query_dim ** (0.5 if on_sphere else -0.5)
         self.norm_qk = SphereQK(config) if on_sphere else rms_norm if config.qk_norm else None
         self.paired = layer in config.paired_heads
         self.rotary = Rotary(config, max_tokens * (2 if self.paired else 1)) if "rotary" in config.position else None
@@ -306,7 +308,8 @@ class Attention(nn.Module):
         return self.out(y_BTHD.reshape_as(x_BTC), gain_out)
 
     def project(self, x_BTC: Tensor, gain: Tensor | int = 1) -> tuple[Tensor, ...]:
-        """(B, T, C) -> queries, keys and values, (B, T, H, D) each; on GPUs by one product, which reads x once."""
+        """(B, T, C) -> queries, keys and values, (B, T, H, D) each; the first two (B, T, H, `qk_head_dim`) if that is set.
+        On GPUs by one product, which reads x once."""
         maps = (self.q, self.k, self.v)
         if x_BTC.device.type == "cpu":
             outputs = [linear(x_BTC, gain) for linear in maps]
@@ -314,8 +317,8 @@ class Attention(nn.Module):
             bias = None if self.q.bias is None else torch.cat([linear.bias for linear in maps]).to(x_BTC.dtype)
             weight = torch.cat([linear.weight for linear in maps]).to(x_BTC.dtype)
             weight = weight if isinstance(gain, int) else gain * weight
-            outputs = F.linear(x_BTC, weight, bias).chunk(3, dim=-1)
-        return tuple(x.unflatten(-1, (-1, self.head_dim)) for x in outputs)
+            outputs = F.linear(x_BTC, weight, bias).split([len(linear.weight) for linear in maps], dim=-1)
+        return tuple(x.unflatten(-1, (self.heads, -1)) for x in outputs)
 
 
 # ---- Act one: MLP --------------------------------------------------------------------------------------------------------
@@ -410,11 +413,12 @@ class SphereQK(nn.Module):
 
     def __init__(self, config: Model) -> None:
         super().__init__()
-        self.head_dim, self.scale = config.head_dim, Scale(config.dim, stored=config.dim**-0.5)
+        size = config.dim // config.head_dim * config.query_dim
+        self.query_dim, self.scale = config.query_dim, Scale(size, stored=config.dim**-0.5)
 
     def forward(self, x_BTHD: Tensor) -> Tensor:
         """(B, T, H, D) -> (B, T, H, D)."""
-        return unit(x_BTHD) * self.scale().view(-1, self.head_dim).to(x_BTHD.dtype)
+        return unit(x_BTHD) * self.scale().view(-1, self.query_dim).to(x_BTHD.dtype)
 
 
 # ---- Act one: the block --------------------------------------------------------------------------------------------------
@@ -686,14 +690,15 @@ class GPT(nn.Module):
         return {name: module() for name, module in self.named_modules() if isinstance(module, Scale)}
 
     def flops_per_token(self, sequence_tokens: int, window: int | None = None, long_window: int | None = None) -> float:
-        """Return the floating-point operations of one token's forward and backward: 6 per matrix weight and 12 C per
-        position within the causal mask and window. Document mask, paired and dynamic heads, sampled softmax do not count."""
+        """Return the floating-point operations of one token's forward and backward: 6 per matrix weight, and 6 per entry of
+        query and value at each position within the causal mask and window. Document mask, paired and dynamic heads, sampled
+        softmax do not count."""
         matrices = sum(p.numel() for name, p in self.named_parameters() if self._roles[name] in ("matrix", "head", "gate"))
         matrices += self.embed.numel() if self.head is None else 0
         windows = self.windows(window, long_window)
         attending = [windows[i] for i in range(self.config.layers) if i not in self.config.attention_free]
         spans = sum(mean_span(sequence_tokens, w or sequence_tokens) for w in attending)
-        return 6 * matrices + 12 * self.config.dim * spans
+        return 6 * matrices + 6 * self.config.dim * (1 + self.config.query_dim / self.config.head_dim) * spans
 
     def activation_bytes(self, tokens: int) -> int:
         """Estimate the bytes of activations that a forward-backward on `tokens` tokens stores. In bfloat16, where graphs are

@@ -93,6 +93,7 @@ ROWS = (
     Row("paired_heads", "bytes", "--model.paired_heads 0 2"),
     Row("key_offset", "bytes", "--model.position half_rotary --model.key_offset"),
     Row("dynamic_heads", "bytes", "--model.dynamic_heads 3"),
+    Row("qk_head_dim", "bytes", "--model.qk_head_dim 24"),
     Row("attention_free", "bytes", "--model.attention_free 2"),
     Row("shared_attention_input", "bytes", "--model.shared_attention_input 1"),
     Row("projection_gains", "bytes", "--model.projection_gains"),

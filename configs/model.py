@@ -18,8 +18,8 @@ SPHERE_NEEDS = {"zero_init_projections": False, "norm_gains": False, "biases": F
 
 # The interval of each numeric field, for `check_ranges`.
 RANGES = {
-    "[1, inf)": ("layers", "dim", "head_dim", "mlp_dim", "vocab_multiple", "window_tokens", "long_window_tokens",
-                 "dynamic_window", "fp8_x_headroom", "fp8_weight_headroom"),
+    "[1, inf)": ("layers", "dim", "head_dim", "qk_head_dim", "mlp_dim", "vocab_multiple", "window_tokens",
+                 "long_window_tokens", "dynamic_window", "fp8_x_headroom", "fp8_weight_headroom"),
     "[0, inf)": ("value_embeds", "bigram_buckets", "bigram_signs", "residual_growth", "prefix_loss", "sampled_softmax",
                  "fp8_grad_max"),
     "(0, inf)": ("softcap_value", "logit_scale", "fp8_x_max", "fp8_weight_max"),
@@ -39,6 +39,9 @@ class Model:
     """Width of the residual stream."""
     head_dim: int = 64
     """Dimension of an attention head; there are dim / head_dim heads."""
+    qk_head_dim: int | None = technique(None, off=None, on=8)
+    """Dimension of a head's queries and keys, at most head_dim, which values keep (speedrun, pull request 344: 96 of 128).
+    None: head_dim."""
     mlp_dim: int | None = None
     """Hidden width of the MLP. None: 4 dim."""
     vocab_multiple: int = 64
@@ -77,7 +80,7 @@ class Model:
     qk_norm: bool = technique(True, off=False, on=True)
     """Use RMS norms on queries and keys (Henry et al. 2020, arXiv 2010.04245)."""
     attention_scale: float | None = technique(None, off=None, on=0.9)
-    """Factor of q k^T before the softmax. None: 1 / sqrt(head_dim), or sqrt(head_dim) on the sphere."""
+    """Factor of q k^T before the softmax. None: 1 / sqrt(D) for queries of dimension D, or sqrt(D) on the sphere."""
     window_tokens: int | None = technique(None, name="window", off=None, on=3)
     """Length of the sliding window, in tokens, the query's own included. None: attention sees the whole context."""
     long_window_tokens: int | None = technique(
@@ -243,8 +246,11 @@ class Model:
         check_ranges(self, RANGES)
         check_needs(self, "model")
         raise_if(self.dim % self.head_dim != 0, f"head_dim must divide dim, got {self.head_dim} and {self.dim}")
-        raise_if(self.position in ("rotary", "half_rotary") and self.head_dim % 4 != 0,
-                 f"{self.position} needs head_dim divisible by 4, got {self.head_dim}")
+        raise_if(self.query_dim > self.head_dim,
+                 f"qk_head_dim must be at most head_dim ({self.head_dim}), got {self.qk_head_dim}")
+        raise_if(self.position in ("rotary", "half_rotary") and self.query_dim % 4 != 0,
+                 f"{self.position} needs {'qk_head_dim' if self.qk_head_dim else 'head_dim'} divisible by 4, got "
+                 f"{self.query_dim}")
         raise_if(self.attention == "varlen" and not self.document_mask,
                  "--model.attention varlen packs documents: it needs --model.document_mask")
         raise_if(self.flash != "default" and self.attention not in ("sdpa", "varlen"),
@@ -256,6 +262,11 @@ class Model:
             self._check_sphere()
         obstacle = self.fp8_obstacle()
         raise_if(self.fp8 in ("head", "head_mlp") and bool(obstacle), f"fp8 {self.fp8} {obstacle}")
+
+    @property
+    def query_dim(self) -> int:
+        """Dimension of a head's queries and keys."""
+        return self.qk_head_dim or self.head_dim
 
     def _check_layers(self) -> None:
         """Raise ValueError for a layer number that does not exist."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from configs.optim import Adam, Muon, Optim
 from configs.schema import Data, Identity, Log, Model, Run, Schedule, Train, with_settings
-from configs.speedrun import IN_FLOAT32, medium, speedrun, speedrun_cpu
+from configs.speedrun import IN_FLOAT32, medium, speedrun, speedrun_cpu, speedrun_frontier
 
 SPHERE_ROLES = ("matrix", "embed", "head", "value_embed")  # roles with vectors along the model dimension (nGPT)
 
@@ -182,6 +182,7 @@ PRESETS: dict[str, Callable[[], Run]] = {
     "track3": track3,
     "track3_adamw": track3_adamw,
     "speedrun": speedrun,
+    "speedrun_frontier": speedrun_frontier,
     "speedrun_1gpu": Variant(
         "speedrun", "`speedrun` on one GPU of 24 to 141 GB.",
         # One rank exchanges nothing: bfloat16 weights would halve no communication. Validation in shorter rows, whose

@@ -4,6 +4,8 @@ Query i sees key j if lo(i) <= j <= i, where lo(i) = max(first token of the quer
 and `attend_sdpa` are the plain twin of this rule; `flex_mask` and `varlen_mask` write the same rule in the form that the
 other two kernels need. A mask depends on the tokens and the window, not on the layer: layers with the same window share one.
 
+Queries and keys may be narrower than values. Those of sizes that a kernel cannot take are padded with zeros.
+
 Shapes: B sequences, T tokens each, H heads, D head dimension; N = B T tokens in the packed stream; n = ceil(T / BLOCK)
 blocks of queries or keys.
 """
@@ -55,8 +57,15 @@ def attend_sdpa(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, mask: Mask, scal
 
     Runs on every device. Without a mask it may use FlashAttention; with one it computes all T^2 scores, masked or not.
     """
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
+    qkv = (q_BTHD, k_BTHD, v_BTHD) if v_BTHD.device.type == "cpu" else of_one_width(q_BTHD, k_BTHD, v_BTHD)
+    q, k, v = (x.transpose(1, 2) for x in qkv)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale).transpose(1, 2)
+
+
+def of_one_width(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pad queries and keys with zeros to the dimension of the values, which FlashAttention wants; scores stay the same."""
+    missing = v_BTHD.size(-1) - q_BTHD.size(-1)
+    return (F.pad(q_BTHD, (0, missing)), F.pad(k_BTHD, (0, missing)), v_BTHD) if missing else (q_BTHD, k_BTHD, v_BTHD)
 
 
 # ---- FlexAttention -------------------------------------------------------------------------------------------------------
@@ -123,7 +132,7 @@ def table(count_Bn: Tensor, index_Bnn: Tensor) -> tuple[Tensor, Tensor]:
 
 def attend_flex(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, mask: Mask, scale: float) -> Tensor:
     """Compute `attend_sdpa` by FlexAttention, whose backward pass runs on CUDA only."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
+    q, k, v = (x.transpose(1, 2) for x in of_one_width(q_BTHD, k_BTHD, v_BTHD))
     return flex_attention(q, k, v, block_mask=mask, scale=scale).transpose(1, 2)
 
 
@@ -157,8 +166,8 @@ def attend_varlen(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, mask: Mask, sc
     from torch.nn.attention.varlen import varlen_attn
 
     boundaries, left, longest = mask
-    q, k, v = (x.flatten(0, 1) for x in (q_BTHD, k_BTHD, v_BTHD))
-    return varlen_attn(q, k, v, boundaries, boundaries, longest, longest, scale=scale, window_size=(left, 0)).view_as(q_BTHD)
+    q, k, v = (x.flatten(0, 1) for x in of_one_width(q_BTHD, k_BTHD, v_BTHD))
+    return varlen_attn(q, k, v, boundaries, boundaries, longest, longest, scale=scale, window_size=(left, 0)).view_as(v_BTHD)
 
 
 class Kernel(NamedTuple):

@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.attention import of_one_width
+
 ROWS = 16  # queries, or keys, of a program: with w = 112 they meet 127 of the other kind, which just fit 128
 LONGEST_WINDOW = 241  # SPAN is 256 then; more would spill registers
 
@@ -76,8 +78,8 @@ def local_mask(tokens: int, window: int, first_BT: Tensor | None, device: torch.
 def fused_dynamic_heads(qkv_BTHD: tuple[Tensor, Tensor, Tensor], ab_BTH: tuple[Tensor, Tensor], *, first_BT: Tensor | None,
                         window: int, scale: float) -> Tensor:
     """Compute `dynamic_heads` by the kernels: on CUDA, or in Triton's interpreter. Products are in the dtype of q, k, v with
-    sums in float32; D is a power of 2, at least 16, and the window at most LONGEST_WINDOW."""
-    q, k, v = (x.contiguous() for x in qkv_BTHD)
+    sums in float32; D of the values is a power of 2, at least 16, and the window at most LONGEST_WINDOW."""
+    q, k, v = (x.contiguous() for x in of_one_width(*qkv_BTHD))
     a_BTH, b_BTH = ab_BTH
     first_BT = torch.zeros_like(a_BTH, dtype=torch.int32)[..., 0] if first_BT is None else first_BT.int()
     u_BTHD, _ = mixed_heads(q, k, v, a_BTH.float().contiguous(), first_BT.contiguous(), window, scale)
@@ -172,7 +174,7 @@ def triton_kernels() -> tuple[Callable, Callable, Callable]:
         return tl.exp(tl.where(visible, scores - logsum, float("-inf")))
 
     @triton.jit
-    def dynamic_forward(q_ptr, k_ptr, v_ptr, a_ptr, first_ptr, u_ptr, logsum_ptr, T, window, scale,
+    def dynamic_forward(q_ptr, k_ptr, v_ptr, a_ptr, first_ptr, u_ptr, logsum_ptr, T, window, scale: tl.constexpr,
                         H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
         """u and the logsumexp of ROWS queries; the SPAN keys end with the last query."""
         base = tl.program_id(1).to(tl.int64) * T
@@ -194,8 +196,8 @@ def triton_kernels() -> tuple[Callable, Callable, Callable]:
             store_rows(u_ptr, base, i, h, T, u, H, D)
 
     @triton.jit
-    def dynamic_by_queries(du_ptr, q_ptr, k_ptr, v_ptr, a_ptr, first_ptr, logsum_ptr, dq_ptr, da_ptr, T, window, scale,
-                           H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
+    def dynamic_by_queries(du_ptr, q_ptr, k_ptr, v_ptr, a_ptr, first_ptr, logsum_ptr, dq_ptr, da_ptr, T, window,
+                           scale: tl.constexpr, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
         """Gradients by q and a of ROWS queries; keys as in `dynamic_forward`."""
         base = tl.program_id(1).to(tl.int64) * T
         i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -214,8 +216,8 @@ def triton_kernels() -> tuple[Callable, Callable, Callable]:
             store_rows(dq_ptr, base, i, h, T, tl.dot(dscores.to(k.dtype), k, input_precision="ieee"), H, D)
 
     @triton.jit
-    def dynamic_by_keys(du_ptr, q_ptr, k_ptr, v_ptr, a_ptr, first_ptr, logsum_ptr, da_ptr, dk_ptr, dv_ptr, T, window, scale,
-                        H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
+    def dynamic_by_keys(du_ptr, q_ptr, k_ptr, v_ptr, a_ptr, first_ptr, logsum_ptr, da_ptr, dk_ptr, dv_ptr, T, window,
+                        scale: tl.constexpr, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):
         """Gradients by k and v of ROWS keys; the SPAN queries begin with the first key. Tiles are keys x queries."""
         base = tl.program_id(1).to(tl.int64) * T
         j = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]

@@ -147,8 +147,8 @@ class Fp8HeadCrossEntropy(torch.autograd.Function):
         x8, w8, g8, scale_x, scale_w = ctx.saved_tensors
         scale_g, (x_dtype, weight_dtype) = upstream.float() * ctx.grad_scale, ctx.dtypes
         by_x = product(g8, transpose(w8), scale_g, scale_w, dtype=x_dtype)
-        by_w = product(transpose(g8, ALIGNED), transpose(x8, ALIGNED), scale_g, scale_x, dtype=torch.float32)
-        return by_x, by_w.to(weight_dtype), None, None, None, None, None, None
+        by_w = product(transpose(g8, ALIGNED), transpose(x8, ALIGNED), scale_g, scale_x, dtype=weight_dtype)
+        return by_x, by_w, None, None, None, None, None, None
 
 
 # ---- Linear maps --------------------------------------------------------------------------------------------------------

@@ -50,7 +50,8 @@ def tile_kernel() -> Callable:
     import triton.language as tl
 
     @triton.jit
-    def tile(x_ptr, y_ptr, out_ptr, m, n, alpha, beta, SIDE: tl.constexpr, INNER: tl.constexpr):
+    def tile(x_ptr, y_ptr, out_ptr, m, n, alpha: tl.constexpr, beta: tl.constexpr,
+             SIDE: tl.constexpr, INNER: tl.constexpr):
         """One tile of out = alpha x x^T + beta y, SIDE x SIDE, and its mirror image."""
         # Programs above the diagonal return at once: their tile is the transpose of one below.
         if tl.program_id(1) > tl.program_id(0):

@@ -99,6 +99,7 @@ def test_rotary_computes_in_float32_and_returns_the_input_dtype():
 @pytest.mark.parametrize("changes", [
     {}, {"qk_norm": True}, {"attention_scale": 0.7}, {"biases": True}, {"position": "rotary"},
     {"qk_norm": True, "attention_scale": 0.12, "biases": True, "position": "half_rotary"},
+    {"qk_head_dim": 12}, {"qk_head_dim": 8, "qk_norm": True, "biases": True, "position": "half_rotary"},
 ], ids=lambda changes: "+".join(changes) or "plain")
 def test_attention_equals_its_definition(changes):
     """Project, normalise, rotate, attend, project back."""
@@ -106,12 +107,14 @@ def test_attention_equals_its_definition(changes):
     attention, x = scramble(Attention(config, 9, mixes_value_embed=False, attend=attend_sdpa)), normal(1, 9, 32)
     linear = {name: lambda z, layer=layer: z @ layer.weight.T + (0 if layer.bias is None else layer.bias)
               for name, layer in attention.named_children() if name in "qkvout"}
-    q, k, v = (linear[name](x).view(1, 9, 2, 16) for name in "qkv")
+    q, k, v = (linear[name](x).view(1, 9, 2, -1) for name in "qkv")
+    width = config.qk_head_dim or 16
+    assert q.size(-1) == k.size(-1) == width and v.size(-1) == 16
     if config.qk_norm:
-        q, k = (z * 4 / z.norm(dim=-1, keepdim=True) for z in (q, k))
+        q, k = (z * width**0.5 / z.norm(dim=-1, keepdim=True) for z in (q, k))
     if "rotary" in config.position:
         q, k = (Rotary(config, 9)(z) for z in (q, k))
-    mixed = attend_sdpa(q, k, v, None, config.attention_scale or 0.25)
+    mixed = attend_sdpa(q, k, v, None, config.attention_scale or width**-0.5)
     torch.testing.assert_close(attention(x, LayerInputs()), linear["out"](mixed.reshape(1, 9, 32)), atol=1e-5, rtol=0)
 
 

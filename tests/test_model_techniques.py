@@ -48,6 +48,7 @@ FLAGS: dict[str, tuple[dict, set[str], set[str]]] = {
     "attention_scale": (on("attention_scale"), set(), set()),
     "relu2": (on("activation"), set(), set()),
     "swiglu": ({"activation": "swiglu"}, in_blocks("mlp.gate.weight"), set()),
+    "qk_head_dim": (on("qk_head_dim"), set(), set()),
     "mlp_dim": ({"mlp_dim": 40}, set(), set()),
     "norm_gains": (on("norm_gains"), in_blocks("norm1.gains", "norm2.gains") | {"norm_final.gains"}, set()),
     "biases": (on("biases"), LINEAR_BIASES | {"head.bias"}, set()),
@@ -135,12 +136,16 @@ TOGETHER = {
                       backout=1, dense="mudd", dense_skips=("in>2", "0>2", "0>3=-0.5", "ve0>3"), dense_gates=(2,),
                       softcap="asymmetric", x0_skip=False, attention_free=(0,),
                       value_embeds=1, value_embed_layers=(2,)),
+    "sphere+qk_head_dim": replace(PLAIN, qk_norm=True, norm_embedding=True, geometry="sphere", qk_head_dim=8),
     "learned+no_norms": replace(RICH, position="learned", norm_gains=False, norm_embedding=False, softcap="tanh"),
 }
 
+TOGETHER["record+qk_head_dim"] = replace(TOGETHER["record"], qk_head_dim=12)
+
 
 def shrunk(config: Model) -> Model:
-    small = {"dim": 32, "head_dim": 16, "bigram_buckets": min(config.bigram_buckets, 37)}
+    small = {"dim": 32, "head_dim": 16, "qk_head_dim": config.qk_head_dim and 12,
+             "bigram_buckets": min(config.bigram_buckets, 37)}
     try:
         return replace(config, layers=3, **small)
     except ValueError:  # the config names layers beyond the third
@@ -218,7 +223,7 @@ DRAWS = {"no_positions", "rotary", "half_rotary", "swiglu", "value_embed", "valu
          "yarn", "yarn_windows", "key_offset", "attention_free", "value_gates", "value_embed_std", "mudd", "dense_skips",
          "dense_gates", "head_gates", "head_gate_layers", "gate_layers", "xsa", "xsa_layers", "dynamic_heads", "inject",
          "inject_start_alone", "skips"}  # not PLAIN's random numbers
-OTHER_SHAPE = {"mlp_dim", "vocab_multiple"}
+OTHER_SHAPE = {"qk_head_dim", "mlp_dim", "vocab_multiple"}
 SAME_DRAWS = [name for name in FLAGS if name not in OTHER_START | OTHER_SHAPE | DRAWS]
 
 

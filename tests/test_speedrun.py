@@ -15,13 +15,21 @@ from configs.cli import parse
 from configs.presets import PRESETS
 from data.run.metrics import read_metrics
 from model import GPT
-from optim.schedule import Schedule
+from optim.hooks import WeightAverage
+from optim.schedule import Schedule, training_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--data.source text --data.tokenizer bytes --data.train_files my.txt --data.sequence_tokens 16 "
          "--data.val_bytes 600 --model.dim 32 --model.head_dim 8 --model.bigram_buckets 2048 --model.window_tokens 4 "
          "--model.long_window_tokens 8 --model.dynamic_window 4 --train.batch_tokens 192 --train.steps 12 "
          "--train.val_every_steps 4 --log.every_steps 1 --log.wandb disabled --log.sample_tokens 0").split()
+# What speedrun_frontier adds, but its sampled softmax, which excludes the auxiliary losses.
+FRONTIER = ("--model.qk_head_dim 4 --optim.matrix.kernel 0.85=0.4385 0.98=0.5615 --optim.matrix.kernel_from 5 "
+            "--optim.matrix.ns anvil --optim.matrix.ns_steps 6 --train.weight_average 0.8 --train.weight_average_start 0.5 "
+            "--train.weight_average_blend 0 --optim.matrix.extra.average_blend 0.5 --optim.embed.extra.average_blend 0.65 "
+            "--optim.head.extra.average_blend 0.65 --optim.value_embed.extra.update_every_from 4=4 "
+            "--optim.bigram_embed.extra.update_every_from 4=4").split()
+SAMPLED = "--model.sampled_softmax 64 --model.prefix_loss 0 --model.mtp_weights".split()
 SPARSE = ("--optim.bigram_embed.extra.sparse_rows", "--optim.value_embed.extra.sparse_rows")
 
 
@@ -88,6 +96,43 @@ def test_multi_token_losses_fade_out_over_the_stages(step, reach):
 def test_preset_for_one_gpu_has_the_same_schedule():
     one, eight = Schedule(PRESETS["speedrun_1gpu"]()), Schedule(PRESETS["speedrun"]())
     assert all(one.values(step) == eight.values(step) for step in range(1285))
+
+
+# ---- The frontier --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("step", "lr", "tokens", "windows", "longest"), [
+    (0, 1, 131_072, (128, 384), 896), (223, 1, 131_072, (128, 384), 896),
+    (309, 1.52 * 810 / 896 + 0.2 * 86 / 896, 262_144, (384, 896), 2048),
+    (656, 1.73 * 463 / 896 + 0.2 * 433 / 896, 393_216, (640, 1408), 3072),
+    (1054, 1.73 * (2 / 3) ** 0.5 * 65 / 896 + 0.2 * 831 / 896, 262_144, (640, 1408), 3072),
+    (1119, 0.2, 131_072, (768, 1664), 3072), (1139, 0.2, 131_072, (768, 1664), 3072)])
+def test_stages_of_the_frontier(step, lr, tokens, windows, longest):
+    values = Schedule(PRESETS["speedrun_frontier"]()).values(step)
+    assert values.lr == pytest.approx(lr, abs=1e-6) and values.weight_decay == values.lr
+    assert (values.batch_tokens, values.max_document_tokens) == (tokens, longest)
+    assert (values.window_tokens, values.long_window_tokens) == windows
+
+
+def test_the_frontier_has_narrow_queries_and_keys_alone_of_other_sizes():
+    frontier, record, run = parameters("speedrun_frontier"), parameters("speedrun"), PRESETS["speedrun_frontier"]()
+    assert record.pop("matrix") - frontier.pop("matrix") == 10 * 2 * (768 - 576) * 768
+    assert frontier == record
+    # Blocks of pairs of heads, as in the record: 3 of 192 rows.
+    assert run.optim.matrix.extra.blocks == ("attention.q=3", "attention.k=3") and 768 // 128 * 96 == 3 * 192
+
+
+def test_the_frontier_averages_the_weights_of_the_last_298_steps():
+    run = PRESETS["speedrun_frontier"]()
+    hook, blends = WeightAverage.build(run.train), {}
+    for role in ("matrix", "embed", "head", "value_embed", "bigram_embed", "gate", "scalar"):
+        blends[role] = hook.blend_of(getattr(run.optim, role))
+    assert run.train.steps - hook.start == 298 and hook.beta**4 == pytest.approx(1 - 2 / 75.5)
+    assert blends == dict.fromkeys(blends, 0) | {"matrix": 0.5, "embed": 0.65, "head": 0.65}
+
+
+def test_the_frontier_compiles_five_graphs_for_training():
+    assert len(training_shapes(PRESETS["speedrun_frontier"](), limited=True)) == 5
 
 
 # ---- Ranks, tied then untied ---------------------------------------------------------------------------------------------
@@ -160,16 +205,21 @@ def test_training_tied_to_the_end_equals_a_tied_head(folder, monkeypatch, every)
     assert losses_of_both[0] == pytest.approx(losses_of_both[1], abs=1e-4)
 
 
-def test_a_run_resumed_after_untying_equals_the_uninterrupted_run(folder, monkeypatch):
+@pytest.mark.parametrize("changes", [[], FRONTIER, FRONTIER + SAMPLED], ids=["record", "frontier", "sampled"])
+def test_a_run_resumed_after_untying_equals_the_uninterrupted_run(folder, monkeypatch, changes):
     monkeypatch.chdir(folder)
-    flags = [*SMALL, "--run.checkpoint_every_steps", "9", "--run.name"]
-    train_gpt.main(parse(["speedrun_cpu", *flags, "whole"]))
+    name = f"whole{len(changes)}"
+    flags = [*SMALL, "--run.checkpoint_every_steps", "9", *changes, "--run.name"]
+    train_gpt.main(parse(["speedrun_cpu", *flags, name]))
+    losses = [line["train/loss_nats"] for line in read_metrics(folder / "runs" / name / "metrics.jsonl")
+              if "train/loss_nats" in line]
+    assert losses[-1] < losses[0]
     stopped = train_gpt.Trainer(parse(["speedrun_cpu", *flags, "cut"]))
     batches = stopped.start_batches()
     for _ in range(9):
         stopped.step(batches)
     batches.close()
-    (folder / "runs" / "cut").mkdir()
+    (folder / "runs" / "cut").mkdir(exist_ok=True)
     stopped.save(folder / "cut.safetensors")
     resumed = train_gpt.Trainer(parse(["speedrun_cpu", *flags, "cut"]))
     resumed.load(folder / "cut.safetensors")
@@ -177,7 +227,7 @@ def test_a_run_resumed_after_untying_equals_the_uninterrupted_run(folder, monkey
     for _ in range(3):
         resumed.step(batches)
     batches.close()
-    whole, _ = train_gpt.load_checkpoint(folder / "runs" / "whole" / train_gpt.CHECKPOINT)
+    whole, _ = train_gpt.load_checkpoint(folder / "runs" / name / train_gpt.CHECKPOINT)
     for name, parameter in resumed.model.named_parameters():
         assert torch.equal(parameter, whole[f"weights/{name}"]), name
 

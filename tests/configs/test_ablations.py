@@ -66,7 +66,8 @@ EVERYTHING = ("--model.x0_skip --model.softcap tanh --model.norm_gains --model.b
               "--model.value_gates --model.bigram_signs 8 --model.ngram_orders 3 --model.position half_rotary "
               "--model.key_offset --model.yarn --model.head_gates --model.xsa --model.projection_gains --model.inject "
               "--model.layers 3 --model.paired_heads 0 --model.dynamic_heads 1 --model.attention_free 2 --model.skips 0>2 "
-              "--model.shared_attention_input 0 --model.backout 1 --model.residual_growth 1.1 --model.dense mudd")
+              "--model.shared_attention_input 0 --model.backout 1 --model.residual_growth 1.1 --model.dense mudd "
+              "--model.qk_head_dim 32")
 EVERYTHING += " " + as_flags({f"model.{name}": True for name, technique in techniques_of(Model).items()
                               if technique.on is True and f"model.{name} " not in EVERYTHING and not technique.needs})
 # Techniques that EVERYTHING cannot contain, since they exclude others of it or need other optimizers; tested separately.

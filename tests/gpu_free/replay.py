@@ -175,6 +175,8 @@ class Recorder(TorchDispatchMode):
         """Names of the graphs compiled so far."""
         self.tallies: list[Tally] = []
         self.current = Tally("eager", "eager")
+        self.launched: list[int | None] = []
+        """Shared memory of the Triton kernels that an operator of ours has launched."""
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -247,25 +249,24 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if isinstance(func, HigherOrderOperator):  # FlexAttention outside a graph, while sampling: not counted
             return func(*args, **(kwargs or {}))
-        namespace, name = func._schema.name.split("::")
+        name = func._schema.name.split("::")[1]
         # Products into a buffer that is there: not all of them have a form for FakeTensors.
         is_into = name in PRODUCTS and "out" in (kwargs or {})
         out = kwargs["out"] if is_into else func(*args, **(kwargs or {}))
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor) and not any(x is y for y in inputs)]
         if any(x.device.type == "cuda" for x in (*inputs, *outputs)):
             aliased = {x.untyped_storage()._cdata for x in inputs}
             for tensor in outputs:
                 if tensor.device.type == "cuda" and tensor.untyped_storage()._cdata not in aliased:
                     self.memory.add(tensor)
             if not (func.is_view or name.startswith(SILENT)):
-                self.note(func, name, namespace, inputs, outputs, args, kwargs or {})
+                self.note(func._schema.name, inputs + outputs, args, kwargs or {})
         return out
 
-    def note(self, func: Any, name: str, namespace: str, inputs: list[Tensor], outputs: list[Tensor], args: tuple,
-             kwargs: dict) -> None:
-        """Note one operator that launches a kernel."""
-        tally, tensors = self.current, inputs + [x for x in outputs if not any(x is y for y in inputs)]
+    def note(self, operator: str, tensors: list[Tensor], args: tuple, kwargs: dict) -> None:
+        """Note one call of an operator (namespace::name) that launches a kernel; `tensors`: arguments, then results."""
+        tally, name = self.current, operator.split("::")[1]
         if name in PRODUCTS:
             a, b = (args[i] for i in PRODUCTS[name])
             shape = (a.size(0) if a.ndim == 3 else 1, a.size(-2), b.size(-1), a.size(-1))
@@ -274,20 +275,20 @@ class Recorder(TorchDispatchMode):
             product.count += 1
             product.flops += 2 * shape[0] * shape[1] * shape[2] * shape[3]
             product.bytes += sum(map(tensor_bytes, tensors))
-        elif namespace == "steepest":
-            self.launched: list[int | None] = []
-            OPDEFS[f"steepest::{name}"]._init_fn(*args, **kwargs)  # its own lines, to see which kernels they launch
-            add(tally.own, name, bytes_moved(f"steepest::{name}", tensors), count=len(self.launched),
+        elif operator.startswith("steepest::"):
+            self.launched.clear()
+            OPDEFS[operator]._init_fn(*args, **kwargs)  # its own lines, to see which kernels they launch
+            add(tally.own, name, bytes_moved(operator, tensors), count=len(self.launched),
                 shared=max((x for x in self.launched if x is not None), default=None))
         else:
             moved = sum(map(tensor_bytes, tensors))
             add(tally.other, name, moved)
             if "attention" in name or "varlen" in name:
-                self.note_attention("varlen" if "varlen" in name else "sdpa", "backward" in name, inputs, moved)
+                self.note_attention("varlen" if "varlen" in name else "sdpa", "backward" in name, tensors, moved)
 
-    def note_attention(self, kernel: str, backward: bool, inputs: list[Tensor], moved: float) -> None:
-        """Note one attention kernel; its first four-dimensional input, or first input, holds queries."""
-        query = next((x for x in inputs if x.ndim == 4), inputs[0])
+    def note_attention(self, kernel: str, backward: bool, tensors: list[Tensor], moved: float) -> None:
+        """Note one attention kernel; its first four-dimensional tensor, or first tensor, holds queries."""
+        query = next((x for x in tensors if x.ndim == 4), tensors[0])
         # (B, H, T, D), (B, T, H, D) or (T, H, D): of heads and tokens there are fewer heads.
         *batch, a, b, dim = query.shape
         key = (kernel, backward, batch[0] if batch else 1, min(a, b), max(a, b), dim)

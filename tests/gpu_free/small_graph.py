@@ -65,7 +65,7 @@ def main() -> None:
     def loss(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
         return (open_double(opaque_double(x @ w_up.mT)) @ w_down.mT).square().sum()
 
-    with FakeTensorMode(), torch.autograd.set_multithreading_enabled(False), Recorder("all") as recorder:
+    with FakeTensorMode(), torch.autograd.set_multithreading_enabled(False), Recorder("own") as recorder:
         x, w_up, w_down = (torch.empty(shape, device="cuda", requires_grad=True) for shape in ((N, C), (M, C), (V, M)))
         recorder.take()
         before, compiled = recorder.memory.now, torch.compile(loss, fullgraph=True, dynamic=False)

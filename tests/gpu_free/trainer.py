@@ -88,14 +88,15 @@ def move(module: torch.nn.Module, device: torch.device) -> None:
             part._buffers[name] = None if old is None else torch.empty(old.shape, dtype=old.dtype, device=device)
 
 
-class ShapesOnly(FakeTensorMode):
-    """FakeTensorMode that does not carry the values of small CPU tensors along to the device, where it would compute."""
+DISPATCH = FakeTensorMode.dispatch
 
-    def dispatch(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Forget the values of a tensor that is copied to the device."""
-        if func is torch.ops.aten._to_copy.default and torch.device((kwargs or {}).get("device") or "cpu").type == "cuda":
-            args[0].constant = None
-        return super().dispatch(func, types, args, kwargs)
+
+def dispatch_shapes_only(mode: FakeTensorMode, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    """Forget the values of a small CPU tensor that is copied to the device: FakeTensorMode would carry them along, and
+    compute there."""
+    if func is torch.ops.aten._to_copy.default and torch.device((kwargs or {}).get("device") or "cpu").type == "cuda":
+        args[0].constant = None
+    return DISPATCH(mode, func, types, args, kwargs)
 
 
 @contextmanager
@@ -107,9 +108,11 @@ def pretended_trainer(run: Run, *, world_size: int = 1) -> Iterator[Trainer]:
         for target, name, value in ((train_gpt, "open_source", lambda *args, **options: pretended_source()),
                                     (train_gpt, "Comm", lambda device: PretendedComm(world_size)),
                                     (train_gpt.GPT, "to", move), (optim.comm, "dist", group),
-                                    (Step, "project_start", lambda *args: None)):  # it looks at the weights
+                                    (Step, "project_start", lambda *args: None),  # it looks at the weights
+                                    (FakeTensorMode, "dispatch", dispatch_shapes_only),
+                                    (torch.Tensor, "pin_memory", lambda tensor: tensor)):  # no GPU to pin for
             stack.enter_context(mock.patch.object(target, name, value))
-        with ShapesOnly(allow_non_fake_inputs=True), threads:
+        with FakeTensorMode(allow_non_fake_inputs=True), threads:
             trainer = Trainer(run)
             trainer.group = group
             yield trainer

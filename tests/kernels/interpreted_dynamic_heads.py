@@ -14,9 +14,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def case(tokens: int) -> list[Tensor]:
-    """q, k, v, a, b and the gradient by the result, in float64."""
-    shapes = [(B, tokens, H, D)] * 3 + [(B, tokens, H)] * 2 + [(B, tokens, H, D)]
+def case(tokens: int, width: int = D) -> list[Tensor]:
+    """q, k, v, a, b and the gradient by the result, in float64; `width`: of q and k."""
+    shapes = [(B, tokens, H, width)] * 2 + [(B, tokens, H, D)] + [(B, tokens, H)] * 2 + [(B, tokens, H, D)]
     return [normal(*shape, seed=seed) for seed, shape in enumerate(shapes)]
 
 
@@ -46,6 +46,15 @@ def test_kernels_equal_the_plain_twin(tokens, window, by_document, monkeypatch):
     results = values_and_gradients(fused_dynamic_heads, inputs, torch.float32, **options)
     for result, expected in zip(results, twin, strict=True):
         torch.testing.assert_close(result.double(), expected, rtol=0, atol=3e-6 * max(1, expected.abs().max().item()))
+
+
+def test_narrow_queries_and_keys():
+    """The kernels get them padded with zeros; their gradients have their own width."""
+    inputs, options = case(37, width=12), {"first_BT": documents(37), "window": 9, "scale": 0.25}
+    twin = values_and_gradients(dynamic_heads, [x.float() for x in inputs], torch.float32, **options)
+    results = values_and_gradients(fused_dynamic_heads, inputs, torch.float32, **options)
+    for result, expected in zip(results, twin, strict=True):
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-5 * max(1, expected.abs().max().item()))
 
 
 def test_kernels_in_half_precision():

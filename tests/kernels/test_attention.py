@@ -14,10 +14,12 @@ from kernels import attention
 from kernels.attention import (
     attend_flex,
     attend_sdpa,
+    attend_varlen,
     choose_kernel,
     dense_mask,
     document_first,
     flex_mask,
+    of_one_width,
     use_flash,
     varlen_mask,
 )
@@ -187,8 +189,8 @@ def attend_by_loop(q, k, v, visible, scale):
     return out
 
 
-def case_of_kernels(tokens: int = 13):
-    q, k, v = (normal(2, tokens, 3, 16, seed=seed) for seed in range(3))
+def case_of_kernels(tokens: int = 13, width: int = 16):
+    q, k, v = (normal(2, tokens, 3, size, seed=seed) for seed, size in enumerate((width, width, 16)))
     starts = torch.zeros(2, tokens, dtype=torch.bool)
     starts[0, [4, 9]] = starts[1, 0] = starts[1, 7] = True
     return (q, k, v), document_first(starts)
@@ -196,8 +198,9 @@ def case_of_kernels(tokens: int = 13):
 
 @pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize("by_document", [False, True])
-def test_sdpa_equals_the_loop(window, by_document):
-    qkv, document = case_of_kernels()
+@pytest.mark.parametrize("width", [16, 12])
+def test_sdpa_equals_the_loop(window, by_document, width):
+    qkv, document = case_of_kernels(width=width)
     visible = visible_by_loop(13, window, document.tolist() if by_document else 2 * [13 * [0]])
     mask = dense_mask(13, window, document if by_document else None, CPU)
     torch.testing.assert_close(attend_sdpa(*qkv, mask, 0.3), attend_by_loop(*qkv, visible, 0.3), atol=1e-5, rtol=0)
@@ -207,13 +210,37 @@ def test_sdpa_equals_the_loop(window, by_document):
 @pytest.mark.parametrize("tokens", [13, 130])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("by_document", [False, True])
+@pytest.mark.parametrize("width", [16, 12])
 @torch.no_grad()
-def test_flex_equals_sdpa(tokens, window, by_document):
-    """130 tokens are two of FlexAttention's blocks of 128, the second partial."""
-    qkv, document = case_of_kernels(tokens)
+def test_flex_equals_sdpa(tokens, window, by_document, width):
+    """130 tokens are two of FlexAttention's blocks of 128, the second partial. Width: of queries and keys."""
+    qkv, document = case_of_kernels(tokens, width)
     shared = (tokens, window, document if by_document else None, CPU)
     expected = attend_sdpa(*qkv, dense_mask(*shared), 0.3)
     torch.testing.assert_close(attend_flex(*qkv, flex_mask(*shared), 0.3), expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_zeros_beside_narrow_queries_and_keys_change_no_score():
+    q, k, v = case_of_kernels(width=12)[0]
+    wide = of_one_width(q, k, v)
+    assert [x.size(-1) for x in wide] == [16, 16, 16] and wide[2] is v
+    torch.testing.assert_close(attend_sdpa(*wide, None, 0.3), attend_sdpa(q, k, v, None, 0.3), atol=1e-6, rtol=0)
+    assert all(x is y for x, y in zip(of_one_width(*wide), wide, strict=True))
+
+
+def test_varlen_gets_queries_and_keys_of_the_width_of_values(monkeypatch):
+    """FlashAttention runs on GPUs only: in its place stands one that records the shapes."""
+    seen = []
+
+    def record(q, k, v, *_, **__):
+        seen.extend(tuple(x.shape) for x in (q, k, v))
+        return v
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", record)
+    (q, k, v), document = case_of_kernels(width=12)
+    assert attend_varlen(q, k, v, varlen_mask(13, None, document, CPU), 0.3).shape == v.shape
+    assert seen == [(26, 3, 16)] * 3
 
 
 # ---- The choice ------------------------------------------------------------------------------------------------------

@@ -38,8 +38,9 @@ def test_the_kernel_in_tritons_interpreter():
 def test_the_kernel_fits_the_gpu(capability, with_y, tmp_path, monkeypatch):
     """Compiled without a GPU: no spilled registers, shared memory within the limit, tensor cores on Hopper."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel, constants = symmetric.tile_kernel(), symmetric.TILE if with_y else symmetric.TILE | {"y_ptr": None}
-    types = dict.fromkeys(("x_ptr", "y_ptr", "out_ptr"), "*bf16") | {"m": "i32", "n": "i32", "alpha": "fp32", "beta": "fp32"}
+    kernel, constants = symmetric.tile_kernel(), symmetric.TILE | {"alpha": 0.5, "beta": -1.5}
+    constants |= {} if with_y else {"y_ptr": None}
+    types = dict.fromkeys(("x_ptr", "y_ptr", "out_ptr"), "*bf16") | {"m": "i32", "n": "i32"}
     code = compile_kernel(kernel, capability, types, constants, num_warps=8, num_stages=3)
     assert code.spilled_bytes == 0 and code.shared_bytes <= SHARED_BYTES[capability]
     assert capability < 90 or "wgmma.mma_async" in code.ptx
