@@ -33,7 +33,7 @@ class PretendedComm(Comm):
     def __init__(self, world_size: int) -> None:
         self.device, self.world_size, self.rank, self._in_place = torch.device("cuda", 0), world_size, 0, True
 
-    def reduce_scatter_rows(self, bank: Tensor) -> tuple[Tensor, Work]:
+    def reduce_scatter_rows(self, bank: Tensor, announced: object = None) -> tuple[Tensor, Work]:
         """Return the shard; how many rows are sent depends on the tokens, of which there are none."""
         return bank[self.slice_of(bank.size(0))], DONE
 
