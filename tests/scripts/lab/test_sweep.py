@@ -64,7 +64,7 @@ def starts(dir, name):
     return (dir / f"{name}.log").read_text().count("start at")
 
 
-def wait_for(condition, seconds=20):
+def wait_for(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
