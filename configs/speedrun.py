@@ -88,7 +88,7 @@ def speedrun() -> Run:
                           long_window_tokens=stages(1, 896 / 384, 1408 / 384, 1664 / 384),
                           mtp="0=2 423=1 847=0", prefix_loss="0=1 423=1 847=0",
                           max_document_tokens=stages(896 / 2048, 1)),
-        train=Train(steps=STEPS, batch_tokens=131_072, micro_tokens=16_384, val_every_steps=250,
+        train=Train(steps=STEPS, batch_tokens=131_072, micro_tokens=49_152, val_every_steps=250,
                     val_long_window_tokens=2560,
                     tied_until_frac=(STAGES[1] + 1) / STEPS),  # the first Adam step of stage 3 is the last tied one
         log=Log(every_steps=25),
@@ -170,6 +170,7 @@ def medium() -> Run:
     windows, long_windows = (3, 4, 4, 5, 6, 7, 8, 9), (3, 5, 7, 10, 14, 17, 20, 23)
     return with_settings(speedrun(), {
         "preset": "medium", "run": Identity(target_loss_nats=2.92), "data.val_sequence_tokens": None,
+        "train.micro_tokens": 16_384,
         "model.layers": 16, "model.dim": 1024, **IN_FLOAT32,
         "model.value_embeds": 0, "model.value_embed_layers": (), "model.value_gates": False,
         "model.bigram_buckets": 0, "model.bigram_signs": 0,
