@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.sh"
 
 def dry(folder: Path, *items: str) -> tuple[subprocess.CompletedProcess, dict[str, str]]:
     """Run items in the dry form; return the process and the exit status of each command."""
-    done = subprocess.run([SCRIPT, "--dry", *items], env=os.environ | {"OUT": str(folder)}, capture_output=True, text=True,
-                          timeout=300)
+    environment = os.environ | {"OUT": str(folder), "PYTHON": sys.executable}
+    done = subprocess.run([SCRIPT, "--dry", *items], env=environment, capture_output=True, text=True, timeout=300)
     lines = (folder / "status.tsv").read_text().splitlines() if (folder / "status.tsv").exists() else []
     return done, {line.split("\t")[0]: line.split("\t")[1] for line in lines}
 
