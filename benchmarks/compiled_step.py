@@ -62,7 +62,7 @@ from data.run.folder import write_text
 from scripts import split_flags
 from scripts.lab.records import markdown
 
-PRESETS = ("speedrun", "speedrun_1gpu", "speedrun_consumer", "medium", "track3", "gpt_paper", "ngpt")
+PRESETS = ("speedrun", "speedrun_frontier", "speedrun_1gpu", "speedrun_consumer", "medium", "track3", "gpt_paper", "ngpt")
 SAVED_KERNELS = 12
 PASSES = ("training", "validation", "update")
 KINDS = ("forward", "backward", "inference", "eager")
@@ -140,12 +140,14 @@ def rows(preset: str, record: dict[str, Any]) -> list[tuple[object, ...]]:
 
 def rows_beside(preset: str, record: dict[str, Any], before: dict[str, Any] | None) -> list[tuple[object, ...]]:
     """Return a row for each pass, with what was counted before in the same way."""
-    table, earlier = [], parts(before) if before else {}
+    table, earlier = [], {name: (tokens, part) for (name, tokens), part in (parts(before) if before else {}).items()}
     for key, part in parts(record).items():
         cell = [preset, *key, part["graphs"], *cells(sums(part)), f"{part['peak_bytes'] / 1e9:.2f}"]
-        if (old := earlier.get(key)) is not None:
-            total = sums(old)
-            cell += [total["kernel_launches"], f"{total['bytes'] / 1e9:.2f}", f"{old['peak_bytes'] / 1e9:.2f}"]
+        if key[0] in earlier:
+            tokens, old = earlier[key[0]]
+            total, passes = sums(old), key[1] / tokens if tokens else 1  # it may have taken several passes
+            cell += [f"{passes * total['kernel_launches']:.0f}", f"{passes * total['bytes'] / 1e9:.2f}",
+                     f"{old['peak_bytes'] / 1e9:.2f}"]
         table.append(tuple(cell + [""] * (len(HEAD) + 3 - len(cell))))
     return table
 
@@ -169,7 +171,7 @@ def save(records: dict[str, Any]) -> None:
         "Counted by `python -m benchmarks.compiled_step --save` on a pretended GPU of compute capability 9.0: Inductor",
         "wrote the code of each graph for it, and nothing ran. Kernels and GB are those of Inductor's kernels and of our",
         "own; matrix products and other operators stand apart. An update is that of rank 0. The last three columns were",
-        "counted in the same way before the compiled step was looked at.", "",
+        "counted in the same way before the compiled step was looked at, in as many passes as these tokens took then.", "",
         *markdown((*HEAD, "kernels before", "GB before", "peak GB before"), table), ""]))
 
 

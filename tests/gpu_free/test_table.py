@@ -23,9 +23,17 @@ def test_the_printed_table_has_each_kind_of_graph_and_their_sum():
 
 def test_the_saved_table_stands_beside_what_was_before():
     training, update = rows_beside("p", record(1), {**record(9), "update": {}})
-    assert training == ("p", "training, step 4", 64, 2, 12, "2.50", "4.00", "0.00", "2.00", "3.00", 12, "10.50", "3.00")
+    assert training == ("p", "training, step 4", 64, 2, 12, "2.50", "4.00", "0.00", "2.00", "3.00", "12", "10.50",
+                        "3.00")
     assert update == ("p", "update 1, 8 ranks", "", 1, 3, "0.25", "2.00", "0.00", "1.00", "1.00", "", "", "")
     assert {len(row) for row in rows_beside("p", record(1), None)} == {len(HEAD) + 3}
+
+
+def test_what_took_several_passes_before_is_counted_for_as_many_tokens():
+    now = record(1)
+    now["stages"][0]["pass_tokens"] = 192
+    training, _ = rows_beside("p", now, {**record(9), "update": {}})
+    assert training[2] == 192 and training[10:] == ("36", "31.50", "3.00")
 
 
 def test_only_the_largest_kernels_are_saved():

@@ -28,7 +28,7 @@ def no_measured_rates(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def speedrun():
-    return workload(PRESETS["speedrun"](), Assumptions())
+    return workload(parse_row("speedrun", ["--train.micro_tokens", "16384"]), Assumptions())
 
 
 def plan_text(args, flags=()):
@@ -117,7 +117,7 @@ def recorded_entry():
 
 def test_recorded_counts_are_used_until_a_flag_changes_the_model(monkeypatch):
     monkeypatch.setattr(workloads, "recorded", lambda file: {"speedrun": recorded_entry()})
-    load = workload(PRESETS["speedrun"](), Assumptions())
+    load = workload(parse_row("speedrun", ["--train.micro_tokens", "16384"]), Assumptions())
     assert load.source.startswith("bytes, launches and products are those of the graphs compiled for capability 9.0")
     (passes, work), (update,) = load.stages[2].passes(8), load.updates(8)
     # Three passes of 16,384 tokens on each of eight ranks. The MLP's kernel is a product, whose bytes are its own.
