@@ -54,7 +54,7 @@ SMALL = {
     "speedrun, varlen": Case("speedrun --layers 5 --stages 1 --worlds 8 --passes training validation -- "
                              "--model.attention varlen"),
     "speedrun, fp8": Case("speedrun --layers 5 --stages 1 --worlds 8 --passes training validation -- --model.fp8 head_mlp"),
-    "medium": Case("medium --layers 5 --worlds 8 --passes training validation update"),
+    "medium": Case("medium --layers 5 --stages 1 8 --worlds 8 --passes training validation update"),
     "track3": Case("track3 --layers 2 --worlds 8 --passes training validation update"),
     "gpt_paper": Case("gpt_paper --layers 2 --worlds 8 --passes training validation update"),
     "ngpt": Case("ngpt --layers 2 --worlds 8 --passes training validation update"),
