@@ -66,10 +66,10 @@ WHOLE = {preset: Case(f"{preset} --worlds {worlds} --passes training validation 
 
 def passes(name: str, record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return every counted pass of a record by its name in budgets.json."""
-    found = {f"{name}, step {stage['first_step']}, {kind}": stage[kind] for stage in record["stages"]
-             for kind in ("training", "validation") if kind in stage}
-    return found | {f"{name}, update {step['step']} on {world} ranks": step
-                    for world, steps in record["update"].items() for step in steps}
+    training = {f"{name}, step {stage['first_step']}, {kind}": stage[kind] for stage in record["stages"]
+                for kind in ("training", "validation") if kind in stage}
+    return training | {f"{name}, update {step['step']} on {world} ranks": step
+                       for world, steps in record["update"].items() for step in steps}
 
 
 def figures(part: dict[str, Any]) -> dict[str, Any]:
