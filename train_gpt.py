@@ -45,15 +45,7 @@ from optim.comm import Comm, local_rank
 from optim.groups import build_groups
 from optim.hooks import build_hooks
 from optim.metrics import StepMetrics, equilibrium_angle
-from optim.schedule import (
-    Schedule,
-    Values,
-    is_due,
-    is_validation_step,
-    loss_weights,
-    training_shapes,
-    validation_shapes,
-)
+from optim.schedule import Schedule, Values, is_due, is_validation_step, loss_weights, training_shapes, validation_shapes
 from optim.sharded import NonFiniteError, ShardedOptimizer
 
 CACHE = Path(__file__).resolve().parent / ".cache"

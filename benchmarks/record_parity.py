@@ -218,7 +218,7 @@ DIFFERENCES = """
 | rotary positions of paired heads | head h at 2 t + h mod 2 | h < H/2 at 2 t, others at 2 t + 1, as they are attended |
 | bigram of a row's second token | hash of the reserved row's number | hash of both tokens |
 | scale of the gate networks; factor of the skip's gate | one for both; learned | one each; part of the gate |
-| embedding, head, value gates, MUDD | stored in bfloat16 | float32 |
+| value gates, MUDD | stored in bfloat16 | float32 |
 """
 
 
