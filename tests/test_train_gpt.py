@@ -191,9 +191,9 @@ def test_a_compiled_run_of_many_shapes_is_refused(text):
         train_gpt.Trainer(parse(arguments("--run.compile", "on", "--schedule.batch_tokens", "0=1 100%=8")))
 
 
+@torch._dynamo.config.patch(recompile_limit=64)
 def test_warm_up_compiles_every_graph_of_training(text, monkeypatch):
     torch._dynamo.reset()  # graphs of other tests count too
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
     trainer, graphs = train_gpt.Trainer(parse(arguments(*GROWING))), CompileCounter()
     trainer.model.compile(backend=graphs, fullgraph=True, dynamic=False)
     trainer.warm_up()
