@@ -171,7 +171,8 @@ def save(records: dict[str, Any]) -> None:
         "Counted by `python -m benchmarks.compiled_step --save` on a pretended GPU of compute capability 9.0: Inductor",
         "wrote the code of each graph for it, and nothing ran. Kernels and GB are those of Inductor's kernels and of our",
         "own; matrix products and other operators stand apart. An update is that of rank 0. The last three columns were",
-        "counted in the same way before the compiled step was looked at, in as many passes as these tokens took then.", "",
+        "counted in the same way before the compiled step was looked at, in as many passes as these tokens took then.",
+        "Validation is counted in rows of the training pass; speedrun validates in rows of 262,144 tokens.", "",
         *markdown((*HEAD, "kernels before", "GB before", "peak GB before"), table), ""]))
 
 
