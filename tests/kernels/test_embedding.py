@@ -1,10 +1,6 @@
 """Look-ups whose gradients are added row by row: the kernel equals its plain twin, and CPUs keep autograd's gradients."""
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,18 +10,7 @@ from kernels import embedding
 from kernels.embedding import rows
 from tests.kernels.machine_code import SHARED_BYTES, compile_kernel
 
-ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-
-
-@needs_triton
-def test_the_kernel_in_tritons_interpreter():
-    file = "tests/kernels/interpreted_embedding.py"
-    command = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout
-    assert "skipped" not in process.stdout
 
 
 @needs_triton

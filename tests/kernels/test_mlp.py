@@ -1,10 +1,6 @@
 """The MLP with ReLU^2: its kernels equal their plain twins, in 8-bit floats too, and fit the GPUs."""
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +9,6 @@ from torch import Tensor
 from kernels import mlp
 from tests.kernels.machine_code import SHARED_BYTES, compile_kernel
 
-ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
@@ -24,15 +19,6 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
 def relative_error(result: Tensor, twin: Tensor) -> float:
     """Relative error in the Frobenius norm."""
     return ((result.double() - twin.double()).norm() / twin.double().norm()).item()
-
-
-@needs_triton
-def test_the_kernels_in_tritons_interpreter():
-    command = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreted_mlp.py"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout
-    assert "skipped" not in process.stdout
 
 
 POINTERS = dict.fromkeys(("left_ptr", "right_ptr", "out_ptr", "y_ptr"), "*bf16")

@@ -1,11 +1,7 @@
 """Fused kernels: they equal their plain twins, run where the device allows, and refuse impossible settings."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +13,6 @@ from kernels import Paths, choose_paths, cross_entropy, device_paths, fp8
 from kernels.cross_entropy import Softcap
 from model import GPT
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 SMALL = Model(dim=32, head_dim=16, zero_init_projections=False)
@@ -38,15 +33,6 @@ def relative_error(result: Tensor, twin: Tensor) -> float:
 
 
 # ---- Kernels ---------------------------------------------------------------------------------------------------------
-
-
-@needs_triton
-def test_kernels_in_tritons_interpreter():
-    command = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreted_fused.py"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout
-    assert "skipped" not in process.stdout
 
 
 @needs_triton

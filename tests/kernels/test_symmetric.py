@@ -1,10 +1,6 @@
 """Symmetric products with half of the work: the kernel equals its plain twin and is used where it pays."""
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,22 +9,11 @@ from kernels import symmetric
 from kernels.symmetric import device_has_kernel, gram_polynomial, symmetric_product, uses_kernel
 from tests.kernels.machine_code import SHARED_BYTES, compile_kernel
 
-ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
 def gaussian(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-@needs_triton
-def test_the_kernel_in_tritons_interpreter():
-    file = "tests/kernels/interpreted_symmetric.py"
-    command = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout
-    assert "skipped" not in process.stdout
 
 
 @needs_triton
