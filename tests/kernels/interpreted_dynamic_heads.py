@@ -1,4 +1,4 @@
-"""The kernels of dynamic_heads.py on CPUs, in Triton's interpreter; test_dynamic_heads.py runs this file by itself."""
+"""The kernels of dynamic_heads.py on CPUs, in Triton's interpreter; test_interpreted.py runs this file by itself."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The kernel of kernels/embedding.py on CPUs, in Triton's interpreter; test_embedding.py runs this file by itself."""
+"""The kernel of kernels/embedding.py on CPUs, in Triton's interpreter; test_interpreted.py runs this file by itself."""
 
 import pytest
 import torch
@@ -9,15 +9,12 @@ from torch import Tensor, nn
 
 from kernels import embedding
 from kernels.embedding import RowsIntoGrad, add_rows, plain_add_rows
+from tests.kernels.twins import gaussian
 
 
 @pytest.fixture(autouse=True, scope="module")
 def small_tiles():
     embedding.TILE = {"ROWS": 4, "COLUMNS": 8}
-
-
-def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def add(grad: Tensor, ids: Tensor, upstream: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The fused kernels on CPUs, in Triton's interpreter; test_paths.py runs this file in a process of its own.
+"""The fused kernels on CPUs, in Triton's interpreter; test_interpreted.py runs this file in a process of its own.
 
 TRITON_INTERPRET=1 selects the interpreter and must be set before Triton is imported, but not for the other tests.
 """
@@ -16,6 +16,7 @@ from configs.schema import Model
 from kernels import cross_entropy, fp8
 from kernels.cross_entropy import AuxLossWeights, Softcap, head_cross_entropy, loss_and_grad, softcap_cross_entropy
 from model import GPT
+from tests.kernels.twins import gaussian
 
 CAP = 5.0
 KINDS = ("none", "tanh", "rational", "asymmetric")
@@ -26,10 +27,6 @@ def small_blocks(monkeypatch):
     """Several blocks, the last one partial, at sizes that are fast in the interpreter."""
     monkeypatch.setattr(cross_entropy, "BLOCK", 32)
     monkeypatch.setattr(fp8, "SIDE", 16)
-
-
-def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def leaf(x: Tensor) -> Tensor:

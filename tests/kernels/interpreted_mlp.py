@@ -1,4 +1,4 @@
-"""The kernels of kernels/mlp.py on CPUs, in Triton's interpreter; test_mlp.py runs this file by itself."""
+"""The kernels of kernels/mlp.py on CPUs, in Triton's interpreter; test_interpreted.py runs this file by itself."""
 
 from dataclasses import replace
 
@@ -10,16 +10,13 @@ import kernels
 from configs.schema import Model
 from kernels import mlp
 from model import GPT
+from tests.kernels.twins import gaussian
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several tiles for each of four programs, at sizes that are fast in the interpreter."""
     monkeypatch.setattr(mlp, "SMALL", {"ROWS": 16, "COLUMNS": 32, "INNER_BYTES": 64, "num_stages": 1})
-
-
-def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def assert_near(result: Tensor, twin: Tensor, dtype: torch.dtype = torch.float32) -> None:

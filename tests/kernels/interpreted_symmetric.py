@@ -1,19 +1,16 @@
-"""The kernel of kernels/symmetric.py on CPUs, in Triton's interpreter; test_symmetric.py runs this file by itself."""
+"""The kernel of kernels/symmetric.py on CPUs, in Triton's interpreter; test_interpreted.py runs this file by itself."""
 
 import pytest
 import torch
 
 from kernels import symmetric
 from kernels.symmetric import gram_polynomial, symmetric_product
+from tests.kernels.twins import gaussian
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     monkeypatch.setattr(symmetric, "TILE", {"SIDE": 16, "INNER": 16})
-
-
-def gaussian(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 SHAPES = [(1, 16, 16), (2, 37, 21), (2, 5, 50)]

@@ -1,11 +1,15 @@
 """Kernels compiled for GPUs on a machine without one: what the machine code needs of the GPU."""
 
+import importlib.util
 import re
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 SHARED_BYTES = {80: 166_912, 89: 101_376, 90: 232_448}  # of one block, by compute capability: A100, RTX 40, H100
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
 class MachineCode(NamedTuple):

@@ -1,6 +1,5 @@
 """Dynamic head composition: the kernels equal their plain twin, compile for GPUs, and are used where they fit."""
 
-import importlib.util
 from dataclasses import replace
 
 import pytest
@@ -11,10 +10,9 @@ from configs.model import Model
 from kernels import choose_paths, dynamic_heads
 from kernels.dynamic_heads import fused_dynamic_heads
 from model import GPT
-from tests.kernels.machine_code import SHARED_BYTES, compile_kernel
+from tests.kernels.machine_code import SHARED_BYTES, compile_kernel, needs_triton
 
 CONFIG = Model(layers=2, dim=64, head_dim=16, document_mask=True, dynamic_heads=(1,), dynamic_window=20)
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
 @needs_triton

@@ -1,6 +1,5 @@
 """Look-ups whose gradients are added row by row: the kernel equals its plain twin, and CPUs keep autograd's gradients."""
 
-import importlib.util
 
 import pytest
 import torch
@@ -8,9 +7,7 @@ import torch.nn.functional as F
 
 from kernels import embedding
 from kernels.embedding import rows
-from tests.kernels.machine_code import SHARED_BYTES, compile_kernel
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+from tests.kernels.machine_code import SHARED_BYTES, compile_kernel, needs_triton
 
 
 @needs_triton

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from configs.presets import PRESETS
 from configs.schema import Model
@@ -23,15 +22,7 @@ from kernels.fp8 import (
     reset_scales,
     scale_of,
 )
-
-
-def gaussian(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def relative_error(result: Tensor, twin: Tensor) -> float:
-    """Relative error in the Frobenius norm."""
-    return ((result.double() - twin.double()).norm() / twin.double().norm()).item()
+from tests.kernels.twins import gaussian, relative_error
 
 
 @pytest.mark.parametrize(("dtype", "format_max"), [(FORWARD, 448.0), (BACKWARD, 57344.0)])

@@ -1,7 +1,6 @@
 """The kernels against their plain twins in Triton's interpreter, which must be chosen before Triton is imported: each file
 interpreted_*.py in a process of its own."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -9,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernels.machine_code import needs_triton
+
 HERE = Path(__file__).parent
 FILES = sorted(HERE.glob("interpreted_*.py"))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 @pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
 def test_kernels_equal_their_twins_in_tritons_interpreter(file):
     command = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", file]

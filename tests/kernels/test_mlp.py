@@ -1,25 +1,13 @@
 """The MLP with ReLU^2: its kernels equal their plain twins, in 8-bit floats too, and fit the GPUs."""
 
-import importlib.util
 
 import pytest
 import torch
 from torch import Tensor
 
 from kernels import mlp
-from tests.kernels.machine_code import SHARED_BYTES, compile_kernel
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-
-
-def gaussian(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def relative_error(result: Tensor, twin: Tensor) -> float:
-    """Relative error in the Frobenius norm."""
-    return ((result.double() - twin.double()).norm() / twin.double().norm()).item()
-
+from tests.kernels.machine_code import SHARED_BYTES, compile_kernel, needs_triton
+from tests.kernels.twins import gaussian, relative_error
 
 POINTERS = dict.fromkeys(("left_ptr", "right_ptr", "out_ptr", "y_ptr"), "*bf16")
 POINTERS_8 = {"left_ptr": "*fp8e4nv", "right_ptr": "*fp8e4nv", "out_ptr": "*bf16", "out8_ptr": "*fp8e4nv"} | dict.fromkeys(

@@ -5,31 +5,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from configs.model import SPHERE_NEEDS
 from configs.schema import Model
 from kernels import Paths, choose_paths, cross_entropy, device_paths, fp8
 from kernels.cross_entropy import Softcap
 from model import GPT
+from tests.kernels.machine_code import compile_kernel, needs_triton
+from tests.kernels.twins import gaussian, relative_error
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 SMALL = Model(dim=32, head_dim=16, zero_init_projections=False)
-
-
-def gaussian(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def build(config: Model, **options) -> GPT:
     torch.manual_seed(0)
     return GPT(config, vocab_size=50, max_tokens=16, **options)
-
-
-def relative_error(result: Tensor, twin: Tensor) -> float:
-    """Relative error in the Frobenius norm."""
-    return ((result.double() - twin.double()).norm() / twin.double().norm()).item()
 
 
 # ---- Kernels ---------------------------------------------------------------------------------------------------------
@@ -38,7 +29,7 @@ def relative_error(result: Tensor, twin: Tensor) -> float:
 @needs_triton
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_kernels_compile_for_gpus(tmp_path, monkeypatch):
-    """Compile for Hopper without a GPU: the PTX spills no registers."""
+    """Compile for Hopper without a GPU: no spilled registers."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     types = dict.fromkeys(("x_ptr", "w_ptr", "y_ptr", "z_ptr"), "*bf16") | {
         "targets_ptr": "*i64", "weights_ptr": "*fp32", "loss_ptr": "*fp32"}
@@ -47,9 +38,12 @@ def test_kernels_compile_for_gpus(tmp_path, monkeypatch):
         family, numbers = cross_entropy.softcap_family(kind, 15.0)
         constants = dict(zip(("height", "shift", "inverse_width", "base"), numbers, strict=True)) | {
             "inverse_scale": 0.1, "FAMILY": family, "TERMS": 4, "WITH_GRAD": True, "BLOCK": cross_entropy.BLOCK}
-        rows = ptx(cross_entropy.row_kernel(), types | {"grad_ptr": gradient}, constants, warps=cross_entropy.WARPS)
-        assert "local" not in rows and "f64" not in rows and ("cvt.rn.satfinite.e5m2x2" in rows) == (gradient == "*fp8e5")
-    transposed = ptx(fp8.tile_kernel(), types | {"x_ptr": "*fp8e5", "y_ptr": "*fp8e5"}, {"SIDE": fp8.SIDE})
+        rows = compile_kernel(cross_entropy.row_kernel(), 90, types | {"grad_ptr": gradient}, constants,
+                              num_warps=cross_entropy.WARPS)
+        assert rows.spilled_bytes == 0 and "f64" not in rows.ptx
+        assert ("cvt.rn.satfinite.e5m2x2" in rows.ptx) == (gradient == "*fp8e5")
+    transposed = compile_kernel(fp8.tile_kernel(), 90, types | {"x_ptr": "*fp8e5", "y_ptr": "*fp8e5"}, {"SIDE": fp8.SIDE},
+                                num_warps=8).ptx
     assert "ld.global.v4" in transposed and "st.global.v4" in transposed  # 16 bytes at a time
 
 
@@ -62,17 +56,6 @@ def test_compiled_graphs_depend_on_the_source_of_the_kernels():
                                  (fp8, "transpose", fp8.tile_kernel())):
         module.define_operator()
         assert get_triton_kernels_for_op(f"steepest::{name}") == [kernel]
-
-
-def ptx(kernel, types: dict[str, str], constants: dict, warps: int = 8) -> str:
-    from triton import compile as compiled
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature = {name: "constexpr" if name in constants else types.get(name, "fp32") for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] in "*i"}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=aligned)
-    return compiled(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": 3}).asm["ptx"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

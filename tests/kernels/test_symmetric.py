@@ -7,13 +7,8 @@ import torch
 
 from kernels import symmetric
 from kernels.symmetric import device_has_kernel, gram_polynomial, symmetric_product, uses_kernel
-from tests.kernels.machine_code import SHARED_BYTES, compile_kernel
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-
-
-def gaussian(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+from tests.kernels.machine_code import SHARED_BYTES, compile_kernel, needs_triton
+from tests.kernels.twins import gaussian
 
 
 @needs_triton
