@@ -100,11 +100,14 @@ def test_impossible_sequences_are_refused(wrong):
 def test_the_error_equioscillates(share, upper):
     """Chebyshev: +E, -E, +E, -E at four points of [lower, upper], and nowhere more, is what makes it the best."""
     lower = share * upper
-    error = 1 - compose([minimax_quintic(lower, upper)], np.linspace(lower, upper, 40_001))
-    E = error[0]
-    assert abs(error).max() <= E * (1 + 1e-6) + 1e-12 and error[-1] == pytest.approx(-E, rel=1e-6, abs=1e-12)
-    turns = [error[0], *(error[1:-1][(np.diff(error)[:-1] * np.diff(error)[1:]) < 0])] if E > 1e-9 else [E, -E, E]
-    np.testing.assert_allclose(turns, [E, -E, E], rtol=1e-5, atol=1e-12)
+    a, b, c = minimax_quintic(lower, upper)
+    q, r = np.sqrt(np.sort(np.roots([5 * c, 3 * b, a])))  # where p' = 0
+    assert lower < q < r < upper
+    E, *others = 1 - compose([(a, b, c)], np.array([lower, q, r, upper]))
+    assert E > 0
+    np.testing.assert_allclose(others, [-E, E, -E], rtol=1e-6, atol=1e-12)
+    error = 1 - compose([(a, b, c)], np.linspace(lower, upper, 40_001))
+    assert abs(error).max() <= E * (1 + 1e-6) + 1e-12
 
 
 def test_no_neighbour_is_better():
